@@ -1,0 +1,37 @@
+"""The errors that a user can mend: a message that says what is wrong, a hint that says what to do."""
+
+
+class DeployError(Exception):
+    """A failure that the user can mend; the command line prints it as `error:` and `hint:` and exits 1.
+
+    A programming error is never a `DeployError`: it keeps its traceback.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class CheckpointError(DeployError):
+    """A checkpoint that cannot be read, or that does not hold a RepVGG."""
+
+
+class ImageError(DeployError):
+    """An image, or a folder of images, that cannot be used."""
+
+
+class FusionError(DeployError):
+    """A block whose branches have no equivalent single convolution."""
+
+
+class GraphError(DeployError):
+    """An ONNX graph that cannot be made, read or run."""
+
+
+class VerificationError(DeployError):
+    """Two stages whose outputs should agree and do not; nothing is written."""
+
+
+class ThresholdError(DeployError):
+    """A measured figure on the wrong side of the limit that the user set."""

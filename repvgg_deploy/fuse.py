@@ -1,0 +1,296 @@
+"""Fusing: each RepVGG block becomes one convolution with the same output.
+
+In float64: t = γ/√(σ²+ε); W = Σ over branches t·K, the 1×1 kernel and the identity at the centre of the k×k one;
+b = Σ(β − μt). A BN after the sum scales both by its own t: W ← tW, b ← β + t(b − μ).
+Sources: RepVGG section 3.3 (https://arxiv.org/abs/2101.03697); QARepVGG section 4 (https://arxiv.org/abs/2212.01593).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repvgg_deploy.errors import FusionError
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, TrainingBlock
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """A training block of any library, taken apart: (convolution or None, BN or None) a branch, and what follows."""
+
+    branches: tuple[tuple[nn.Conv2d | None, _BatchNorm | None], ...]
+    norm_after_sum: _BatchNorm | None
+    se_before: nn.Module
+    act: nn.Module
+    se_after: nn.Module
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution with the largest kernel; its geometry is that of the fused one."""
+        convs = [conv for conv, _ in self.branches if conv is not None]
+        return max(convs, key=lambda conv: conv.kernel_size[0])
+
+
+def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of `module` in which each RepVGG block is one equivalent convolution; the rest is copied as it is.
+
+    The blocks of this package, of the official code (RepVGGplus and QARepVGG as well), of timm, of OpenMMLab and of
+    Holocron are recognized by their parts; the libraries need not be installed. `module` itself is not changed.
+
+    Args:
+        module: any module that contains RepVGG blocks, or is one.
+        dtype: of the fused weights; by default that of the block's own. The algebra is float64 in any case.
+
+    Raises:
+        FusionError: a block has no equivalent convolution (no running statistics, a squeeze-excite in front of a BN,
+            padding that shifts the branches against each other, a branch that is not known), or there is none at all.
+    """
+    # deepcopy takes what it finds in the memo for the copy: so a block's branches are never copied.
+    memo: dict[int, object] = {}
+    found = False
+    for name, block in module.named_modules():
+        parts = _take_apart(block, name)
+        if parts is not None:
+            memo[id(block)] = _fused_block(parts, dtype, training=block.training)
+            found = True
+        found = found or isinstance(block, FusedBlock)
+    if not found:
+        raise FusionError(
+            f"{type(module).__name__} has no RepVGG block in training form",
+            "fuse() knows the blocks of RepVGG, RepVGGplus, QARepVGG, timm, OpenMMLab and Holocron",
+        )
+    fused: nn.Module = copy.deepcopy(module, memo)
+    if isinstance(fused, RepVGG):
+        fused.spec = fused.spec.fused()
+        if dtype is not None:
+            fused = fused.to(dtype)
+    return fused
+
+
+def equivalent_kernel_bias(block: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The one kernel (out, in/groups, k, k) and bias (out) that do what all branches of `block` do together.
+
+    Differentiable with respect to the block's parameters. The BNs are taken as in evaluation.
+
+    Raises:
+        FusionError: `block` is no RepVGG block in training form, or has no equivalent convolution.
+    """
+    parts = _take_apart(block, type(block).__name__)
+    if parts is None:
+        raise FusionError(f"{type(block).__name__} is no RepVGG block in training form")
+    return _kernel_and_bias(parts, dtype)
+
+
+def _kernel_and_bias(parts: BlockParts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = parts.conv.weight.shape
+    center = shape[2] // 2
+    kernel = torch.zeros(shape, dtype=dtype, device=parts.conv.weight.device)
+    bias = kernel.new_zeros(shape[0])
+    for conv, norm in parts.branches:
+        scale, shift = _affine(norm, shape[0], bias)
+        if conv is None:
+            out = torch.arange(shape[0], device=kernel.device)
+            kernel = kernel.index_put((out, out % shape[1], *_at(center, out)), scale, accumulate=True)
+        else:
+            weight = conv.weight.to(dtype) * scale[:, None, None, None]
+            margin = (shape[2] - weight.shape[2]) // 2
+            kernel = kernel + nn.functional.pad(weight, [margin] * 4) if margin else kernel + weight
+            if conv.bias is not None:
+                shift = shift + conv.bias.to(dtype) * scale
+        bias = bias + shift
+    if parts.norm_after_sum is not None:
+        scale, shift = _affine(parts.norm_after_sum, shape[0], bias)
+        kernel, bias = kernel * scale[:, None, None, None], bias * scale + shift
+    return kernel, bias
+
+
+def _at(center: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    index = torch.full_like(like, center)
+    return index, index
+
+
+def _affine(norm: _BatchNorm | None, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What a BN does in evaluation, as (t, β − μt); (1, 0) where there is none."""
+    if norm is None:
+        return like.new_ones(channels), like.new_zeros(channels)
+    mean = cast(Tensor, norm.running_mean).to(like.dtype)
+    variance = cast(Tensor, norm.running_var).to(like.dtype)
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(like.dtype)
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(like.dtype)
+
+
+@torch.no_grad()
+def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -> FusedBlock:
+    kernel, bias = _kernel_and_bias(parts, torch.float64)
+    like = parts.conv
+    with torch.device("meta"):
+        conv = nn.Conv2d(
+            like.in_channels,
+            like.out_channels,
+            cast(tuple[int, int], like.kernel_size),
+            cast(tuple[int, int], like.stride),
+            cast(tuple[int, int], like.padding),
+            cast(tuple[int, int], like.dilation),
+            like.groups,
+        )
+    dtype = dtype or like.weight.dtype
+    conv.weight = nn.Parameter(kernel.to(dtype))
+    conv.bias = nn.Parameter(bias.to(dtype))
+    rest = [copy.deepcopy(part) for part in (parts.se_before, parts.act, parts.se_after)]
+    return FusedBlock(conv, *rest).train(training)
+
+
+# How each library names the parts of its block. `branches` are (attribute, is it the identity), the rest attributes.
+@dataclass(frozen=True)
+class _Naming:
+    branches: tuple[str, ...]
+    norm_after_sum: str | None = None
+    se_before: str | None = None
+    act: str = "act"
+    se_after: str | None = None
+    transparent: tuple[str, ...] = ()
+
+
+_NAMINGS = (
+    _Naming(("branch_3x3", "branch_1x1", "branch_identity"), "bn", "se_before", "act", "se_after"),
+    _Naming(("rbr_dense", "rbr_1x1", "rbr_identity"), "bn", "se", "nonlinearity", "post_se"),
+    _Naming(("conv_kxk", "conv_1x1", "identity"), None, "attn", "act", None, ("drop_path",)),
+    _Naming(("branch_3x3", "branch_1x1", "branch_norm"), None, "se_layer", "act"),
+)
+
+
+def _take_apart(block: nn.Module, name: str) -> BlockParts | None:
+    """The parts of a training block, or None where `block` is something else."""
+    holocron = block._modules.get("branches")
+    if isinstance(holocron, nn.ModuleList) and "activation" in block._modules:
+        return _holocron_parts(block, holocron, name)
+    for naming in _NAMINGS:
+        if isinstance(_child(block, naming.branches[0]), nn.Module) and naming.act in block._modules:
+            return _named_parts(block, naming, name)
+    return None
+
+
+def _child(block: nn.Module, name: str | None) -> nn.Module | None:
+    return block._modules.get(name) if name else None
+
+
+def _holocron_parts(block: nn.Module, branches: nn.ModuleList, name: str) -> BlockParts | None:
+    pairs = [_conv_and_norm(branch) for branch in branches]
+    if any(pair is None for pair in pairs):
+        return None
+    parts = BlockParts(
+        tuple(pair for pair in pairs if pair is not None),
+        None,
+        nn.Identity(),
+        cast(nn.Module, block._modules["activation"]),
+        nn.Identity(),
+    )
+    return _checked(parts, name)
+
+
+def _named_parts(block: nn.Module, naming: _Naming, name: str) -> BlockParts | None:
+    pairs = []
+    for attribute in naming.branches:
+        branch = _child(block, attribute)
+        if branch is None:
+            continue
+        pair = _conv_and_norm(branch)
+        if pair is None:
+            return None
+        pairs.append(pair)
+    if not any(conv is not None for conv, _ in pairs):
+        return None
+    norm = _child(block, naming.norm_after_sum)
+    se_before = _child(block, naming.se_before) or nn.Identity()
+    if norm is not None and not isinstance(norm, _BatchNorm | nn.Identity):
+        return None
+    if isinstance(norm, _BatchNorm) and not isinstance(se_before, nn.Identity):
+        raise FusionError(
+            f"block {name}: a squeeze-excite stands between the branches and the BN after their sum",
+            "such a QARepVGG block has no equivalent convolution; train it without the squeeze-excite",
+        )
+    known = {
+        *naming.branches,
+        *naming.transparent,
+        naming.norm_after_sum,
+        naming.se_before,
+        naming.act,
+        naming.se_after,
+    }
+    for attribute, child in block.named_children():
+        if attribute not in known and not isinstance(child, nn.Identity):
+            raise FusionError(
+                f"block {name} has a part {attribute!r} ({type(child).__name__}) that no RepVGG block has",
+                "it would be lost by fusing; remove it, or fuse the block by hand",
+            )
+    parts = BlockParts(
+        tuple(pairs),
+        norm if isinstance(norm, _BatchNorm) else None,
+        se_before,
+        cast(nn.Module, _child(block, naming.act)),
+        _child(block, naming.se_after) or nn.Identity(),
+    )
+    return _checked(parts, name)
+
+
+def _conv_and_norm(branch: nn.Module) -> tuple[nn.Conv2d | None, _BatchNorm | None] | None:
+    """A branch as (convolution, BN), either of them None; None where it holds anything else."""
+    conv: nn.Conv2d | None = None
+    norm: _BatchNorm | None = None
+    leaves = [branch] if not list(branch.children()) or isinstance(branch, _BatchNorm) else list(branch.children())
+    for leaf in leaves:
+        if isinstance(leaf, nn.Conv2d) and conv is None and norm is None:
+            conv = leaf
+        elif isinstance(leaf, _BatchNorm) and norm is None:
+            norm = leaf
+        elif not isinstance(leaf, nn.Identity | nn.Dropout):
+            return None
+    return conv, norm
+
+
+def _checked(parts: BlockParts, name: str) -> BlockParts:
+    """`parts`, if the sum of its branches is one convolution.
+
+    A kernel k of padding p looks at input positions shifted by p − dilation·(k−1)/2 against the output's; the
+    branches can be added up only where that is 0 for each, and the strides are the same.
+    """
+    geometry = parts.conv
+    norms = [norm for _, norm in parts.branches] + [parts.norm_after_sum]
+    if any(norm is not None and norm.running_var is None for norm in norms):
+        raise FusionError(
+            f"block {name}: a BN without running statistics depends on the batch",
+            "train with track_running_stats=True",
+        )
+    for conv, _ in parts.branches:
+        if conv is None:
+            if geometry.stride != (1, 1) or geometry.in_channels != geometry.out_channels:
+                raise FusionError(f"block {name}: an identity branch beside a convolution that changes the shape")
+            continue
+        centred = all(
+            isinstance(p, int) and 2 * p == d * (k - 1)
+            for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size, strict=False)
+        )
+        same = (conv.stride, conv.groups) == (geometry.stride, geometry.groups)
+        if not centred or not same or conv.padding_mode != "zeros":
+            raise FusionError(
+                f"block {name}: its branches do not look at the same pixels"
+                f" (kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding})",
+                "padding must be dilation·(kernel − 1)/2 with zeros, and stride and groups the same in all branches",
+            )
+    return parts
+
+
+def training_blocks(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each RepVGG block in training form inside `net`, with its name."""
+    for name, module in net.named_modules():
+        if isinstance(module, TrainingBlock) or _take_apart(module, name) is not None:
+            yield name, module
