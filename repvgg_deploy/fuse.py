@@ -8,7 +8,6 @@ Sources: RepVGG section 3.3 (https://arxiv.org/abs/2101.03697); QARepVGG section
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg_deploy.errors import FusionError
-from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, TrainingBlock
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
 
 @dataclass(frozen=True)
@@ -88,31 +87,34 @@ def equivalent_kernel_bias(block: nn.Module, dtype: torch.dtype = torch.float64)
 
 
 def _kernel_and_bias(parts: BlockParts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape = parts.conv.weight.shape
-    center = shape[2] // 2
-    kernel = torch.zeros(shape, dtype=dtype, device=parts.conv.weight.device)
-    bias = kernel.new_zeros(shape[0])
-    for conv, norm in parts.branches:
-        scale, shift = _affine(norm, shape[0], bias)
+    width, per_group, size, _ = parts.conv.weight.shape
+    center = size // 2
+    # The largest kernel first: the others are added into it, so that no second tensor of its size is needed.
+    ordered = sorted(parts.branches, key=lambda branch: branch[0] is not parts.conv)
+    kernel, bias = _scaled(*ordered[0], dtype)
+    for conv, norm in ordered[1:]:
         if conv is None:
-            out = torch.arange(shape[0], device=kernel.device)
-            kernel = kernel.index_put((out, out % shape[1], *_at(center, out)), scale, accumulate=True)
+            scale, shift = _affine(norm, width, bias)
+            out = torch.arange(width, device=kernel.device)
+            kernel[out, out % per_group, center, center] += scale
         else:
-            weight = conv.weight.to(dtype) * scale[:, None, None, None]
-            margin = (shape[2] - weight.shape[2]) // 2
-            kernel = kernel + nn.functional.pad(weight, [margin] * 4) if margin else kernel + weight
-            if conv.bias is not None:
-                shift = shift + conv.bias.to(dtype) * scale
+            weight, shift = _scaled(conv, norm, dtype)
+            inner = slice(center - weight.shape[2] // 2, center + weight.shape[2] // 2 + 1)
+            kernel[:, :, inner, inner] += weight
         bias = bias + shift
     if parts.norm_after_sum is not None:
-        scale, shift = _affine(parts.norm_after_sum, shape[0], bias)
+        scale, shift = _affine(parts.norm_after_sum, width, bias)
         kernel, bias = kernel * scale[:, None, None, None], bias * scale + shift
     return kernel, bias
 
 
-def _at(center: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    index = torch.full_like(like, center)
-    return index, index
+def _scaled(conv: nn.Conv2d | None, norm: _BatchNorm | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A convolution and the BN behind it, as a kernel and a bias."""
+    weight = cast(nn.Conv2d, conv).weight
+    like = torch.empty(0, dtype=dtype, device=weight.device)
+    scale, shift = _affine(norm, weight.shape[0], like)
+    bias = cast(nn.Conv2d, conv).bias
+    return weight.to(dtype) * scale[:, None, None, None], shift if bias is None else shift + bias.to(dtype) * scale
 
 
 def _affine(norm: _BatchNorm | None, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,10 +289,3 @@ def _checked(parts: BlockParts, name: str) -> BlockParts:
                 "padding must be dilation·(kernel − 1)/2 with zeros, and stride and groups the same in all branches",
             )
     return parts
-
-
-def training_blocks(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each RepVGG block in training form inside `net`, with its name."""
-    for name, module in net.named_modules():
-        if isinstance(module, TrainingBlock) or _take_apart(module, name) is not None:
-            yield name, module

@@ -1,0 +1,5 @@
+"""Checkpoints of any library: `load_checkpoint` reads one, `build` makes the training net of it."""
+
+from repvgg_deploy.checkpoints.loading import LAYOUTS, Checkpoint, build, load_checkpoint
+
+__all__ = ["LAYOUTS", "Checkpoint", "build", "load_checkpoint"]

@@ -1,0 +1,211 @@
+"""Files to tensors: every container a checkpoint comes in, and never a line of code executed from it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repvgg_deploy.errors import CheckpointError
+
+_TO_SAFETENSORS = (
+    'where you trust the file, convert it once: python -c "import torch, safetensors.torch as s; '
+    "c = torch.load('FILE', map_location='cpu', weights_only=False); c = getattr(c, 'state_dict', lambda: c)(); "
+    "c = c.get('state_dict', c); "
+    "s.save_file({k: v.contiguous() for k, v in c.items()}, 'FILE.safetensors')\""
+)
+_WRAPPERS = re.compile(
+    r"^(?:module|model|_orig_mod|timm_model|backbone|net|network|encoder|student|online_model|averaged_model)\."
+)
+_EMA = re.compile(r"(?:^|[._])(?:model_)?ema(?:[._]|$)|^averaged_model|_ema$|^ema")
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """One set of tensors found in a file: where it was, whether it is an EMA copy, names without wrappers."""
+
+    place: str
+    is_ema: bool
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a file holds: its state dicts in the order found, and what it says of the classes."""
+
+    state_dicts: tuple[StateDict, ...]
+    class_names: tuple[str, ...] | None
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_file(path: Path) -> Contents:
+    """Every state dict in a `.pth`, `.pt`, `.pth.tar` or `.safetensors` file, memory-mapped where the format allows.
+
+    The format is told by the file's first bytes, not by its name. Tensors that were saved on a GPU come to the CPU.
+
+    Raises:
+        CheckpointError: there is no such file, it is empty, truncated, no checkpoint, or wants code executed.
+    """
+    raw, metadata = _read_raw(path)
+    found: list[StateDict] = []
+    _collect(raw, "", found)
+    return Contents(tuple(found), _class_names(raw, metadata))
+
+
+def _read_raw(path: Path) -> tuple[Any, Mapping[str, str]]:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory", "give the checkpoint file inside it")
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no file {path}", "check the path; nothing is ever exported from random weights"
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check the file's permissions") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty", "download or copy it again")
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    if head[:2] == b"PK":
+        return _read_zip(path), {}
+    if head[:1] == b"\x80":
+        return _read_pickle(path, mmap=False), {}
+    what = "a Git LFS pointer, not the file itself" if head.startswith(b"version https:") else "no checkpoint"
+    what = "an ONNX graph or another protobuf" if head[:1] == b"\x08" else what
+    raise CheckpointError(f"{path} is {what}", "a checkpoint is a .pth, .pt, .pth.tar or .safetensors file")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is a truncated or damaged safetensors file ({error})", "download or copy it again"
+        ) from error
+
+
+def _read_zip(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error})", "download or copy it again") from error
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, not a state dict",
+            "save the state dict of the model it was made from: torch.save(model.state_dict(), 'ckpt.pth')",
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        raise CheckpointError(
+            f"{path} is a zip archive without a checkpoint in it", "unpack it and give the checkpoint inside"
+        )
+    return _read_pickle(path, mmap=True)
+
+
+def _read_pickle(path: Path, mmap: bool) -> Any:
+    # Plain containers that training scripts save beside the weights; none of them runs code when it is built.
+    with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            wanted = re.search(r"(?:GLOBAL|Unsupported global:?|class) ([\w.]+)", str(error))
+            if wanted is None or "eights only load failed" not in str(error):
+                raise _damaged(path, error) from error
+            raise CheckpointError(
+                f"{path} wants the code {wanted[1]} executed to be loaded; that is refused",
+                _TO_SAFETENSORS.replace("FILE", path.name),
+            ) from error
+        except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return CheckpointError(f"{path} is truncated or damaged ({reason})", "download or copy it again")
+
+
+def _numpy_scalars() -> list[Any]:
+    import numpy as np
+
+    # What numpy itself pickles a scalar with; the module that holds it has moved between versions.
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
+    # Files written by numpy 1 call it numpy.core…, those by numpy 2 numpy._core….
+    return [
+        np.dtype,
+        *kinds,
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+    ]
+
+
+def _collect(value: Any, place: str, found: list[StateDict]) -> None:
+    if not isinstance(value, Mapping):
+        return
+    tensors = {key: item for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)}
+    if any("." in key for key in tensors):
+        plain = {key: item for key, item in tensors.items() if not _EMA.search(key.split(".")[0])}
+        averaged = {key: item for key, item in tensors.items() if key not in plain}
+        for part, is_ema in ((plain, bool(_EMA.search(place))), (averaged, True)):
+            if part:
+                found.append(StateDict(place, is_ema, _strip(part)))
+        return
+    for key, item in value.items():
+        if isinstance(key, str) and place.count(".") < 4:
+            _collect(item, f"{place}.{key}" if place else key, found)
+
+
+def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their names without `module.`, `model.`, … ; a clash of two names keeps both as they are."""
+    stripped: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = re.sub(_EMA.pattern.replace("(?:[._]|$)", r"\."), "", key) if _EMA.search(key.split(".")[0]) else key
+        while True:
+            shorter = _WRAPPERS.sub("", name)
+            if shorter == name:
+                break
+            name = shorter
+        stripped[key if name in stripped else name] = tensor
+    return stripped
+
+
+def _class_names(raw: Any, metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    if "class_names" in metadata:
+        return tuple(json.loads(metadata["class_names"]))
+    if not isinstance(raw, Mapping):
+        return None
+    meta = raw.get("meta")
+    places = [raw, meta if isinstance(meta, Mapping) else {}]
+    dataset = places[1].get("dataset_meta")
+    places.append(dataset if isinstance(dataset, Mapping) else {})
+    for place in places:
+        for key in ("class_names", "CLASSES", "classes"):
+            names = place.get(key)
+            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                return tuple(names)
+    return None

@@ -1,0 +1,75 @@
+"""State dicts under the names that the official code or timm loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repvgg_deploy.archs import ArchSpec
+from repvgg_deploy.checkpoints import official, official_plus, timm
+from repvgg_deploy.checkpoints.layouts import KeyMap, Layout
+from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.nets.repvgg import RepVGG
+
+WRITABLE = ("official", "timm")
+
+
+def name_state_dict(net: RepVGG, layout: str) -> dict[str, Tensor]:
+    """The tensors of `net`, in either form, under the names of a layout: `official` or `timm`.
+
+    A net with squeeze-excites after the ReLU gets RepVGGplus' names, stage 3 in two halves.
+
+    Raises:
+        CheckpointError: the layout has no place for a part of the net.
+    """
+    keys = _key_map(net.spec, layout)
+    state = {}
+    for name, tensor in net.state_dict().items():
+        if (
+            not name.startswith("classifier")
+            and name.split(".", 3)[3].rpartition(".")[0] not in keys.layout.parts.values()
+        ):
+            raise CheckpointError(
+                f"the {layout} layout has no name for {name}", f"choose another --layout of {', '.join(WRITABLE)}"
+            )
+        state[keys.file_key(name)] = tensor.contiguous()
+    return state
+
+
+def _key_map(spec: ArchSpec, layout: str) -> KeyMap:
+    chosen = _layout(spec, layout)
+    depths = [len(stage) for stage in spec.stages]
+    spans: dict[int, tuple[int, int]] = {}
+    for number, segment in enumerate(chosen.segments):
+        depth = depths[segment.stage] if segment.stage < len(depths) else 0
+        twins = [n for n, other in enumerate(chosen.segments) if other.stage == segment.stage]
+        # Of a stage in two halves the first has the smaller one, as in repvggplus.py.
+        half = depth // 2 if len(twins) == 2 else 0
+        spans[number] = (half, depth - half) if twins.index(number) else (0, half or depth)
+    return KeyMap(chosen, {}, spans)
+
+
+def _layout(spec: ArchSpec, layout: str) -> Layout:
+    if layout == "timm":
+        return timm.LAYOUT
+    after = any(b.squeeze_excite is not None and b.squeeze_excite.position == "after" for b in spec.blocks)
+    return official_plus.LAYOUT if after else official.LAYOUT
+
+
+def write_state_dict(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `state` as `.safetensors` or, with any other ending, as a torch zip file."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(dict(state), path, dict(metadata or {}))
+    else:
+        torch.save(dict(state), path)
+
+
+def class_names_metadata(names: tuple[str, ...] | None) -> dict[str, str]:
+    """What a `.safetensors` file says of the classes."""
+    return {} if names is None else {"class_names": json.dumps(list(names), ensure_ascii=False)}

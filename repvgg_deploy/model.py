@@ -1,0 +1,163 @@
+"""`open_model`: a checkpoint or an ONNX graph as something that takes pixels and gives scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repvgg_deploy.archs import match_card
+from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.checkpoints.loading import Checkpoint
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.images import Pixels, normalize
+from repvgg_deploy.onnx_export import read_metadata
+from repvgg_deploy.runners import Array, Runner
+from repvgg_deploy.runners.onnx_runner import OnnxRunner
+from repvgg_deploy.runners.torch_runner import TorchRunner
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """What a user said of the preprocessing; None where the model's metadata or card decides."""
+
+    size: tuple[int, int] | None = None
+    resize: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def apply(self, base: Preprocessing) -> Preprocessing:
+        """`base` with what the user said in its place.
+
+        A size without a resize means no cropping beyond the aspect ratio, as the official code evaluates at sizes
+        other than 224.
+
+        Raises:
+            DeployError: mean and std have different numbers of values, or a std is not positive.
+        """
+        changed = base
+        if self.size is not None and self.size != (base.height, base.width):
+            changed = replace(changed, height=self.size[0], width=self.size[1], resize=max(self.size))
+        if self.resize is not None:
+            changed = replace(changed, resize=self.resize)
+        changed = replace(changed, mean=self.mean or changed.mean, std=self.std or changed.std)
+        if len(changed.mean) != len(changed.std):
+            raise DeployError(
+                f"mean has {len(changed.mean)} values and std {len(changed.std)}", "give --mean and --std together"
+            )
+        if min(changed.std) <= 0 or min(changed.height, changed.width, changed.resize) < 1:
+            raise DeployError("std, size and resize must be positive", "check the preprocessing options")
+        return changed
+
+
+def choose_preprocessing(checkpoint: Checkpoint, options: PreprocessingOptions) -> Preprocessing:
+    """The preprocessing of a checkpoint: the user's, else its card's, else that of all ImageNet RepVGGs.
+
+    Where the net does not take three channels and the user gave no mean, it is 0.5 ± 0.5 a channel.
+    """
+    card = match_card(checkpoint.spec)
+    base = card.preprocessing if card is not None else Preprocessing()
+    channels = checkpoint.spec.in_channels
+    if channels != len(base.mean):
+        base = replace(base, mean=(0.5,) * channels, std=(0.5,) * channels)
+    return options.apply(base)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A classifier that can be run on pixels.
+
+    Attributes:
+        takes_pixels: the model takes uint8 NHWC and normalizes itself.
+        half_input: its input is float16.
+    """
+
+    path: Path
+    runner: Runner
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    takes_pixels: bool = False
+    half_input: bool = False
+
+    def run_pixels(self, pixels: Pixels) -> dict[str, Array]:
+        """The outputs for cropped pixels (n, H, W, 3); a smaller batch than a fixed one is filled up, and cut."""
+        images: Array = pixels if self.takes_pixels else normalize(pixels, self.preprocessing)
+        return self.run_images(images)
+
+    def run_images(self, images: Array) -> dict[str, Array]:
+        """The outputs for inputs as the model takes them, in any number."""
+        if not self.takes_pixels:
+            images = images.astype(np.float16 if self.half_input else np.float32, copy=False)
+        size = self.runner.batch
+        if size is None or size == len(images):
+            return self.runner.run(images)
+        parts = []
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size]
+            padding = np.zeros((size - len(chunk), *images.shape[1:]), images.dtype)
+            outputs = self.runner.run(np.concatenate([chunk, padding]))
+            parts.append({name: values[: len(chunk)] for name, values in outputs.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def rank_classes(outputs: dict[str, Array], count: int) -> NDArray[np.int64]:
+    """The `count` best classes of each image, best first (n, count); fewer where the model gives fewer."""
+    if "classes" in outputs:
+        return outputs["classes"][:, :count].astype(np.int64)
+    scores = next(iter(outputs.values()))
+    # Stable: of equal scores the lower class comes first, on every backend.
+    return np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is an ONNX graph, by its first byte (ModelProto.ir_version) or its ending."""
+    if path.suffix == ".onnx":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"\x08"
+    except OSError:
+        return False
+
+
+def open_model(
+    path: Path,
+    options: PreprocessingOptions | None = None,
+    arch: str | None = None,
+    ema: bool | None = None,
+) -> Model:
+    """The model in a checkpoint (run in torch) or an ONNX graph (run in ONNX Runtime), on the CPU.
+
+    Raises:
+        DeployError: there is no such file, it is none of both, or the options contradict the graph.
+    """
+    options = options or PreprocessingOptions()
+    if not path.is_file() or not is_onnx(path):
+        if path.suffix in (".plan", ".engine"):
+            raise DeployError(f"{path} is an engine, and no engine backend is here", "give the ONNX graph beside it")
+        checkpoint = load_checkpoint(path, arch, ema)
+        preprocessing = choose_preprocessing(checkpoint, options)
+        return Model(path, TorchRunner(build(checkpoint)), preprocessing, checkpoint.class_names)
+    runner = OnnxRunner(path)
+    provenance = read_metadata(runner.metadata)
+    takes_pixels = runner.input_type == "tensor(uint8)"
+    height, width = runner.input_shape[1:3] if takes_pixels else runner.input_shape[2:4]
+    base = provenance.preprocessing if provenance is not None else None
+    preprocessing = options.apply(base or _from_shape(height, width))
+    if (height, width) != (None, None) and (height, width) != (preprocessing.height, preprocessing.width):
+        raise DeployError(
+            f"{path} takes {height}x{width} pixels, not {preprocessing.height}x{preprocessing.width}",
+            "leave --size out, or export for that size",
+        )
+    class_names = provenance.class_names if provenance is not None else None
+    return Model(path, runner, preprocessing, class_names, takes_pixels, runner.input_type == "tensor(float16)")
+
+
+def _from_shape(height: int | None, width: int | None) -> Preprocessing:
+    """For a graph of unknown origin: the preprocessing of ImageNet at the graph's size."""
+    if height is None or width is None or (height, width) == (224, 224):
+        return Preprocessing()
+    return Preprocessing(height, width, max(height, width))

@@ -1,0 +1,206 @@
+"""An ONNX graph whose weights stay outside the protobuf until it is written: small to simplify, cheap to save.
+
+Protobuf messages may be concatenated field by field. So the file is the serialized graph without weights, followed by
+one `initializer` field a weight, written straight from its array: no second copy of the weights is ever in memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+import onnx.checker
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from repvgg_deploy.errors import GraphError
+
+Array = NDArray[Any]
+TWO_GIB = 1 << 31
+"""No protobuf may be larger; beyond it the weights go to a file of their own."""
+
+
+@dataclass
+class GraphBuilder:
+    """Collects nodes and weights; every method returns the name of the tensor that it makes."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    weights: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """A node `op` that makes the tensor `output`, after which it is named."""
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def weight(self, name: str, value: Array) -> str:
+        """An initializer."""
+        if name in self.weights:
+            raise ValueError(f"two initializers are called {name}")
+        self.weights[name] = value
+        return name
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """A graph in two parts: `model`, the protobuf without any initializer, and the `weights` by name."""
+
+    model: onnx.ModelProto
+    weights: Mapping[str, Array]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights."""
+        return sum(array.nbytes for array in self.weights.values())
+
+    def op_histogram(self) -> dict[str, int]:
+        """How many nodes of each operator there are, operators in alphabetical order."""
+        ops = [node.op_type for node in self.model.graph.node]
+        return {op: ops.count(op) for op in sorted(set(ops))}
+
+    def to_proto(self) -> onnx.ModelProto:
+        """The whole graph as one protobuf in memory, for graphs below 2 GiB."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for name, array in self.weights.items():
+            header = onnx.TensorProto.FromString(_tensor_header(name, array))
+            header.raw_data = np.ascontiguousarray(array).tobytes()
+            model.graph.initializer.append(header)
+        return model
+
+
+def make_graph(
+    builder: GraphBuilder,
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    opset: int,
+    metadata: Mapping[str, str],
+    producer: tuple[str, str],
+) -> OnnxGraph:
+    """The nodes and weights of `builder` as a graph, simplified by onnxsim and fully checked.
+
+    Raises:
+        GraphError: the graph is not valid ONNX.
+    """
+    graph = helper.make_graph(builder.nodes, "repvgg", [*inputs, *_as_inputs(builder.weights)], outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    # The lowest IR version that has the opset is what the most runtimes can read.
+    model.ir_version = helper.find_min_ir_version_for(list(model.opset_import))
+    simplified = _simplify(model)
+    try:
+        onnx.checker.check_model(simplified, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise GraphError(f"the graph is not valid ONNX: {error}", "try another --opset") from error
+    weights = {item.name: builder.weights[item.name] for item in simplified.graph.input if item.name in builder.weights}
+    weights |= {item.name: onnx.numpy_helper.to_array(item) for item in simplified.graph.initializer}
+    for kept in [item for item in simplified.graph.input if item.name in weights]:
+        simplified.graph.input.remove(kept)
+    del simplified.graph.initializer[:]
+    del simplified.graph.value_info[:]
+    simplified.producer_name, simplified.producer_version = producer
+    helper.set_model_props(simplified, dict(sorted(metadata.items())))
+    return OnnxGraph(simplified, weights)
+
+
+def _as_inputs(weights: Mapping[str, Array]) -> list[onnx.ValueInfoProto]:
+    """Declarations of the weights as inputs: onnxsim and the checker see types and shapes, and need no values."""
+    return [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in weights.items()
+    ]
+
+
+def _simplify(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxsim
+
+    ir_version = model.ir_version
+    simplified: onnx.ModelProto = onnxsim.simplify(model, check_n=0)[0]
+    simplified.ir_version = ir_version
+    return simplified
+
+
+def write_graph(graph: OnnxGraph, path: Path, external_above: int = TWO_GIB - (1 << 20)) -> None:
+    """Write `graph` to `path`; identical graphs give identical bytes.
+
+    Where the weights take more than `external_above` bytes they go to `<path>.data` beside it.
+    """
+    external = graph.weight_bytes > external_above
+    rest = onnx.ModelProto()
+    rest.CopyFrom(graph.model)
+    rest.ClearField("graph")
+    skeleton = graph.model.graph.SerializeToString(deterministic=True)
+    headers = _external_headers(graph, path) if external else _inline_headers(graph)
+    sizes = [
+        len(header) + (0 if external else array.nbytes)
+        for header, array in zip(headers, graph.weights.values(), strict=True)
+    ]
+    fields = [_field(_GRAPH_INITIALIZER, size) for size in sizes]
+    total = len(skeleton) + sum(sizes) + sum(map(len, fields))
+    with path.open("wb") as file:
+        file.write(rest.SerializeToString(deterministic=True))
+        file.write(_field(_MODEL_GRAPH, total))
+        file.write(skeleton)
+        for prefix, header, array in zip(fields, headers, graph.weights.values(), strict=True):
+            file.write(prefix)
+            file.write(header)
+            if not external:
+                _write_array(file, array)
+    if external:
+        with path.with_name(path.name + ".data").open("wb") as file:
+            for array in graph.weights.values():
+                file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+                _write_array(file, array)
+
+
+# Field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
+_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 7, 5, 9
+# What a runtime can map into memory directly.
+_ALIGNMENT = 4096
+
+
+def _field(number: int, size: int) -> bytes:
+    """The tag and length that stand before a length-delimited protobuf field."""
+    return bytes([number << 3 | 2]) + _varint(size)
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _tensor_header(name: str, array: Array) -> bytes:
+    header = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+    return bytes(header.SerializeToString(deterministic=True))
+
+
+def _inline_headers(graph: OnnxGraph) -> list[bytes]:
+    return [_tensor_header(n, a) + _field(_TENSOR_RAW_DATA, a.nbytes) for n, a in graph.weights.items()]
+
+
+def _external_headers(graph: OnnxGraph, path: Path) -> list[bytes]:
+    headers, offset = [], 0
+    for name, array in graph.weights.items():
+        offset += -offset % _ALIGNMENT
+        tensor = TensorProto.FromString(_tensor_header(name, array))
+        tensor.data_location = TensorProto.EXTERNAL
+        where = {"location": path.name + ".data", "offset": str(offset), "length": str(array.nbytes)}
+        for key, value in where.items():
+            tensor.external_data.add(key=key, value=value)
+        headers.append(tensor.SerializeToString(deterministic=True))
+        offset += array.nbytes
+    return headers
+
+
+def _write_array(file: BinaryIO, array: Array) -> None:
+    little = np.ascontiguousarray(array)
+    if little.dtype.byteorder == ">" or struct.pack("=H", 1) != struct.pack("<H", 1):
+        little = little.byteswap()
+    file.write(little.reshape(-1).view(np.uint8).data if little.size else b"")

@@ -1,0 +1,51 @@
+"""How far two sets of logits are from each other, and what is too far."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repvgg_deploy.artifacts import Parity
+from repvgg_deploy.errors import VerificationError
+
+
+def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) -> Parity:
+    """The differences of `candidate` from `reference`, both (images, classes), computed in float64.
+
+    Raises:
+        VerificationError: the shapes differ, or one of them holds NaN or Inf.
+    """
+    if reference.shape != candidate.shape:
+        raise VerificationError(
+            f"the outputs have different shapes: {reference.shape} and {candidate.shape}",
+            "the models do not have the same classes, or not the same outputs",
+        )
+    a, b = (array.astype(np.float64).reshape(len(array), -1) for array in (reference, candidate))
+    for array, which in ((a, "first"), (b, "second")):
+        if not np.isfinite(array).all():
+            raise VerificationError(f"the {which} model's outputs hold NaN or Inf", "in FP16: values beyond 65504")
+    difference = b - a
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    both_zero = (norms[0] == 0) & (norms[1] == 0)
+    cosine = (a * b).sum(1) / np.maximum(norms[0] * norms[1], np.finfo(np.float64).tiny)
+    return Parity(
+        max_abs=float(np.abs(difference).max(initial=0.0)),
+        relative=float(np.linalg.norm(difference) / max(float(np.linalg.norm(a)), np.finfo(np.float64).tiny)),
+        cosine=float(np.where(both_zero, 1.0, cosine).min(initial=1.0)),
+        top1_agreement=float((a.argmax(1) == b.argmax(1)).mean()) if len(a) else 1.0,
+        images=len(a),
+    )
+
+
+def require_parity(stage: str, parity: Parity, max_relative: float) -> None:
+    """Nothing, where `parity` is within `max_relative`; otherwise the command fails.
+
+    Raises:
+        VerificationError: the relative difference is larger, or no number.
+    """
+    if not parity.relative <= max_relative:
+        raise VerificationError(
+            f"{stage}: the outputs differ by {parity.relative:.2e} relative, more than the {max_relative:.0e} allowed",
+            f"largest difference {parity.max_abs:.3g}, top-1 agreement {parity.top1_agreement:.1%} "
+            f"on {parity.images} images; nothing was written",
+        )

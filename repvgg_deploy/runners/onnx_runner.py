@@ -1,0 +1,81 @@
+"""ONNX graphs in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.runners import Array
+
+
+class OnnxRunner:
+    """An ONNX file in ONNX Runtime, on the provider that was asked for and on no other.
+
+    Attributes:
+        metadata: the `metadata_props` of the graph.
+        input_shape: of the input, None where a dimension is dynamic.
+        input_type: as ONNX Runtime names it, for example `tensor(float)`.
+    """
+
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int = 0) -> None:
+        runtime = import_onnxruntime()
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+        try:
+            self._session = runtime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:
+            # ONNX Runtime's exceptions share no base class but Exception.
+            if type(error).__module__.split(".")[0] != "onnxruntime":
+                raise
+            first = str(error).splitlines()[0]
+            raise GraphError(f"ONNX Runtime does not load {path}: {first}", "check the file with `inspect`") from error
+        if self._session.get_providers()[0] != provider:
+            raise DeployError(
+                f"ONNX Runtime cannot use {provider} here; it would have run on the CPU instead",
+                "install what that provider needs, or leave it out; `repvgg-deploy doctor` tells more",
+            )
+        self.backend = "onnxruntime-" + provider.removesuffix("ExecutionProvider").lower()
+        self.backend_version: str = runtime.__version__
+        self.metadata: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.precision = self.metadata.get("repvgg_deploy.precision", "unknown")
+        (first_input,) = self._inputs(path)
+        self.input_name: str = first_input.name
+        self.input_type: str = first_input.type
+        self.input_shape = tuple(size if isinstance(size, int) else None for size in first_input.shape)
+        self.output_names: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
+
+    def _inputs(self, path: Path) -> Sequence[Any]:
+        inputs = list(self._session.get_inputs())
+        if len(inputs) != 1 or len(inputs[0].shape) != 4:
+            raise GraphError(f"{path} does not take one batch of images", "an image classifier has one input N,C,H,W")
+        return inputs
+
+    @property
+    def batch(self) -> int | None:
+        """The one batch that the graph takes, or None for any."""
+        return self.input_shape[0]
+
+    def run(self, images: Array) -> dict[str, Array]:
+        """The outputs by name for a batch of images as the graph declares its input."""
+        values = self._session.run(None, {self.input_name: images})
+        return dict(zip(self.output_names, values, strict=True))
+
+
+def import_onnxruntime() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        DeployError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DeployError(
+            "ONNX Runtime is not installed, so no ONNX graph can be verified",
+            "pip install 'repvgg-deploy[cpu]', or 'repvgg-deploy[gpu]' for CUDA; never both",
+        ) from error
+    return onnxruntime

@@ -1,0 +1,59 @@
+"""Files that appear all at once or not at all: written beside their place, fsynced, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from repvgg_deploy.errors import DeployError
+
+
+@contextmanager
+def stage_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files replace those of `folder` when the block ends; after an error, none does.
+
+    The temporary folder lies inside `folder`, so that the renames stay on one file system.
+
+    Raises:
+        DeployError: `folder` cannot be made or written to, or the disk is full.
+    """
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".repvgg-deploy-", dir=folder))
+    except OSError as error:
+        raise DeployError(f"cannot write to {folder}: {error.strerror}", "choose another place with -o") from error
+    finished = False
+    try:
+        yield staging
+        _publish(staging, folder)
+        finished = True
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise DeployError(
+            f"cannot write to {folder}: {error.strerror}", "free some space or choose another -o"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not finished:
+            for parent in made:
+                # A folder that this call made, and that is empty still, is taken back as well.
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    names = sorted(path.name for path in staging.iterdir())
+    for name in names:
+        with (staging / name).open("rb") as file:
+            os.fsync(file.fileno())
+    blocked = next((name for name in names if (folder / name).is_dir()), None)
+    if blocked is not None:
+        raise DeployError(f"{folder / blocked} is a directory, so no file can take its place", "choose another -o")
+    for name in names:
+        (staging / name).replace(folder / name)
