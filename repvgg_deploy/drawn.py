@@ -99,9 +99,9 @@ def draw_image(label: int, seed: int, size: int = 64) -> Image.Image:
     scene, pixels = (np.random.Generator(np.random.PCG64([part, label, seed])) for part in (0, 1))
     grid = _grid(size)
     ground = (scene.uniform(0.3, 0.7) + scene.uniform(-0.2, 0.2, 3)).astype(np.float32)
-    canvas = ground + _texture(scene, pixels, size, 0.03, 0.16)
+    canvas = ground + _texture(scene, pixels, size, 0.03, 0.15)
     centre = scene.uniform(-0.3, 0.3, 2)
-    radius = scene.uniform(0.45, 0.82)
+    radius = scene.uniform(0.48, 0.82)
     surface = _texture(scene, pixels, size, 0.0, 0.1)
     figure = _coverage(_FIGURES[CLASS_NAMES[label]], *_placed(scene, grid, centre, radius))
     canvas = _blend(canvas, figure, _paint(scene, ground) + surface)
@@ -182,7 +182,7 @@ def _occluder(
     scene: np.random.Generator, grid: tuple[Array, Array], centre: npt.NDArray[np.float64], radius: float
 ) -> tuple[Callable[[Array, Array], Mask], Array, Array]:
     """Something that hides a part of the figure: an ellipse near its rim, or a bar across the picture."""
-    direction, distance = scene.uniform(0, 2 * np.pi), scene.uniform(0.4, 1.3) * radius
+    direction, distance = scene.uniform(0, 2 * np.pi), scene.uniform(0.5, 1.3) * radius
     at = centre + distance * np.array([np.cos(direction), np.sin(direction)])
     extent = scene.uniform(0.06, 0.26)
     is_bar = bool(scene.random() < 0.4)
@@ -205,7 +205,7 @@ def _blend(canvas: Array, coverage: Array, paint: Array) -> Array:
 def _paint(scene: np.random.Generator, ground: Array) -> Array:
     """A colour at a random distance from that of the ground, in a random direction."""
     direction = scene.standard_normal(3)
-    step = scene.uniform(0.28, 0.58) * direction / np.linalg.norm(direction)
+    step = scene.uniform(0.32, 0.62) * direction / np.linalg.norm(direction)
     return np.clip(ground + step, 0.0, 1.0).astype(np.float32)
 
 
@@ -241,7 +241,7 @@ def _light(scene: np.random.Generator, size: int) -> Array:
 
 def _photograph(canvas: Array, scene: np.random.Generator, pixels: np.random.Generator, size: int) -> Image.Image:
     """The scene as a camera sees it: blurred, with sensor noise, in 8 bits."""
-    blur, noise = scene.uniform(0.0, 1.2) * size / 64, scene.uniform(0.01, 0.07)
+    blur, noise = scene.uniform(0.0, 1.1) * size / 64, scene.uniform(0.01, 0.06)
     sharp = Image.fromarray((np.clip(canvas, 0.0, 1.0) * 255 + 0.5).astype(np.uint8))
     blurred = np.asarray(sharp.filter(ImageFilter.GaussianBlur(blur)), np.float32)
     grain = pixels.standard_normal((size, size, 3), dtype=np.float32) * np.float32(255 * noise)

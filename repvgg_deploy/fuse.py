@@ -86,53 +86,53 @@ def equivalent_kernel_bias(block: nn.Module, dtype: torch.dtype = torch.float64)
     return _kernel_and_bias(parts, dtype)
 
 
-def _kernel_and_bias(parts: BlockParts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    width, per_group, size, _ = parts.conv.weight.shape
+def _kernel_and_bias(parts: BlockParts, dtype: torch.dtype, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """The kernel and bias of the output channels `rows`."""
+    per_group, size = parts.conv.weight.shape[1:3]
     center = size // 2
     # The largest kernel first: the others are added into it, so that no second tensor of its size is needed.
     ordered = sorted(parts.branches, key=lambda branch: branch[0] is not parts.conv)
-    kernel, bias = _scaled(*ordered[0], dtype)
+    kernel, bias = _scaled(parts.conv, ordered[0][1], dtype, rows)
     for conv, norm in ordered[1:]:
         if conv is None:
-            scale, shift = _affine(norm, width, bias)
-            out = torch.arange(width, device=kernel.device)
-            kernel[out, out % per_group, center, center] += scale
+            out = torch.arange(parts.conv.out_channels, device=kernel.device)[rows]
+            scale, shift = _affine(norm, bias, rows)
+            kernel[torch.arange(len(out), device=out.device), out % per_group, center, center] += scale
         else:
-            weight, shift = _scaled(conv, norm, dtype)
+            weight, shift = _scaled(conv, norm, dtype, rows)
             inner = slice(center - weight.shape[2] // 2, center + weight.shape[2] // 2 + 1)
             kernel[:, :, inner, inner] += weight
         bias = bias + shift
     if parts.norm_after_sum is not None:
-        scale, shift = _affine(parts.norm_after_sum, width, bias)
+        scale, shift = _affine(parts.norm_after_sum, bias, rows)
         kernel, bias = kernel * scale[:, None, None, None], bias * scale + shift
     return kernel, bias
 
 
-def _scaled(conv: nn.Conv2d | None, norm: _BatchNorm | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scaled(conv: nn.Conv2d, norm: _BatchNorm | None, dtype: torch.dtype, rows: slice) -> tuple[Tensor, Tensor]:
     """A convolution and the BN behind it, as a kernel and a bias."""
-    weight = cast(nn.Conv2d, conv).weight
-    like = torch.empty(0, dtype=dtype, device=weight.device)
-    scale, shift = _affine(norm, weight.shape[0], like)
-    bias = cast(nn.Conv2d, conv).bias
-    return weight.to(dtype) * scale[:, None, None, None], shift if bias is None else shift + bias.to(dtype) * scale
+    weight = conv.weight[rows].to(dtype)
+    scale, shift = _affine(norm, weight[:, 0, 0, 0], rows)
+    if conv.bias is not None:
+        shift = shift + conv.bias[rows].to(dtype) * scale
+    return weight * scale[:, None, None, None], shift
 
 
-def _affine(norm: _BatchNorm | None, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _affine(norm: _BatchNorm | None, like: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """What a BN does in evaluation, as (t, β − μt); (1, 0) where there is none."""
     if norm is None:
-        return like.new_ones(channels), like.new_zeros(channels)
-    mean = cast(Tensor, norm.running_mean).to(like.dtype)
-    variance = cast(Tensor, norm.running_var).to(like.dtype)
+        return torch.ones_like(like), torch.zeros_like(like)
+    mean = cast(Tensor, norm.running_mean)[rows].to(like.dtype)
+    variance = cast(Tensor, norm.running_var)[rows].to(like.dtype)
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.to(like.dtype)
+        scale = scale * norm.weight[rows].to(like.dtype)
     shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.to(like.dtype)
+    return scale, shift if norm.bias is None else shift + norm.bias[rows].to(like.dtype)
 
 
 @torch.no_grad()
 def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -> FusedBlock:
-    kernel, bias = _kernel_and_bias(parts, torch.float64)
     like = parts.conv
     with torch.device("meta"):
         conv = nn.Conv2d(
@@ -144,11 +144,20 @@ def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -
             cast(tuple[int, int], like.dilation),
             like.groups,
         )
-    dtype = dtype or like.weight.dtype
-    conv.weight = nn.Parameter(kernel.to(dtype))
-    conv.bias = nn.Parameter(bias.to(dtype))
+    weight = torch.empty_like(like.weight, dtype=dtype, memory_format=torch.contiguous_format)
+    bias = torch.empty_like(weight[:, 0, 0, 0], memory_format=torch.contiguous_format)
+    # A few output channels at a time: float64 copies of a whole kernel would be the largest tensors of an export.
+    step = max(1, _CHUNK // max(1, weight[0].numel()))
+    for start in range(0, like.out_channels, step):
+        rows = slice(start, start + step)
+        weight[rows], bias[rows] = _kernel_and_bias(parts, torch.float64, rows)
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
     rest = [copy.deepcopy(part) for part in (parts.se_before, parts.act, parts.se_after)]
     return FusedBlock(conv, *rest).train(training)
+
+
+_CHUNK = 1 << 19
+"""Values of a kernel that are in float64 at a time."""
 
 
 # How each library names the parts of its block. `branches` are (attribute, is it the identity), the rest attributes.

@@ -71,6 +71,8 @@ class Model:
     """A classifier that can be run on pixels.
 
     Attributes:
+        classes: how many there are; None where the model does not say.
+        channels: of the input; None where the model does not say.
         takes_pixels: the model takes uint8 NHWC and normalizes itself.
         half_input: its input is float16.
     """
@@ -79,6 +81,8 @@ class Model:
     runner: Runner
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
+    classes: int | None = None
+    channels: int | None = None
     takes_pixels: bool = False
     half_input: bool = False
 
@@ -140,11 +144,20 @@ def open_model(
             raise DeployError(f"{path} is an engine, and no engine backend is here", "give the ONNX graph beside it")
         checkpoint = load_checkpoint(path, arch, ema)
         preprocessing = choose_preprocessing(checkpoint, options)
-        return Model(path, TorchRunner(build(checkpoint)), preprocessing, checkpoint.class_names)
+        classes = checkpoint.spec.classes
+        return Model(
+            path,
+            TorchRunner(build(checkpoint)),
+            preprocessing,
+            checkpoint.class_names,
+            classes,
+            checkpoint.spec.in_channels,
+        )
     runner = OnnxRunner(path)
     provenance = read_metadata(runner.metadata)
     takes_pixels = runner.input_type == "tensor(uint8)"
     height, width = runner.input_shape[1:3] if takes_pixels else runner.input_shape[2:4]
+    channels = runner.input_shape[3] if takes_pixels else runner.input_shape[1]
     base = provenance.preprocessing if provenance is not None else None
     preprocessing = options.apply(base or _from_shape(height, width))
     if (height, width) != (None, None) and (height, width) != (preprocessing.height, preprocessing.width):
@@ -153,7 +166,23 @@ def open_model(
             "leave --size out, or export for that size",
         )
     class_names = provenance.class_names if provenance is not None else None
-    return Model(path, runner, preprocessing, class_names, takes_pixels, runner.input_type == "tensor(float16)")
+    return Model(
+        path,
+        runner,
+        preprocessing,
+        class_names,
+        _classes(runner),
+        channels,
+        takes_pixels,
+        runner.input_type == "tensor(float16)",
+    )
+
+
+def _classes(runner: OnnxRunner) -> int | None:
+    """The classes of a graph; a top-k graph says in its metadata."""
+    if "classes" in runner.output_names:
+        return int(runner.metadata["repvgg_deploy.classes"]) if "repvgg_deploy.classes" in runner.metadata else None
+    return runner.output_shapes[0][-1]
 
 
 def _from_shape(height: int | None, width: int | None) -> Preprocessing:

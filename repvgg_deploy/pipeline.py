@@ -18,6 +18,7 @@ from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, Provenance
 from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
 from repvgg_deploy.cost import count_parameters
 from repvgg_deploy.errors import DeployError, VerificationError
+from repvgg_deploy.evaluate import softmax
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.images import normalize
 from repvgg_deploy.model import Model, PreprocessingOptions, choose_preprocessing
@@ -81,6 +82,11 @@ class ExportResult:
     rounding: Fp16Rounding | None
     seconds: float
     peak_bytes: int
+
+    @property
+    def arch(self) -> str:
+        """The architecture's name."""
+        return self.checkpoint.arch
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `export --json` prints."""
@@ -201,6 +207,7 @@ def _metadata(request: ExportRequest, checkpoint: Checkpoint, preprocessing: Pre
         preprocessing=preprocessing,
         class_names=names,
         tools=tool_versions(),
+        extra={"classes": checkpoint.spec.classes},
     )
     return make_metadata(provenance)
 
@@ -221,7 +228,9 @@ def _compare_graph(
     expected: np.ndarray[Any, np.dtype[np.float32]],
     request: ExportRequest,
 ) -> Parity:
-    model = Model(path, OnnxRunner(path), preprocessing, None, request.uint8_input, request.io is Precision.FP16)
+    model = Model(
+        path, OnnxRunner(path, quick_start=True), preprocessing, None, request.uint8_input, request.io is Precision.FP16
+    )
     images = inputs.full if request.uint8_input else normalize(inputs.full, preprocessing)
     outputs = model.run_images(images)
     reference, candidate = comparable(expected, outputs, request.softmax)
@@ -231,18 +240,13 @@ def _compare_graph(
 
 
 def comparable(
-    logits: np.ndarray[Any, Any], outputs: dict[str, np.ndarray[Any, Any]], softmax: bool
+    logits: np.ndarray[Any, Any], outputs: dict[str, np.ndarray[Any, Any]], as_probabilities: bool
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """What of the logits is to be compared with what a graph gives: all scores, or the best K of its own choice."""
-    scores = _softmax(logits) if softmax else logits
+    scores = softmax(logits) if as_probabilities else logits
     if "classes" not in outputs:
         return scores, next(iter(outputs.values()))
     return np.take_along_axis(scores, outputs["classes"], axis=1), outputs["scores"]
-
-
-def _softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
 def file_stem(checkpoint: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
@@ -18,11 +19,23 @@ def run_in_float64(net: RepVGG, images: NDArray[np.floating[Any]]) -> NDArray[np
     One block at a time is in float64, so the net is never in memory twice.
     """
     x = torch.from_numpy(np.asarray(images, dtype=np.float64))
+    workspace: dict[str, Tensor] = {}
     for block in net.blocks():
-        wide = {name: tensor.double() for name, tensor in block.state_dict().items() if tensor.is_floating_point()}
+        wide = {
+            name: _widen(name, tensor, workspace)
+            for name, tensor in block.state_dict().items()
+            if tensor.is_floating_point()
+        }
         x = torch.func.functional_call(block, wide, (x,))
     logits = torch.nn.functional.linear(x.mean((2, 3)), net.classifier.weight.double(), net.classifier.bias.double())
     return cast("NDArray[np.float64]", logits.numpy())
+
+
+def _widen(name: str, tensor: Tensor, workspace: dict[str, Tensor]) -> Tensor:
+    """`tensor` in float64, in memory that the blocks share: fresh pages would cost more than the arithmetic."""
+    if name not in workspace or workspace[name].numel() < tensor.numel():
+        workspace[name] = torch.empty(tensor.numel(), dtype=torch.float64)
+    return workspace[name][: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 @torch.no_grad()

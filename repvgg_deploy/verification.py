@@ -44,7 +44,7 @@ def choose_inputs(
     """
     height, width = preprocessing.height, preprocessing.width
     if full:
-        pixels = _read_pixels(preprocessing, spec.in_channels, _FULL_IMAGES, data)
+        pixels = choose_pixels(preprocessing, spec.in_channels, _FULL_IMAGES, data)
         return VerificationInputs(pixels, pixels)
     count = 4
     scale = min(1.0, (_FLOAT64_BUDGET / (count * count_flops(spec, height, width))) ** 0.5)
@@ -55,12 +55,12 @@ def choose_inputs(
     per_image = count_flops(spec, preprocessing.height, preprocessing.width)
     affordable = int(min(_MOST_IMAGES, max(2, _FLOAT32_BUDGET // per_image)))
     return VerificationInputs(
-        _read_pixels(small, spec.in_channels, count, data),
-        _read_pixels(preprocessing, spec.in_channels, affordable, data),
+        choose_pixels(small, spec.in_channels, count, data),
+        choose_pixels(preprocessing, spec.in_channels, affordable, data),
     )
 
 
-def _read_pixels(preprocessing: Preprocessing, channels: int, count: int, data: Path | None) -> Pixels:
+def choose_pixels(preprocessing: Preprocessing, channels: int, count: int, data: Path | None = None) -> Pixels:
     """`count` images, the last of them noise; of a net that takes no RGB all are noise."""
     height, width = preprocessing.height, preprocessing.width
     noise = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repvgg_deploy.archs import ArchSpec, describe, find_card
 from repvgg_deploy.checkpoints import holocron, official, official_plus, openmmlab, qarepvgg, repoptimizers, timm
@@ -205,7 +205,7 @@ def _complete(spec: ArchSpec, keys: KeyMap, found: Mapping[str, Tensor]) -> dict
     ]
     if strange:
         raise CheckpointError(f"{strange[0]} is no floating-point tensor", "give the checkpoint before quantization")
-    return {name: nn.Parameter(tensor.to(wide), requires_grad=False).data for name, tensor in tensors.items()}
+    return {name: tensor.to(wide) for name, tensor in tensors.items()}
 
 
 def _incomplete(spec: ArchSpec) -> str:

@@ -19,10 +19,15 @@ class OnnxRunner:
         input_type: as ONNX Runtime names it, for example `tensor(float)`.
     """
 
-    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int = 0) -> None:
+    def __init__(
+        self, path: Path, provider: str = "CPUExecutionProvider", threads: int = 0, quick_start: bool = False
+    ) -> None:
+        """Open `path`; with `quick_start` without the blocked weight layout, which costs more than it gains."""
         runtime = import_onnxruntime()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
+        if quick_start:
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.log_severity_level = 4
         providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
         try:
@@ -46,7 +51,9 @@ class OnnxRunner:
         self.input_name: str = first_input.name
         self.input_type: str = first_input.type
         self.input_shape = tuple(size if isinstance(size, int) else None for size in first_input.shape)
-        self.output_names: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
+        outputs = self._session.get_outputs()
+        self.output_names: tuple[str, ...] = tuple(output.name for output in outputs)
+        self.output_shapes = [tuple(s if isinstance(s, int) else None for s in output.shape) for output in outputs]
 
     def _inputs(self, path: Path) -> Sequence[Any]:
         inputs = list(self._session.get_inputs())

@@ -1,0 +1,276 @@
+"""The command line: options in, one call, output out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from repvgg_deploy import __version__
+from repvgg_deploy.cli_options import (
+    checkpoint_options,
+    json_option,
+    path_argument,
+    preprocessing_options,
+    take_preprocessing,
+)
+from repvgg_deploy.errors import DeployError, ThresholdError
+
+
+class _Group(click.Group):
+    """The one place that prints an error a user can mend; anything else keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DeployError as error:
+            click.echo(f"error: {error.message}", err=True)
+            if error.hint:
+                click.echo(f"hint: {error.hint}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="repvgg-deploy")
+def main() -> None:
+    """Deployment compiler for RepVGG image classifiers.
+
+    A checkpoint of any library goes in; a verified, simplified ONNX graph comes out.
+    """
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A progress bar on a terminal, nothing in a pipe; yields what `evaluate` calls with the total."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+
+        def start(total: int) -> Callable[[int], None]:
+            task = bar.add_task(label, total=total)
+            return lambda done: bar.advance(task, done)
+
+        yield start
+
+
+def _read_labels(path: Path | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeployError(f"cannot read the labels {path} ({error})", "a text file, one class a line") from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+@main.command()
+@path_argument("ckpt")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), metavar="DIR", help="Where to write.")
+@click.option("--fp16", is_flag=True, help="A float16 graph.")
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Fix the batch; dynamic by default.")
+@click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, from 13.")
+@click.option(
+    "--io", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Type of input/output."
+)
+@click.option("--uint8-input", is_flag=True, help="Take uint8 NHWC pixels; normalize inside the graph.")
+@click.option("--softmax", is_flag=True, help="Give probabilities in place of logits.")
+@click.option("--topk", type=click.IntRange(min=1), metavar="K", help="Give the K best scores and classes.")
+@click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="Class names, one a line.")
+@click.option("--bn-eps", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="The BNs' epsilon [1e-05].")
+@click.option("--verify-data", type=click.Path(path_type=Path), metavar="DIR", help="Images to verify on.")
+@click.option("--verify-full", is_flag=True, help="Verify every stage at full size on 16 images.")
+@checkpoint_options
+@preprocessing_options
+@json_option
+def export(ckpt: Path, output: Path, fp16: bool, io: str, labels: Path | None, as_json: bool, **options: Any) -> None:
+    """Write the verified, simplified ONNX graph of a checkpoint.
+
+    The file is DIR/<checkpoint stem>.<precision>.onnx. Each stage is compared with the one before on real inputs;
+    where they differ nothing is written.
+    """
+    from repvgg_deploy import report
+    from repvgg_deploy.artifacts import Precision
+    from repvgg_deploy.pipeline import ExportRequest
+    from repvgg_deploy.pipeline import export as run_export
+
+    request = ExportRequest(
+        checkpoint=ckpt,
+        output=output,
+        precision=Precision.FP16 if fp16 else Precision.FP32,
+        io=Precision(io),
+        class_names=_read_labels(labels),
+        preprocessing=take_preprocessing(options),
+        **options,
+    )
+    result = run_export(request, _say)
+    if as_json:
+        report.print_json(result.to_dict())
+        return
+    rows = [
+        [stage, p.images, p.max_abs, p.relative, p.cosine, f"{p.top1_agreement:.1%}"]
+        for stage, p in result.parity.items()
+    ]
+    report.print_table(["stage", "images", "max abs", "relative", "cosine", "top-1 agreement"], rows)
+    if result.rounding is not None:
+        r = result.rounding
+        click.echo(f"fp16: {r.subnormal:,} of {r.values:,} weights are subnormal, {r.flushed_to_zero:,} became zero")
+    mega = result.onnx.stat().st_size / 1e6
+    click.echo(f"{result.onnx}  {mega:.1f} MB, {result.arch}, {result.seconds:.1f} s")
+
+
+@main.command()
+@path_argument("ckpt")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="What to write.")
+@click.option("--layout", type=click.Choice(["official", "timm"]), help="Whose names; the checkpoint's own by default.")
+@click.option("--bn-eps", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="The BNs' epsilon [1e-05].")
+@checkpoint_options
+@json_option
+def fuse(ckpt: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Write a checkpoint's deploy form, for the official code or timm to load."""
+    from repvgg_deploy import report
+    from repvgg_deploy.deploy_form import write_fused
+
+    written = write_fused(ckpt, output, **options)
+    values = {
+        "file": str(written.path),
+        "arch": written.arch,
+        "layout": written.layout,
+        "parameters": written.parameters,
+        "parity": written.parity.to_dict(),
+    }
+    if as_json:
+        report.print_json(values)
+    else:
+        report.print_fields(values)
+
+
+@main.command()
+@path_argument("file")
+@checkpoint_options
+@json_option
+def inspect(file: Path, as_json: bool, **options: Any) -> None:
+    """Say what a checkpoint or an ONNX graph is."""
+    from repvgg_deploy import report
+    from repvgg_deploy.inspection import inspect_file
+
+    description = inspect_file(file, **options)
+    if as_json:
+        report.print_json(description)
+    else:
+        report.print_fields(description)
+
+
+@main.command()
+@json_option
+def archs(as_json: bool) -> None:
+    """List the architectures that have a card."""
+    from repvgg_deploy import report
+    from repvgg_deploy.archs import load_cards
+    from repvgg_deploy.inspection import describe_card
+
+    rows = [describe_card(card) for card in load_cards().values()]
+    if as_json:
+        report.print_json({"archs": rows})
+        return
+    columns = [
+        "arch",
+        "blocks",
+        "widths",
+        "groups",
+        "params train M",
+        "deploy M",
+        "size",
+        "FLOPs train G",
+        "deploy G",
+        "top-1 %",
+    ]
+    table = [
+        [
+            row["arch"],
+            ",".join(map(str, row["blocks"])),
+            ",".join(map(str, row["widths"])),
+            row["groups"],
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['parameters_deploy'] / 1e6:.2f}",
+            row["input_size"],
+            f"{row['flops'] / 1e9:.2f}",
+            f"{row['flops_deploy'] / 1e9:.2f}",
+            "–" if row["top1"] is None else f"{row['top1']:.2f}",
+        ]
+        for row in rows
+    ]
+    report.print_table(columns, table)
+
+
+@main.command()
+@path_argument("a")
+@path_argument("b")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Images; drawn ones by default.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="At most N images of DIR.")
+@click.option("--max-relative", type=float, metavar="R", help="Fail beyond; by default by the models' precision.")
+@click.option("--max-abs", type=float, metavar="X", help="Fail beyond this difference of a logit.")
+@click.option("--max-disagreement", type=float, metavar="P", help="Fail beyond P percent other top-1 classes.")
+@checkpoint_options
+@preprocessing_options
+@json_option
+def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
+    """Compare the outputs of two models, and fail beyond the tolerance.
+
+    A and B are checkpoints or ONNX graphs. Both get the same images, prepared as the metadata of an exported graph
+    say, or else the architecture's card.
+    """
+    from repvgg_deploy import report
+    from repvgg_deploy.evaluate import Tolerance, verify_models
+
+    tolerance = Tolerance(options.pop("max_relative"), options.pop("max_abs"), options.pop("max_disagreement"))
+    preprocessing = take_preprocessing(options)
+    parity = verify_models(a, b, preprocessing, tolerance, **options)
+    values = {"a": str(a), "b": str(b), **parity.to_dict()}
+    if as_json:
+        report.print_json(values)
+    else:
+        report.print_fields(values)
+
+
+@main.command(name="eval")
+@path_argument("model")
+@click.option("--data", type=click.Path(path_type=Path), required=True, metavar="DIR", help="DIR/<class>/*.jpg.")
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="Images a run.")
+@click.option("--strict", is_flag=True, help="A broken image is an error.")
+@click.option("--min-top1", type=float, metavar="P", help="Fail below P percent.")
+@checkpoint_options
+@preprocessing_options
+@json_option
+def eval_(
+    model: Path, data: Path, batch: int, strict: bool, min_top1: float | None, as_json: bool, **options: Any
+) -> None:
+    """Top-1 and top-5 accuracy of a model on a folder of images.
+
+    Each folder in DIR is a class; their sorted order is that of the model's outputs.
+    """
+    from repvgg_deploy import report
+    from repvgg_deploy.evaluate import evaluate
+    from repvgg_deploy.model import open_model
+
+    preprocessing = take_preprocessing(options)
+    opened = open_model(model, preprocessing, **options)
+    with _progress("evaluating") as start:
+        result = evaluate(opened, data, batch, strict, start)
+    for path, reason in result.broken.items():
+        _say(f"left out: {reason if path in reason else f'{path}: {reason}'}")
+    if as_json:
+        report.print_json(result.to_dict())
+    else:
+        report.print_fields({**result.to_dict(), "broken": len(result.broken) or None})
+    if min_top1 is not None and result.top1 < min_top1:
+        raise ThresholdError(f"top-1 is {result.top1:.2f} %, below the {min_top1:g} % asked for")
