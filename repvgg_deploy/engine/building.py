@@ -1,0 +1,228 @@
+"""`build_engine`: an ONNX file becomes a plain TensorRT plan and the side file that says what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from repvgg_deploy.artifacts import Provenance
+from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.engine.cancellation import Cancellation, Progress, make_monitor, run_cancellable
+from repvgg_deploy.engine.gpus import find_gpus
+from repvgg_deploy.engine.messages import Messages, collect_messages, explain_failure
+from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolution_precisions, require_precision
+from repvgg_deploy.engine.onnx_header import read_onnx_metadata
+from repvgg_deploy.engine.options import BuildOptions
+from repvgg_deploy.engine.side_file import SideFile, hash_file, side_path
+from repvgg_deploy.engine.timing_cache import use_timing_cache
+from repvgg_deploy.onnx_export import read_metadata
+
+Say = Callable[[str], None]
+
+
+def _ignore(_share: float, _phase: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built engine: the plan, and what its side file says."""
+
+    plan: Path
+    side: SideFile
+
+    @property
+    def side_path(self) -> Path:
+        """The file beside the plan."""
+        return side_path(self.plan)
+
+
+@dataclass
+class _PlanWriter:
+    """Takes the plan as the library gives it out, piece by piece: no second copy is in memory."""
+
+    file: BinaryIO
+    digest: Any = field(default_factory=hashlib.sha256)
+    size: int = 0
+    seconds: float = 0.0
+    error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write one piece; 0 tells the library that this failed."""
+        start = time.perf_counter()
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            return 0
+        self.digest.update(data)
+        self.size += len(data)
+        self.seconds += time.perf_counter() - start
+        return len(data)
+
+
+def build_engine(
+    onnx: Path,
+    backend: Backend,
+    options: BuildOptions,
+    folder: Path,
+    progress: Progress = _ignore,
+    say: Say = lambda _: None,
+) -> Engine:
+    """Build `onnx` and write `<stem>.plan` and `<stem>.plan.json` to `folder`, a folder of `stage_files`.
+
+    The network is strongly typed, so the engine has the precision of the graph. Ctrl-C ends the build and is raised
+    as KeyboardInterrupt; the folder is then the caller's to drop.
+
+    Raises:
+        GraphError: the library refuses the graph, or its convolutions are not in the precision that it declares.
+        DeployError: an option does not fit, there is no GPU where one is needed, it has too little memory, …
+        OSError: the plan cannot be written.
+    """
+    start = time.perf_counter()
+    options.check(backend)
+    # Hashed by the second core while the first one builds.
+    with ThreadPoolExecutor(1) as pool:
+        provenance = read_metadata(read_onnx_metadata(onnx))
+        onnx_hash = pool.submit(hash_file, onnx)
+        found = find_gpus()
+        parsing = time.perf_counter()
+        parsed = parse_onnx(backend, onnx)
+        parsed_at = time.perf_counter()
+        convolutions = _check_precisions(backend, parsed, provenance)
+        plan = folder / f"{onnx.stem}.plan"
+        gpu = found.gpus[0] if found.gpus else None
+        with collect_messages(backend) as messages, _open_plan(plan) as writer:
+            config, profile = _configure(backend, parsed, options)
+            cache = use_timing_cache(backend, config, gpu, say) if options.timing_cache else nullcontext()
+            with cache:
+                building = time.perf_counter()
+                _build(backend, parsed, config, writer, options, messages, progress)
+                built = time.perf_counter()
+        side = SideFile(
+            sha256=writer.digest.hexdigest(),
+            bytes=writer.size,
+            backend=backend.name,
+            backend_version=backend.version,
+            gpu=gpu,
+            driver=found.driver,
+            profile=profile,
+            inputs=parsed.inputs,
+            outputs=parsed.outputs,
+            options=options,
+            convolutions=convolutions,
+            onnx_sha256=onnx_hash.result(),
+            provenance=provenance,
+            warnings=tuple(dict.fromkeys(messages.warnings)),
+            has_weights=not options.strip_weights,
+            seconds={
+                "parser": parsed_at - parsing,
+                "builder": built - building - writer.seconds,
+                "writing": writer.seconds,
+                "total": time.perf_counter() - start,
+            },
+        )
+    side_path(plan).write_text(side.to_json(), encoding="utf-8")
+    return Engine(plan, side)
+
+
+def _check_precisions(backend: Backend, parsed: ParsedNetwork, provenance: Provenance | None) -> dict[str, int]:
+    precisions = read_convolution_precisions(backend, parsed.network)
+    if provenance is not None:
+        require_precision(precisions, provenance.precision)
+    values = list(precisions.values())
+    return {precision: values.count(precision) for precision in sorted(set(values))}
+
+
+def _configure(backend: Backend, parsed: ParsedNetwork, options: BuildOptions) -> tuple[Any, tuple[int, int, int]]:
+    """The builder's configuration, and the profile that it holds."""
+    trt = backend.module
+    config = parsed.builder.create_builder_config()
+    # Layer names, types and formats stay in the engine for the inspector.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.hardware_compatibility != "none":
+        levels = trt.HardwareCompatibilityLevel
+        config.hardware_compatibility_level = {
+            "ampere+": levels.AMPERE_PLUS,
+            "same-compute-capability": levels.SAME_COMPUTE_CAPABILITY,
+        }[options.hardware_compatibility]
+    flags = {
+        trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
+        trt.BuilderFlag.REFIT: options.needs_refit,
+        trt.BuilderFlag.STRIP_PLAN: options.strip_weights,
+    }
+    for flag in (flag for flag, wanted in flags.items() if wanted):
+        config.set_flag(flag)
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    return config, _add_profile(parsed, config, options)
+
+
+def _add_profile(parsed: ParsedNetwork, config: Any, options: BuildOptions) -> tuple[int, int, int]:
+    name, (batch, *rest) = parsed.images.name, parsed.images.shape
+    if batch >= 0:
+        return (batch, batch, batch)
+    profile = parsed.builder.create_optimization_profile()
+    profile.set_shape(name, *((size, *rest) for size in options.batch_range))
+    config.add_optimization_profile(profile)
+    return options.batch_range
+
+
+@contextmanager
+def _open_plan(plan: Path) -> Iterator[_PlanWriter]:
+    """A writer to `plan`; after an error the file is removed."""
+    try:
+        with plan.open("wb") as file:
+            yield _PlanWriter(file)
+    except BaseException:
+        plan.unlink(missing_ok=True)
+        raise
+
+
+def _build(
+    backend: Backend,
+    parsed: ParsedNetwork,
+    config: Any,
+    writer: _PlanWriter,
+    options: BuildOptions,
+    messages: Messages,
+    progress: Progress,
+) -> None:
+    cancellation = Cancellation()
+    monitor = make_monitor(backend, progress, cancellation)
+    config.progress_monitor = monitor
+    stream = _make_stream(backend, writer)
+
+    def build() -> bool:
+        return bool(parsed.builder.build_serialized_network_to_stream(parsed.network, config, stream))
+
+    done = run_cancellable(build, cancellation)
+    if monitor.error is not None:
+        raise monitor.error
+    if writer.error is not None:
+        raise writer.error
+    if not done or not writer.size:
+        raise explain_failure(backend, "the engine build", messages, options.needs_refit)
+
+
+def _make_stream(backend: Backend, writer: _PlanWriter) -> Any:
+    base: Any = backend.module.IStreamWriter
+
+    class Stream(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return writer.write(data)
+
+    return Stream()

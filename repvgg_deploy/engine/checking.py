@@ -1,0 +1,60 @@
+"""Whether a built engine computes what its ONNX graph computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from repvgg_deploy.artifacts import Parity
+from repvgg_deploy.errors import VerificationError
+from repvgg_deploy.parity import compare, require_parity
+from repvgg_deploy.runners import Array
+from repvgg_deploy.runners.engine_runner import EngineRunner
+
+# Largest relative differences of the scores. FP32 engines may use TF32, with the mantissa of FP16; in INT8 a value
+# on the border between two steps may fall to either side in every layer.
+MAX_RELATIVE = {"fp32": 1e-2, "fp16": 3e-2, "int8": 1e-1, "unknown": 1e-1}
+
+
+def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Array]) -> Parity:
+    """How the engine's outputs on `images` differ from those that ONNX Runtime gives for the same graph.
+
+    `images` is as the engine takes it, `expected` the outputs of the graph by name: `logits` or `probabilities`, or
+    the `scores` and `classes` of a top-k.
+
+    Raises:
+        VerificationError: the outputs are all zero, NaN or constant, or too far from those expected.
+    """
+    outputs = runner.run(images)
+    scores = next(name for name in expected if name != "classes")
+    require_signal(outputs[scores])
+    parity = compare(expected[scores], outputs[scores])
+    if "classes" in expected:
+        # The K scores are sorted, so their argmax says nothing; the classes beside them do.
+        same = expected["classes"][:, 0] == outputs["classes"][:, 0]
+        parity = Parity(parity.max_abs, parity.relative, parity.cosine, float(same.mean()), parity.images)
+    require_parity("the engine", parity, MAX_RELATIVE[runner.precision])
+    return parity
+
+
+def require_signal(scores: Array) -> None:
+    """Nothing, where `scores` (images, classes) look like a classifier's at all.
+
+    Seen in the field: RepVGG-B1 in FP16 gave all zeros (NVIDIA/TensorRT#3548), which agrees with itself.
+
+    Raises:
+        VerificationError: they hold NaN or Inf, are all zero or all the same, or do not depend on the image.
+    """
+    values = scores.astype(np.float64)
+    what = None
+    if not np.isfinite(values).all():
+        what = "NaN or Inf"
+    elif not values.any():
+        what = "zeros only"
+    elif values.shape[1] > 1 and (np.ptp(values, axis=1) == 0).any():
+        what = "the same score for every class"
+    elif len(values) > 1 and (np.ptp(values, axis=0) == 0).all():
+        what = "the same scores for every image"
+    if what is not None:
+        raise VerificationError(f"the engine gives {what}", "export with fp32, and report the GPU and the versions")

@@ -1,0 +1,141 @@
+"""From a plan on disk to a deserialized engine: what the side file says is checked first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repvgg_deploy.engine.backends import MODULES, Backend, BackendName, Unavailable, import_backend
+from repvgg_deploy.engine.cuda import Cuda, open_cuda
+from repvgg_deploy.engine.gpus import find_gpus
+from repvgg_deploy.engine.messages import collect_messages, explain_failure, get_logger
+from repvgg_deploy.engine.network import DTYPES, Tensor
+from repvgg_deploy.engine.side_file import (
+    SideFile,
+    read_plan,
+    read_side_file,
+    require_same_gpu,
+    require_same_library,
+    require_unchanged,
+    side_path,
+)
+from repvgg_deploy.errors import DeployError
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """A deserialized engine and what it needs to live.
+
+    Attributes:
+        side: what the side file says; None for a trusted plan without one.
+        inputs, outputs: its tensors; -1 for a dynamic batch.
+        profile: smallest, best and largest batch.
+    """
+
+    plan: Path
+    backend: Backend
+    cuda: Cuda
+    runtime: Any
+    engine: Any
+    side: SideFile | None
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    profile: tuple[int, int, int]
+
+
+def check_plan(plan: Path, trust: bool = False) -> tuple[bytes, SideFile | None]:
+    """The bytes of `plan` and its side file, after the bytes were found to be those that were built.
+
+    With `trust` neither a missing side file nor another hash is an error.
+
+    Raises:
+        DeployError: there is no such plan or no side file, or the plan is not what the side file was written for.
+    """
+    content = read_plan(plan)
+    if trust:
+        return content, read_side_file(plan) if side_path(plan).is_file() else None
+    side = read_side_file(plan)
+    require_unchanged(plan, content, side)
+    return content, side
+
+
+def load_plan(
+    plan: Path, trust: bool = False, backend: str | None = None, cuda: str | None = None, for_refit: bool = False
+) -> LoadedEngine:
+    """Deserialize `plan` on the first GPU of this machine, once all that can be checked before was checked.
+
+    `backend` names the library of a trusted plan that has no side file. A plan can hold code: one whose sha256 is not
+    that of its side file is never given to the library, unless `trust` says so.
+
+    Raises:
+        DeployError: the plan is not what was built, it is for another library, version or GPU, or none is here.
+    """
+    content, side = check_plan(plan, trust)
+    if side is not None and not side.has_weights and not for_refit:
+        raise DeployError(f"{plan} was built without weights", f"put them in: repvgg-deploy refit {plan} CHECKPOINT")
+    library = _choose_library(plan, side, backend)
+    if side is not None:
+        require_same_library(plan, side, library)
+    opened = open_cuda(cuda)
+    found = find_gpus()
+    if side is not None and found.gpus:
+        require_same_gpu(plan, side, found.gpus[0], library)
+    runtime, engine = _deserialize(library, plan, content, side)
+    inputs, outputs = _read_tensors(library, engine)
+    profile = _read_profile(plan, engine, inputs)
+    return LoadedEngine(plan, library, opened, runtime, engine, side, inputs, outputs, profile)
+
+
+def _choose_library(plan: Path, side: SideFile | None, name: str | None) -> Backend:
+    if name is not None and name not in MODULES:
+        raise DeployError(f"no engine backend is called {name!r}", f"one of: {', '.join(MODULES)}")
+    names: list[BackendName] = [known for known in MODULES if name in (None, known)]
+    if side is not None:
+        names = [side.backend]
+    reasons: list[Unavailable] = []
+    for candidate in names:
+        found = import_backend(candidate)
+        if isinstance(found, Backend):
+            return found
+        reasons.append(found)
+    built = f" ({plan} was built by {side.label})" if side is not None else ""
+    raise DeployError("; ".join(reason.reason for reason in reasons) + built, reasons[0].hint)
+
+
+def _deserialize(backend: Backend, plan: Path, content: bytes, side: SideFile | None) -> tuple[Any, Any]:
+    trt = backend.module
+    with collect_messages(backend) as messages:
+        runtime = trt.Runtime(get_logger(backend))
+        if side is not None and side.options.version_compatible:
+            # Such a plan carries the runtime of its own version, which is code for the host.
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise explain_failure(backend, f"loading {plan}", messages)
+    return runtime, engine
+
+
+def _read_tensors(backend: Backend, engine: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    modes = backend.module.TensorIOMode
+    tensors: dict[Any, list[Tensor]] = {modes.INPUT: [], modes.OUTPUT: []}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dtype = engine.get_tensor_dtype(name).name
+        if dtype not in DTYPES:
+            raise DeployError(f"the tensor {name} is of type {dtype}, which NumPy has not", "export with --io fp32")
+        tensor = Tensor(name, DTYPES[dtype], tuple(engine.get_tensor_shape(name)))
+        tensors[engine.get_tensor_mode(name)].append(tensor)
+    return tuple(tensors[modes.INPUT]), tuple(tensors[modes.OUTPUT])
+
+
+def _read_profile(plan: Path, engine: Any, inputs: tuple[Tensor, ...]) -> tuple[int, int, int]:
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        raise DeployError(f"{plan} does not take one batch of images", "an image classifier has one input N,C,H,W")
+    if any(size < 0 for size in inputs[0].shape[1:]):
+        raise DeployError(f"{plan}: its input {inputs[0].shape} is dynamic beyond the batch", "export with --size")
+    fixed = inputs[0].shape[0]
+    if fixed >= 0:
+        return fixed, fixed, fixed
+    smallest, best, largest = (int(shape[0]) for shape in engine.get_tensor_profile_shape(inputs[0].name, 0))
+    return smallest, best, largest

@@ -1,0 +1,138 @@
+"""New weights into an engine that was built refittable or without weights: no rebuild."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from repvgg_deploy.artifacts import Precision, Provenance
+from repvgg_deploy.engine.backends import has
+from repvgg_deploy.engine.building import Engine
+from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
+from repvgg_deploy.engine.messages import collect_messages, explain_failure, get_logger
+from repvgg_deploy.engine.onnx_header import read_onnx_metadata
+from repvgg_deploy.engine.side_file import SideFile, hash_file, side_path
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.onnx_export import GraphOptions, read_metadata
+
+_REBUILD = "build the engine with --refittable: `repvgg-deploy export CHECKPOINT --refittable`"
+
+
+def require_refittable(plan: Path) -> SideFile:
+    """The side file of a plan that takes new weights.
+
+    Raises:
+        DeployError: there is none, the plan is not what was built, or it was not built to take new weights.
+    """
+    _, side = check_plan(plan)
+    assert side is not None  # Only a trusted plan has none.
+    if not side.options.needs_refit:
+        raise DeployError(f"{plan} was not built to take new weights", _REBUILD)
+    return side
+
+
+def graph_options(side: SideFile) -> GraphOptions:
+    """The graph that a checkpoint must be exported to so that its weights fit the engine of `side`.
+
+    A softmax has no weights, so behind a top-k it need not be known.
+
+    Raises:
+        DeployError: the engine was not built from a graph of this tool.
+    """
+    provenance = side.provenance
+    if provenance is None:
+        raise DeployError("the engine was not built from a graph of this tool", "refit it from an ONNX graph instead")
+    images, first = side.inputs[0], side.outputs[0]
+    pixels = images.dtype == "uint8"
+    height, width = images.shape[1:3] if pixels else images.shape[2:4]
+    return GraphOptions(
+        height=height,
+        width=width,
+        batch=images.shape[0] if images.shape[0] > 0 else None,
+        io=Precision.FP16 if first.dtype == "float16" else Precision.FP32,
+        uint8_input=provenance.preprocessing if pixels else None,
+        softmax=first.name == "probabilities",
+        topk=first.shape[-1] if len(side.outputs) == 2 else None,
+    )
+
+
+def require_same_net(side: SideFile, graph: Provenance | None) -> None:
+    """Nothing, where a graph has the architecture and the precision of the engine.
+
+    Raises:
+        DeployError: it has others.
+    """
+    if graph is None or side.provenance is None:
+        return
+    for what in ("arch", "precision"):
+        built, new = (str(getattr(provenance, what)) for provenance in (side.provenance, graph))
+        if built != new:
+            raise DeployError(f"the engine is {built}, the new weights are {new}", "refit takes the same architecture")
+
+
+def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:
+    """Put the weights of `onnx` into the engine of `plan`; the new plan and side file go to `folder` (`stage_files`).
+
+    `onnx` is a graph of the same net: same nodes and names, as `export` makes it from any checkpoint of one
+    architecture. The new plan has the name of the old one, stays refittable, and holds all weights.
+
+    Raises:
+        DeployError: the plan does not take new weights, the graph is of another net, or there is no GPU.
+    """
+    side = require_refittable(plan)
+    provenance = read_metadata(read_onnx_metadata(onnx))
+    require_same_net(side, provenance)
+    loaded = load_plan(plan, for_refit=True)
+    try:
+        _put_weights(loaded, onnx)
+        content = _serialize(loaded)
+        target = folder / plan.name
+        target.write_bytes(content)
+    finally:
+        loaded.cuda.close()
+    changed = replace(
+        side,
+        sha256=hashlib.sha256(content).hexdigest(),
+        bytes=len(memoryview(content)),
+        onnx_sha256=hash_file(onnx),
+        provenance=provenance,
+        has_weights=True,
+    )
+    side_path(target).write_text(changed.to_json(), encoding="utf-8")
+    return Engine(target, changed)
+
+
+def _put_weights(loaded: LoadedEngine, onnx: Path) -> None:
+    trt = loaded.backend.module
+    logger = get_logger(loaded.backend)
+    with collect_messages(loaded.backend) as messages:
+        refitter = trt.Refitter(loaded.engine, logger)
+        parser = trt.OnnxParserRefitter(refitter, logger)
+        if not parser.refit_from_file(str(onnx)):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            messages.errors[:0] = errors
+            raise explain_failure(loaded.backend, f"taking the weights of {onnx.name}", messages)
+        missing = refitter.get_missing_weights()
+        if missing:
+            raise DeployError(
+                f"{onnx.name} lacks {len(missing)} weights of the engine, {missing[0]} the first of them",
+                "give a graph of the same architecture and options",
+            )
+        if not refitter.refit_cuda_engine():
+            raise explain_failure(loaded.backend, f"refitting {loaded.plan}", messages)
+
+
+def _serialize(loaded: LoadedEngine) -> Any:
+    """The engine with its weights as a plan that can be refitted again."""
+    trt = loaded.backend.module
+    config = loaded.engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    if has(trt, "SerializationFlag.INCLUDE_REFIT"):
+        config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    with collect_messages(loaded.backend) as messages:
+        content = loaded.engine.serialize_with_config(config)
+        if content is None:
+            raise explain_failure(loaded.backend, "writing the refitted engine", messages)
+    return content

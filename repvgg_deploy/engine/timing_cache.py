@@ -1,0 +1,91 @@
+"""The timing cache on disk: one file a library version and GPU, locked while a build uses it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.engine.gpus import Gpu
+
+Say = Callable[[str], None]
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this tool; `XDG_CACHE_HOME` counts where it is set."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "repvgg-deploy"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "repvgg-deploy"
+
+
+def cache_path(backend: Backend, gpu: Gpu | None) -> Path:
+    """The cache of one library, version and GPU: kernel times hold for nothing else."""
+    device = f"{gpu.name}-sm{gpu.compute_capability}" if gpu is not None else "no-gpu"
+    key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{backend.name}-{backend.version}-{device}")
+    return cache_folder() / f"{key}.timing"
+
+
+@contextmanager
+def use_timing_cache(backend: Backend, config: Any, gpu: Gpu | None, say: Say) -> Iterator[bool]:
+    """Attach the cache to `config`, hold its lock during the block, and store it when the block ends well.
+
+    Yields whether a stored cache was there. The lock is held for the whole build: two builds on one GPU would also
+    disturb each other's measurements. Where the folder cannot be written, the build goes on without a cache.
+    """
+    path = cache_path(backend, gpu)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(path, say)
+    except OSError as error:
+        say(f"note: no timing cache in {path.parent}: {error.strerror}")
+        yield False
+        return
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+        _attach(config, content)
+        yield bool(content)
+        _store(config, path, say)
+    finally:
+        lock.release()
+
+
+def _acquire(path: Path, say: Say) -> FileLock:
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another build holds {lock.lock_file}; waiting for it")
+        lock.acquire()
+    return lock
+
+
+def _attach(config: Any, content: bytes) -> None:
+    # TensorRT-RTX keeps these calls as deprecated no-ops, and warns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        cache = config.create_timing_cache(content)
+        # A cache that the library refuses (damaged, or of another GPU) is replaced by an empty one.
+        if cache is None or not config.set_timing_cache(cache, False):
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _store(config: Any, path: Path, say: Say) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        cache = config.get_timing_cache()
+        content = bytes(cache.serialize()) if cache is not None else b""
+    beside = path.with_name(path.name + ".new")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as error:
+        say(f"note: the timing cache was not stored: {error.strerror}")
