@@ -184,10 +184,17 @@ def _take_apart(block: nn.Module, name: str) -> BlockParts | None:
     holocron = block._modules.get("branches")
     if isinstance(holocron, nn.ModuleList) and "activation" in block._modules:
         return _holocron_parts(block, holocron, name)
-    for naming in _NAMINGS:
-        if isinstance(_child(block, naming.branches[0]), nn.Module) and naming.act in block._modules:
-            return _named_parts(block, naming, name)
-    return None
+    fitting = [n for n in _NAMINGS if _child(block, n.branches[0]) is not None and _child(block, n.act) is not None]
+    if not fitting:
+        return None
+    # Two libraries share some names: the one that knows the most of the block's parts is meant.
+    return _named_parts(block, min(fitting, key=lambda naming: len(_unknown_parts(block, naming))), name)
+
+
+def _unknown_parts(block: nn.Module, naming: _Naming) -> list[str]:
+    known = {*naming.branches, *naming.transparent}
+    known |= {n for n in (naming.norm_after_sum, naming.se_before, naming.act, naming.se_after) if n is not None}
+    return [name for name, part in block.named_children() if name not in known and not isinstance(part, nn.Identity)]
 
 
 def _child(block: nn.Module, name: str | None) -> nn.Module | None:
@@ -215,10 +222,14 @@ def _named_parts(block: nn.Module, naming: _Naming, name: str) -> BlockParts | N
         if branch is None:
             continue
         pair = _conv_and_norm(branch)
-        if pair is None:
+        if pair is not None:
+            pairs.append(pair)
+        elif attribute == naming.branches[0]:
+            # Another network's block with the same name for its main branch, as MobileOne's in timm.
             return None
-        pairs.append(pair)
-    if not any(conv is not None for conv, _ in pairs):
+        else:
+            raise FusionError(f"block {name}: its branch {attribute!r} is no convolution, BN or identity")
+    if pairs[0][0] is None:
         return None
     norm = _child(block, naming.norm_after_sum)
     se_before = _child(block, naming.se_before) or nn.Identity()
@@ -229,20 +240,11 @@ def _named_parts(block: nn.Module, naming: _Naming, name: str) -> BlockParts | N
             f"block {name}: a squeeze-excite stands between the branches and the BN after their sum",
             "such a QARepVGG block has no equivalent convolution; train it without the squeeze-excite",
         )
-    known = {
-        *naming.branches,
-        *naming.transparent,
-        naming.norm_after_sum,
-        naming.se_before,
-        naming.act,
-        naming.se_after,
-    }
-    for attribute, child in block.named_children():
-        if attribute not in known and not isinstance(child, nn.Identity):
-            raise FusionError(
-                f"block {name} has a part {attribute!r} ({type(child).__name__}) that no RepVGG block has",
-                "it would be lost by fusing; remove it, or fuse the block by hand",
-            )
+    for attribute in _unknown_parts(block, naming):
+        raise FusionError(
+            f"block {name} has a part {attribute!r} that no RepVGG block has",
+            "it would be lost by fusing; remove it, or fuse the block by hand",
+        )
     parts = BlockParts(
         tuple(pairs),
         norm if isinstance(norm, _BatchNorm) else None,

@@ -30,12 +30,9 @@ class SqueezeExciteBlock(nn.Module):
 class ConvBranch(nn.Module):
     """One branch of a training block: a convolution or the identity, then a BN where the branch has one."""
 
-    conv: nn.Conv2d | None
-    bn: nn.BatchNorm2d | None
-
     def __init__(self, block: BlockSpec, branch: Branch, eps: float) -> None:
         super().__init__()
-        self.conv = None
+        self.conv: nn.Module = nn.Identity()
         if branch.kernel != IDENTITY:
             self.conv = nn.Conv2d(
                 block.in_channels,
@@ -46,12 +43,10 @@ class ConvBranch(nn.Module):
                 groups=block.groups,
                 bias=False,
             )
-        self.bn = nn.BatchNorm2d(block.out_channels, eps=eps) if branch.norm else None
+        self.bn: nn.Module = nn.BatchNorm2d(block.out_channels, eps=eps) if branch.norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv is not None:
-            x = self.conv(x)
-        return x if self.bn is None else cast(Tensor, self.bn(x))
+        return cast(Tensor, self.bn(self.conv(x)))
 
 
 def branch_name(kernel: int) -> str:

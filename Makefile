@@ -1,0 +1,46 @@
+# Two commands do everything: `make demo` and `make test`. Each makes its own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Without an NVIDIA GPU the CPU build of torch is asked for first: the default one brings gigabytes of CUDA libraries.
+TORCH ?= 2.13.0
+# Pins for reproducible test runs, on the Python versions that these releases support.
+CONSTRAINTS := -c constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/repvgg-deploy demo
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(BIN)/python
+	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q "torch==$(TORCH)"; \
+	else $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null || $(BIN)/pip install -q "torch==$(TORCH)"; fi
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
+	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[cpu]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[cpu,dev]'
+	@# timm is the other side of the round-trip tests. torchvision, which it imports, exists for CUDA builds of torch
+	@# only: so both come without their dependencies, and the tests that need them say so where they do not load.
+	-$(BIN)/pip install -q --no-deps timm==1.0.31 torchvision==0.28.0 huggingface_hub==$(HUB) pyyaml
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
