@@ -218,7 +218,7 @@ def _build(
 def _make_stream(backend: Backend, writer: _PlanWriter) -> Any:
     base: Any = backend.module.IStreamWriter
 
-    class Stream(base):  # type: ignore[misc, valid-type]
+    class Stream(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
 

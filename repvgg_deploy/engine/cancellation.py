@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from repvgg_deploy.engine.backends import Backend
@@ -82,7 +83,7 @@ def make_monitor(backend: Backend, progress: Progress, cancellation: Cancellatio
     base: Any = backend.module.IProgressMonitor
     tree = PhaseTree(progress)
 
-    class Monitor(base):  # type: ignore[misc, valid-type]
+    class Monitor(base):  # type: ignore[misc]
         error: BaseException | None = None
 
         def __init__(self) -> None:
@@ -110,9 +111,10 @@ def make_monitor(backend: Backend, progress: Progress, cancellation: Cancellatio
 
 class _Task(threading.Thread, Generic[Result]):
     def __init__(self, call: Callable[[], Result]) -> None:
-        # A second Ctrl-C leaves at once: the interpreter does not wait for a daemon.
-        super().__init__(name="engine-build", daemon=True)
+        super().__init__(name="engine-build")
         self._call = call
+        # Waited for in place of `join`: up to Python 3.12 a Ctrl-C inside `join` takes the thread for ended.
+        self.is_over = threading.Event()
         self.result: Result | None = None
         self.error: BaseException | None = None
 
@@ -121,6 +123,15 @@ class _Task(threading.Thread, Generic[Result]):
             self.result = self._call()
         except BaseException as error:
             self.error = error
+        finally:
+            self.is_over.set()
+
+
+def _wait_regardless(over: threading.Event) -> None:
+    """Wait, whatever else the user presses: leaving the library in mid-build aborts the process."""
+    while not over.is_set():
+        with suppress(KeyboardInterrupt):
+            over.wait()
 
 
 def run_cancellable(call: Callable[[], Result], cancellation: Cancellation) -> Result | None:
@@ -131,11 +142,10 @@ def run_cancellable(call: Callable[[], Result], cancellation: Cancellation) -> R
     task = _Task(call)
     task.start()
     try:
-        while task.is_alive():
-            task.join(0.1)
+        task.is_over.wait()
     except KeyboardInterrupt:
         cancellation.cancel()
-        task.join()
+        _wait_regardless(task.is_over)
         raise
     if task.error is not None:
         raise task.error

@@ -217,9 +217,9 @@ def open_engine(
 
 @contextmanager
 def load_engine(path: str | os.PathLike[str], **options: Any) -> Iterator[EngineRunner]:
-    """An engine for the length of a `with` block: `with load_engine("B2.fp16.plan") as engine: logits = engine(images)`.
+    """An engine for the length of a `with` block, with the options of `open_engine`.
 
-    The options are those of `open_engine`.
+    Example: `with load_engine("B2.fp16.plan") as engine: logits = engine(images)`.
 
     Raises:
         DeployError: as `open_engine` does.
