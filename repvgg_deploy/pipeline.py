@@ -229,7 +229,12 @@ def _compare_graph(
     request: ExportRequest,
 ) -> Parity:
     model = Model(
-        path, OnnxRunner(path, quick_start=True), preprocessing, None, request.uint8_input, request.io is Precision.FP16
+        path,
+        OnnxRunner(path, quick_start=True),
+        preprocessing,
+        class_names=None,
+        takes_pixels=request.uint8_input,
+        half_input=request.io is Precision.FP16,
     )
     images = inputs.full if request.uint8_input else normalize(inputs.full, preprocessing)
     outputs = model.run_images(images)

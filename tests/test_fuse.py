@@ -19,7 +19,10 @@ def randomize(module: nn.Module, seed: int = 0, low: float = 0.3, high: float = 
     """Statistics and weights as after a training: nothing is at its initial value."""
     generator = torch.Generator().manual_seed(seed)
     for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, nn.Conv2d):
+            # Large enough that a picture's signal, and not the biases, decides what comes out at the end.
+            nn.init.normal_(norm.weight, 0, (2 / norm.weight[0].numel()) ** 0.5, generator)
+        elif isinstance(norm, nn.BatchNorm2d):
             norm.running_mean = torch.randn(norm.num_features, generator=generator) * 0.3
             norm.running_var = torch.rand(norm.num_features, generator=generator) * (high - low) + low
             norm.weight.data = torch.rand(norm.num_features, generator=generator) * 0.9 + 0.3
