@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -44,6 +45,10 @@ def infer_spec(keys: KeyMap, tensors: Mapping[str, Tensor]) -> ArchSpec:
         block = _infer_block(keys, stage, index, parts, channels, tuple(branches), norm_after_sum)
         stages[-1].append(block)
         channels = block.out_channels
+    for blocks_of_stage in stages:
+        # As with the branches: a squeeze-excite that one block of a stage has is expected in all of it.
+        known = next((block.squeeze_excite for block in blocks_of_stage if block.squeeze_excite), None)
+        blocks_of_stage[:] = [replace(b, squeeze_excite=b.squeeze_excite or known) for b in blocks_of_stage]
     classifier = next((tensors[key] for key, name in keys.names.items() if name == "classifier.weight"), None)
     if classifier is None:
         raise CheckpointError(
@@ -86,7 +91,10 @@ def _infer_block(
             f"block {index} of stage {stage} has no kernel; the file may be incomplete",
         )
     if kernel.ndim != 4:
-        raise CheckpointError(f"{keys.file_key(name)} is {tuple(kernel.shape)}, expected a kernel of four dimensions")
+        raise CheckpointError(
+            f"{keys.file_key(name)} is {tuple(kernel.shape)}, expected a kernel of four dimensions",
+            "the file is damaged, or its kernels were reshaped",
+        )
     width, per_group = kernel.shape[:2]
     channels = channels or per_group
     groups, rest = divmod(channels, per_group)

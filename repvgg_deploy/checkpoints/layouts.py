@@ -22,7 +22,7 @@ class Segment:
 
     def parse(self, key: str) -> tuple[int, str] | None:
         """The block's index and the rest of the key, if the key lies in this segment."""
-        pattern = re.escape(self.prefix).replace(r"\{b\}", r"(?P<b>\d+)")
+        pattern = re.escape(self.prefix).replace(r"\{b\}", r"(?P<b>0|[1-9]\d{0,3})")
         match = re.match(pattern + r"\.(?P<rest>.+)", key)
         if match is None:
             return None

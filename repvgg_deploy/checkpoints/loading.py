@@ -28,6 +28,8 @@ LAYOUTS = (
     holocron.LAYOUT,
     qarepvgg.V1,
     qarepvgg.V2,
+    # In front of the training form: of two layouts that know the same keys the first is taken.
+    repoptimizers.DEPLOY,
     repoptimizers.LAYOUT,
 )
 
@@ -36,9 +38,9 @@ _OTHERS = (
     (r"^stages\.\d+\.\d+\.conv_kxk\.\d+\.", "a MobileOne (timm)"),
     (r"^stage\d+\.\d+\.rbr_conv\.\d+\.", "a MobileOne"),
     (r"^layer1\.0\.conv\d\.weight", "a ResNet"),
+    (r"^conv_stem\.weight|^blocks\.\d+\.\d+\.(conv_pw|conv_dw)", "an EfficientNet or MobileNet (timm)"),
     (r"^patch_embed\.|^conv_proj\.|\.attn\.qkv\.", "a vision transformer"),
     (r"^downsample_layers\.|\.conv_dw\.weight.*|\.dwconv\.weight", "a ConvNeXt"),
-    (r"^conv_stem\.weight|^blocks\.\d+\.\d+\.(conv_pw|conv_dw)", "an EfficientNet or MobileNet (timm)"),
     (
         r"^features\.\d+\.conv\.|^features\.\d+\.0\.weight|^features\.\d+\.block",
         "a torchvision MobileNet or EfficientNet",
@@ -95,12 +97,13 @@ def load_checkpoint(
             contradict each other, values are not finite, a variance is negative, or `arch` does not match.
     """
     path = Path(path)
-    wanted = find_card(arch) if arch else None
+    wanted = find_card(arch) if arch is not None else None
     with ThreadPoolExecutor(1) as pool:
         # Hashing releases the interpreter lock, so it costs no time of its own beside the reading.
         contents = read_file(path)
         sha256 = pool.submit(hash_file, path)
         state, keys, notes = _choose(contents, path, ema)
+        _check_storage(keys, state.tensors)
         spec = replace(infer_spec(keys, state.tensors), bn_eps=bn_eps)
         tensors = _complete(spec, keys, state.tensors)
         _check_values(tensors, keys)
@@ -133,9 +136,7 @@ def build(checkpoint: Checkpoint) -> RepVGG:
 def _choose(contents: Contents, path: Path, ema: bool | None) -> tuple[StateDict, KeyMap, tuple[str, ...]]:
     """The state dict to take, and its keys under the layout that knows the most of them."""
     named = [(state, _best_layout(state.tensors)) for state in contents.state_dicts]
-    usable = [
-        (state, keys) for state, keys in named if "stages.0.0" in {_block_of(name) for name in keys.names.values()}
-    ]
+    usable = [(state, keys) for state, keys in named if _is_repvgg(state, keys)]
     if not usable:
         raise _not_a_repvgg(path, contents)
     plain = [pair for pair in usable if not pair[0].is_ema]
@@ -144,9 +145,13 @@ def _choose(contents: Contents, path: Path, ema: bool | None) -> tuple[StateDict
         raise CheckpointError(f"{path} holds no EMA copy of the weights", "leave --ema out")
     if ema is False and not plain:
         raise CheckpointError(f"{path} holds nothing but an EMA copy of the weights", "leave --no-ema out")
-    state, keys = (averaged if ema or not plain else plain)[0]
+    main = [pair for pair in averaged if pair[0].is_main and ema is None]
+    # Optimizers keep tensors under the same names; the weights are the largest set.
+    state, keys = max(main or (averaged if ema or not plain else plain), key=lambda pair: len(pair[1].names))
     notes = []
-    if ema is None and plain and averaged:
+    if main and plain:
+        notes.append("the weights are an EMA copy; --no-ema takes those that were averaged")
+    elif ema is None and plain and averaged:
         notes.append("the file holds an EMA copy as well; --ema takes it")
     if ema is None and not plain:
         notes.append("the file holds an EMA copy only; it was taken")
@@ -156,8 +161,10 @@ def _choose(contents: Contents, path: Path, ema: bool | None) -> tuple[StateDict
     return state, keys, tuple(notes)
 
 
-def _block_of(canonical: str) -> str:
-    return ".".join(canonical.split(".")[:3])
+def _is_repvgg(state: StateDict, keys: KeyMap) -> bool:
+    """Whether the stem is there; or most of the rest, so that the stem can be said to be missing."""
+    blocks = [name for name in keys.names.values() if name.startswith("stages.")]
+    return any(name.startswith("stages.0.0.") for name in blocks) or 2 * len(blocks) > len(state.tensors)
 
 
 def _best_layout(keys: Iterable[str]) -> KeyMap:
@@ -172,7 +179,7 @@ def _not_a_repvgg(path: Path, contents: Contents) -> CheckpointError:
         return CheckpointError(f"{path} holds no tensors by name", "save the model's state_dict()")
     known = next((name for pattern, name in _OTHERS if any(re.search(pattern, key) for key in keys)), None)
     looks = f"it looks like {known}" if known else f"its first tensors are {', '.join(keys[:3])}"
-    names = ", ".join(layout.name for layout in LAYOUTS)
+    names = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
     return CheckpointError(f"{path} holds no RepVGG: {looks}", f"layouts that are known: {names}")
 
 
@@ -185,10 +192,12 @@ def _complete(spec: ArchSpec, keys: KeyMap, found: Mapping[str, Tensor]) -> dict
     surplus = [keys.file_key(name) for name in tensors if name not in expected]
     surplus += [key for key in found if key not in keys.names and not keys.layout.is_ignored(key)]
     if missing:
-        raise CheckpointError(f"{len(missing)} tensors are missing: {_some(missing, surplus)}", _incomplete(spec))
+        are = "tensor is" if len(missing) == 1 else "tensors are"
+        raise CheckpointError(f"{len(missing)} {are} missing: {_some(missing, surplus)}", _incomplete(spec))
     if surplus:
+        do = "tensor does" if len(surplus) == 1 else "tensors do"
         raise CheckpointError(
-            f"{len(surplus)} tensors do not belong to the net: {_some(surplus, [keys.file_key(n) for n in expected])}",
+            f"{len(surplus)} {do} not belong to the net: {_some(surplus, [keys.file_key(n) for n in expected])}",
             "they would be lost; remove them from the file if they are not needed",
         )
     wrong = [
@@ -219,6 +228,20 @@ def _some(names: list[str], candidates: list[str]) -> str:
         near = difflib.get_close_matches(name, candidates, 1, 0.8)
         shown.append(f"{name} (nearest: {near[0]})" if near else name)
     return ", ".join(shown) + (", …" if len(names) > 3 else "")
+
+
+def _check_storage(keys: KeyMap, tensors: Mapping[str, Tensor]) -> None:
+    """Nothing, if each tensor of the net is an array of numbers; so that all code behind this may take it for one."""
+    for key in keys.names:
+        tensor = tensors[key]
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(
+                f"{key} is a sparse or quantized tensor", "save the weights as plain tensors, before quantization"
+            )
+        if tensor.is_meta:
+            raise CheckpointError(f"{key} has a shape, but no values", "save the model with its weights loaded")
+        if not keys.layout.is_ignored(key) and (tensor.ndim == 0 or tensor.numel() == 0):
+            raise CheckpointError(f"{key} is empty: its shape is {tuple(tensor.shape)}", "the file is damaged")
 
 
 def _check_values(tensors: Mapping[str, Tensor], keys: KeyMap) -> None:

@@ -7,9 +7,11 @@ import hashlib
 import json
 import pickle
 import re
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,23 @@ _TO_SAFETENSORS = (
     "c = c.get('state_dict', c); "
     "s.save_file({k: v.contiguous() for k, v in c.items()}, 'FILE.safetensors')\""
 )
-_WRAPPERS = re.compile(
-    r"^(?:module|model|_orig_mod|timm_model|backbone|net|network|encoder|student|online_model|averaged_model)\."
+_WRAPPERS = frozenset(
+    "module model _orig_mod timm_model backbone net network encoder student online_model".split()  # noqa: SIM905
 )
 _EMA = re.compile(r"(?:^|[._])(?:model_)?ema(?:[._]|$)|^averaged_model|_ema$|^ema")
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """One set of tensors found in a file: where it was, whether it is an EMA copy, names without wrappers."""
+    """One set of tensors found in a file: where it was, whether it is an EMA copy, names without wrappers.
+
+    `is_main`: who saved the file deploys this one, although it is an EMA copy.
+    """
 
     place: str
     is_ema: bool
     tensors: Mapping[str, Tensor]
+    is_main: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,29 @@ def read_file(path: Path) -> Contents:
     """
     raw, metadata = _read_raw(path)
     found: list[StateDict] = []
-    _collect(raw, "", found)
+    _collect(raw, "", found, set())
+    if isinstance(raw, Mapping) and "ema_state_dict" in raw and "mmengine_version" in _meta(raw):
+        # mmengine's EMAHook swaps the two when it saves: `state_dict` is what is averaged and deployed.
+        # https://github.com/open-mmlab/mmengine/blob/main/mmengine/hooks/ema_hook.py
+        swap = {"state_dict": True, "ema_state_dict": False}
+        found = [replace(s, is_ema=swap.get(s.place, s.is_ema), is_main=s.place == "state_dict") for s in found]
     return Contents(tuple(found), _class_names(raw, metadata))
 
 
+def _meta(raw: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """What OpenMMLab notes beside the weights."""
+    meta = raw.get("meta")
+    return meta if isinstance(meta, Mapping) else {}
+
+
 def _read_raw(path: Path) -> tuple[Any, Mapping[str, str]]:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory", "give the checkpoint file inside it")
-    if not path.exists():
-        raise CheckpointError(
-            f"there is no file {path}", "check the path; nothing is ever exported from random weights"
-        )
     try:
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a directory", "give the checkpoint file inside it")
+        if not path.exists():
+            raise CheckpointError(
+                f"there is no file {path}", "check the path; nothing is ever exported from random weights"
+            )
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
@@ -112,8 +129,9 @@ def _read_zip(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error})", "download or copy it again") from error
+            is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
+        raise _damaged(path, error) from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(
             f"{path} is a TorchScript archive, not a state dict",
@@ -123,23 +141,31 @@ def _read_zip(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is a zip archive without a checkpoint in it", "unpack it and give the checkpoint inside"
         )
-    return _read_pickle(path, mmap=True)
+    # torch maps what lies in the file, compressed or not.
+    return _read_pickle(path, mmap=is_stored)
 
 
 def _read_pickle(path: Path, mmap: bool) -> Any:
     # Plain containers that training scripts save beside the weights; none of them runs code when it is built.
-    with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]):
+    with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]), warnings.catch_warnings():
+        # Of unusual pickle protocols and old kinds of storage; what counts is whether the tensors can be read.
+        warnings.simplefilter("ignore")
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            # By that name torch would take the file for what its ending says.
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            wanted = re.search(r"(?:GLOBAL|Unsupported global:?|class) ([\w.]+)", str(error))
+            wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
             if wanted is None or "eights only load failed" not in str(error):
                 raise _damaged(path, error) from error
             raise CheckpointError(
                 f"{path} wants the code {wanted[1]} executed to be loaded; that is refused",
                 _TO_SAFETENSORS.replace("FILE", path.name),
             ) from error
-        except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+        except Exception as error:
+            # A damaged pickle is a program gone wrong: there is hardly an exception that it cannot end in.
             raise _damaged(path, error) from error
 
 
@@ -164,48 +190,66 @@ def _numpy_scalars() -> list[Any]:
     ]
 
 
-def _collect(value: Any, place: str, found: list[StateDict]) -> None:
+def _collect(value: Any, place: str, found: list[StateDict], seen: set[int]) -> None:
     if not isinstance(value, Mapping):
         return
     tensors = {key: item for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)}
     if any("." in key for key in tensors):
-        plain = {key: item for key, item in tensors.items() if not _EMA.search(key.split(".")[0])}
-        averaged = {key: item for key, item in tensors.items() if key not in plain}
-        for part, is_ema in ((plain, bool(_EMA.search(place))), (averaged, True)):
-            if part:
-                found.append(StateDict(place, is_ema, _strip(part)))
+        found += _split_copies(tensors, place)
         return
+    if id(value) in seen:
+        # A pickle may well contain itself.
+        return
+    seen.add(id(value))
     for key, item in value.items():
         if isinstance(key, str) and place.count(".") < 4:
-            _collect(item, f"{place}.{key}" if place else key, found)
+            _collect(item, f"{place}.{key}" if place else key, found, seen)
 
 
-def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under their names without `module.`, `model.`, … ; a clash of two names keeps both as they are."""
-    stripped: dict[str, Tensor] = {}
+def _split_copies(tensors: Mapping[str, Tensor], place: str) -> list[StateDict]:
+    """The plain weights and the EMA copy in one dict of tensors, each where there is one, under unwrapped names.
+
+    Names without `module.`, `model.`, …; a clash of two names keeps both as they are.
+    """
+    copies: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for key, tensor in tensors.items():
-        name = re.sub(_EMA.pattern.replace("(?:[._]|$)", r"\."), "", key) if _EMA.search(key.split(".")[0]) else key
-        while True:
-            shorter = _WRAPPERS.sub("", name)
-            if shorter == name:
-                break
-            name = shorter
-        stripped[key if name in stripped else name] = tensor
-    return stripped
+        name, is_ema = _unwrap(key)
+        if "." not in name and tensor.numel() == 1:
+            # What averaging counts beside the weights: `n_averaged` of torch, `steps` of mmengine.
+            continue
+        copy = copies[is_ema or bool(_EMA.search(place))]
+        copy[key if name in copy else name] = tensor
+    return [StateDict(place, is_ema, copy) for is_ema, copy in copies.items() if copy]
+
+
+def _unwrap(key: str) -> tuple[str, bool]:
+    """A tensor's name without the wrappers in front of it, and whether one of them is that of an EMA copy."""
+    is_ema = False
+    while True:
+        first, dot, rest = key.partition(".")
+        averaged = _EMA.search(first) is not None
+        is_ema = is_ema or averaged
+        if not dot or not (averaged or first in _WRAPPERS):
+            return key, is_ema
+        key = rest
 
 
 def _class_names(raw: Any, metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    if "class_names" in metadata:
-        return tuple(json.loads(metadata["class_names"]))
     if not isinstance(raw, Mapping):
         return None
-    meta = raw.get("meta")
-    places = [raw, meta if isinstance(meta, Mapping) else {}]
-    dataset = places[1].get("dataset_meta")
-    places.append(dataset if isinstance(dataset, Mapping) else {})
+    dataset = _meta(raw).get("dataset_meta")
+    places = [_parse_metadata(metadata), raw, _meta(raw), dataset if isinstance(dataset, Mapping) else {}]
     for place in places:
         for key in ("class_names", "CLASSES", "classes"):
             names = place.get(key)
             if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
                 return tuple(names)
     return None
+
+
+def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The class names in the metadata of a safetensors file, if they are JSON; others write there what they like."""
+    try:
+        return {"class_names": json.loads(metadata.get("class_names", "null"))}
+    except (json.JSONDecodeError, RecursionError):
+        return {}
