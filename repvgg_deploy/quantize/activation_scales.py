@@ -1,0 +1,45 @@
+"""The scale of one edge: the clipping threshold whose layer output is nearest to the float net's."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from repvgg_deploy.quantize.samples import Streams, run_layer
+
+LOWEST, HIGHEST = -128, 127
+_IMAGES = 64
+
+
+def quantize_activations(x: Tensor, scale: float) -> Tensor:
+    """`x` rounded (half to even) and saturated to int8 with this scale, as floats that int8 · scale gives."""
+    return (x / scale).round_().clamp_(LOWEST, HIGHEST).mul_(scale)
+
+
+def output_error(streams: Streams, layer: nn.Module, scale: float) -> float:
+    """The square error of `layer`'s output where its input is quantized; a constant offset a channel is no error.
+
+    `layer` is a convolution or linear layer, or anything else for the mean over height and width.
+    """
+    exact, rounded = streams.exact, quantize_activations(streams.rounded, scale)
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        difference = run_layer(layer, rounded - exact, layer.weight, None)
+    else:
+        difference = (rounded - exact).mean((2, 3))
+    axes = [axis for axis in range(difference.dim()) if axis != 1]
+    # The mean is what bias correction removes.
+    return float((difference - difference.mean(axes, keepdim=True)).double().square().sum())
+
+
+def scale_by_output(streams: Streams, layer: nn.Module, thresholds: tuple[float, ...]) -> float:
+    """The scale with the least output error; `thresholds` are shares of the largest input, largest error first wins.
+
+    A signed input (the images) is never clipped: its values are bounded, and as frequent at the border as elsewhere.
+    """
+    largest = float(streams.rounded.abs().amax())
+    if largest == 0.0:
+        return 1.0 / HIGHEST
+    if float(streams.rounded.amin()) < 0:
+        return largest / HIGHEST
+    sample = streams.thinned(_IMAGES)
+    scales = [largest * share / HIGHEST for share in sorted(thresholds, reverse=True)]
+    return min(scales, key=lambda scale: output_error(sample, layer, scale))

@@ -1,0 +1,186 @@
+"""Learned rounding: weights, scales and biases descend together on the distance to the float net's answers.
+
+Rounding has no gradient of use, so it passes through unchanged, and the scales get the gradient of the rounding error.
+No labels are used. Sources: "Learned Step Size Quantization" (https://arxiv.org/abs/1902.08153) for the scales;
+BRECQ (https://arxiv.org/abs/2102.05426) for features as targets beside the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.activation_scales import HIGHEST, LOWEST
+from repvgg_deploy.quantize.edges import CLASSIFIER, Images, after_conv, fused_blocks, per_channel, rebatch
+from repvgg_deploy.quantize.recipe import LearningOptions, Recipe
+from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
+from repvgg_deploy.quantize.samples import run_layer
+from repvgg_deploy.quantize.weight_scales import LEVELS
+
+# Scales and biases move by a share of what they are, weights by a share of one integer step.
+_SLOWER = 0.02
+_WARM_UP = 10
+_SHIFT = 1 / 16
+_MEMORY_BYTES = 1 << 29
+
+
+class _RoundActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ratio = x / scale
+        rounded = ratio.round().clamp_(LOWEST, HIGHEST)
+        ctx.save_for_backward(ratio, rounded)
+        return rounded * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        ratio, rounded = ctx.saved_tensors
+        (grad,) = grad_outputs
+        inside = (ratio >= LOWEST) & (ratio <= HIGHEST)
+        return grad * inside, (grad * torch.where(inside, rounded - ratio, rounded)).sum()
+
+
+class _RoundWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:  # noqa: ARG004
+        return weight.round().clamp_(-LEVELS, LEVELS)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # noqa: ARG004
+        return grad_outputs[0]
+
+
+@dataclass
+class _Learnable:
+    """The parameters of one layer; scales are held as logarithms, so that they stay positive."""
+
+    weight: Tensor
+    log_scale: Tensor
+    bias: Tensor
+    log_input: Tensor
+
+    @classmethod
+    def start(cls, layer: LayerIntegers) -> _Learnable:
+        device = layer.weight.device
+        log_input = torch.tensor(math.log(layer.input_scale), device=device)
+        parts = (layer.weight.float(), layer.weight_scale.log(), layer.bias.clone(), log_input)
+        return cls(*(part.requires_grad_() for part in parts))
+
+    def run(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+        x = cast(Tensor, _RoundActivations.apply(x, self.log_input.exp()))  # type: ignore[no-untyped-call]
+        rounded = cast(Tensor, _RoundWeights.apply(self.weight))  # type: ignore[no-untyped-call]
+        return run_layer(layer, x, rounded * per_channel(self.log_scale.exp(), rounded), self.bias)
+
+    def integers(self) -> LayerIntegers:
+        weight = self.weight.detach().round().clamp_(-LEVELS, LEVELS).to(torch.int8)
+        scale = float(self.log_input.detach().exp())
+        return LayerIntegers(weight, self.log_scale.detach().exp(), self.bias.detach().clone(), scale)
+
+
+def learn(
+    net: RepVGG,
+    start: Reconstruction,
+    images: Images,
+    recipe: Recipe,
+    progress: Callable[[int], None] | None = None,
+) -> Reconstruction:
+    """Improve `start` by descent on the distance of logits and stage outputs to those of the float `net`.
+
+    Images are mirrored and shifted by up to a sixteenth at random; the draws depend on the recipe's seed alone.
+    Nothing but the values in `start` changes.
+    """
+    options = recipe.learning
+    kept = _keep_images(images, net.classifier.weight.device)
+    layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
+    pool = None
+    if start.pool_scale is not None:
+        pool = torch.tensor(math.log(start.pool_scale), device=kept.device, requires_grad=True)
+    optimizer = _optimizer(layers, pool, options.rate)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    draws = _draw_batches(kept, options, recipe.seed)
+    for step in range(options.steps):
+        decay = 0.5 * (1 + math.cos(math.pi * step / options.steps)) * min(1.0, (step + 1) / _WARM_UP)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * decay
+        loss = _distance(net, layers, pool, next(draws), options.features)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if progress is not None:
+            progress(step + 1)
+    scale = None if pool is None else float(pool.detach().exp())
+    return Reconstruction({name: layer.integers() for name, layer in layers.items()}, scale)
+
+
+def _keep_images(images: Images, device: torch.device) -> Tensor:
+    """As many images as the memory allows, from the first on."""
+    kept: list[Tensor] = []
+    size = 0
+    for batch in rebatch(images, device):
+        kept.append(batch)
+        size += batch.numel() * batch.element_size()
+        if size > _MEMORY_BYTES:
+            break
+    return torch.cat(kept)
+
+
+def _optimizer(layers: dict[str, _Learnable], pool: Tensor | None, rate: float) -> torch.optim.Adam:
+    weights = [layer.weight for layer in layers.values()]
+    scales = [part for layer in layers.values() for part in (layer.log_scale, layer.log_input)]
+    biases = [layer.bias for layer in layers.values()]
+    groups = [
+        {"params": weights, "lr": rate},
+        {"params": scales + ([] if pool is None else [pool]), "lr": rate * _SLOWER},
+        {"params": biases, "lr": rate * _SLOWER},
+    ]
+    return torch.optim.Adam(groups, betas=(0.9, 0.99))
+
+
+def _draw_batches(images: Tensor, options: LearningOptions, seed: int) -> Iterator[Tensor]:
+    """Random batches, each image mirrored with even odds, each batch shifted."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = images.shape[2:]
+    reach = min(max(1, int(min(height, width) * _SHIFT)), height - 1, width - 1)
+    while True:
+        chosen = torch.randint(len(images), (options.batch,), generator=generator)
+        mirrored = (torch.rand(options.batch, generator=generator) < 0.5).to(images.device)
+        batch = images[chosen.to(images.device)]
+        batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
+        if reach > 0:
+            top, left = torch.randint(2 * reach + 1, (2,), generator=generator).tolist()
+            batch = F.pad(batch, [reach] * 4, mode="reflect")[:, :, top : top + height, left : left + width]
+        yield batch.contiguous(memory_format=torch.channels_last)
+
+
+def _distance(
+    net: RepVGG, layers: dict[str, _Learnable], pool: Tensor | None, images: Tensor, features: float
+) -> Tensor:
+    """The relative square error of the logits, plus `features` times the mean one of the stages' outputs."""
+    ends = {f"stages.{s}.{len(stage) - 1}" for s, stage in enumerate(net.spec.stages)}
+    exact = rounded = images
+    errors: list[Tensor] = []
+    for name, block in fused_blocks(net):
+        with torch.no_grad():
+            exact = after_conv(block, block.conv(exact))
+        layer = layers.get(name)
+        rounded = after_conv(block, block.conv(rounded) if layer is None else layer.run(block.conv, rounded))
+        if name in ends:
+            errors.append(_relative_error(rounded, exact))
+    if pool is not None:
+        rounded = cast(Tensor, _RoundActivations.apply(rounded, pool.exp()))  # type: ignore[no-untyped-call]
+    exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
+    classifier = layers.get(CLASSIFIER)
+    out = net.classifier(rounded) if classifier is None else classifier.run(net.classifier, rounded)
+    return _relative_error(out, net.classifier(exact)) + features * torch.stack(errors).mean()
+
+
+def _relative_error(values: Tensor, target: Tensor) -> Tensor:
+    energy = target.detach().square().sum().clamp_min(torch.finfo(target.dtype).tiny)
+    return (values - target.detach()).square().sum() / energy

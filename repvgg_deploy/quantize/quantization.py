@@ -1,0 +1,126 @@
+"""`quantize`: a fused net, calibration images and a recipe become a quantized net."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Collection
+
+import torch
+
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.dead_inputs import RemovedInputs, remove_dead_inputs
+from repvgg_deploy.quantize.edges import Images, edge_names, rebatch
+from repvgg_deploy.quantize.equalize import equalize
+from repvgg_deploy.quantize.layer_report import report_layers
+from repvgg_deploy.quantize.learn import learn
+from repvgg_deploy.quantize.quantized_net import QuantizationSummary, QuantizedNet
+from repvgg_deploy.quantize.recipe import Recipe
+from repvgg_deploy.quantize.reconstruct import Thresholds, reconstruct
+from repvgg_deploy.quantize.statistics import CalibrationStatistics, collect_statistics
+from repvgg_deploy.quantize.thresholds import find_threshold
+
+FEW_IMAGES = 32
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the step, what is done of it, and how much there is (0 where that is not known)."""
+
+
+def quantize(
+    fused: RepVGG,
+    images: Images,
+    recipe: Recipe,
+    statistics: CalibrationStatistics | None = None,
+    keep_float: Collection[str] = (),
+    progress: Progress | None = None,
+) -> QuantizedNet:
+    """`fused` with int8 weights and activations, as `recipe` says; `fused` itself is not changed.
+
+    The result does not depend on how `images` are batched.
+
+    Args:
+        fused: a net in deploy form, float32, on any device.
+        images: batches of normalized images (N, C, H, W), iterated several times.
+        recipe: see `load_recipe`.
+        statistics: of `fused` on `images`, where they are known already.
+        keep_float: names of layers (`stages.S.B`, `classifier`) that are not quantized.
+        progress: see `Progress`.
+
+    Raises:
+        DeployError: there are no images, an image is not finite, or a name in `keep_float` is no layer's.
+    """
+    _check_names(fused, keep_float)
+    report = progress or _say_nothing
+    net = copy.deepcopy(fused).eval().requires_grad_(False)
+    if statistics is None:
+        statistics = collect_statistics(net, images, progress=_count(report, "calibrate"))
+    if statistics.images < FEW_IMAGES:
+        warnings.warn(
+            f"{statistics.images} calibration images are few; take at least {FEW_IMAGES}, better 512", stacklevel=2
+        )
+    removed = prepare(net, statistics, recipe)
+    thresholds = _thresholds(net, images, recipe)
+    layers = len(edge_names(net)) - 1
+    done: list[str] = []
+
+    def layer_done(name: str) -> None:
+        done.append(name)
+        report("round", len(done), layers)
+
+    result = reconstruct(net, images, statistics.images, recipe, thresholds, keep_float, layer_done)
+    if recipe.learning.steps:
+        result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps))
+    sample = next(rebatch(images, net.classifier.weight.device))
+    rows = report_layers(net, result, removed, sample)
+    summary = QuantizationSummary(recipe.name, statistics.images, statistics.images_sha256, recipe.seed, rows)
+    return QuantizedNet(net, result, summary)
+
+
+def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> dict[str, RemovedInputs]:
+    """The steps that leave the net's function (nearly) as it is: dead inputs, equalization. Changes `net`.
+
+    Raises:
+        DeployError: the statistics are not finite.
+    """
+    for name, edge in statistics.edges.items():
+        if not torch.isfinite(torch.as_tensor(edge.mean_square)).all():
+            raise DeployError(f"the activations in front of {name} are not finite", "look at the checkpoint: inspect")
+    removed = {}
+    if recipe.dead_inputs is not None:
+        removed = remove_dead_inputs(net, statistics, recipe.dead_inputs)
+    if recipe.equalize is not None:
+        equalize(net, statistics, recipe.equalize)
+    return removed
+
+
+def _thresholds(net: RepVGG, images: Images, recipe: Recipe) -> Thresholds | None:
+    if recipe.scales.observer == "output":
+        return None
+    statistics = collect_statistics(net, images)
+    return {
+        name: find_threshold(edge, recipe.scales.observer, recipe.scales.percentile)
+        for name, edge in statistics.edges.items()
+    }
+
+
+def _say_nothing(step: str, done: int, total: int) -> None:
+    pass
+
+
+def _count(report: Progress, step: str) -> Callable[[int], None]:
+    seen = 0
+
+    def add(images: int) -> None:
+        nonlocal seen
+        seen += images
+        report(step, seen, 0)
+
+    return add
+
+
+def _check_names(net: RepVGG, names: Collection[str]) -> None:
+    known = [name for name in edge_names(net) if name != "pool"]
+    for name in names:
+        if name not in known:
+            raise DeployError(f"no layer is called {name!r}", f"from {known[0]} to {known[-2]}, and {known[-1]}")

@@ -1,0 +1,188 @@
+"""One layer after another: its activation scale, its integers, its bias, on the inputs the quantized net really has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.activation_scales import HIGHEST, quantize_activations, scale_by_output
+from repvgg_deploy.quantize.edges import (
+    BATCH,
+    CLASSIFIER,
+    POOL,
+    Images,
+    after_conv,
+    fused_blocks,
+    per_channel,
+    rebatch,
+)
+from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
+from repvgg_deploy.quantize.recipe import Recipe
+from repvgg_deploy.quantize.samples import MEMORY_BYTES, Moments, Streams, input_moments, run_layer
+from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
+
+Layer = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True)
+class LayerIntegers:
+    """What a quantized layer consists of.
+
+    `weight` is int8 of the layer's shape, `weight_scale` (filters) and `bias` (filters) are float32; `input_scale` is
+    that of the edge in front.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    input_scale: float
+
+    def dequantized(self) -> Tensor:
+        """The float weights that the integers stand for."""
+        return self.weight.float() * per_channel(self.weight_scale, self.weight)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """All quantized layers by name, and the scale in front of the pool (None where the classifier stays float)."""
+
+    layers: dict[str, LayerIntegers]
+    pool_scale: float | None
+
+
+Thresholds = dict[str, float]
+
+
+@torch.no_grad()
+def reconstruct(
+    net: RepVGG,
+    images: Images,
+    count: int,
+    recipe: Recipe,
+    thresholds: Thresholds | None = None,
+    keep_float: Collection[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Reconstruction:
+    """Quantize the layers of a fused `net` in the order of execution; each makes up for the error of those before.
+
+    Args:
+        net: fused and equalized; it is not changed.
+        images: the calibration images; the kept ones are spaced evenly over all `count` of them.
+        count: how many there are.
+        recipe: its `scales` and `rounding` are used.
+        thresholds: clipping thresholds of the edges; without them they are chosen by output error.
+        keep_float: names of layers that are not quantized.
+        progress: called with the name of each layer when it is done.
+    """
+    streams = _take_images(net, images, count, recipe.rounding.images)
+    layers: dict[str, LayerIntegers] = {}
+    for index, (name, block) in enumerate(fused_blocks(net)):
+        if name in keep_float:
+            weight, bias = block.conv.weight, cast(Tensor, block.conv.bias)
+        else:
+            scale = _choose_scale(streams, name, block.conv, recipe, thresholds)
+            streams.rounded = quantize_activations(streams.rounded, scale)
+            layers[name] = _quantize_layer(streams, block.conv, scale, recipe, index)
+            weight, bias = layers[name].dequantized(), layers[name].bias
+        exact = [after_conv(block, block.conv(x)) for x in torch.split(streams.exact, BATCH)]
+        streams.exact = torch.cat(exact)
+        rounded = [
+            after_conv(block, run_layer(block.conv, x, weight, bias)) for x in torch.split(streams.rounded, BATCH)
+        ]
+        streams.rounded = torch.cat(rounded)
+        if progress is not None:
+            progress(name)
+    if CLASSIFIER in keep_float:
+        return Reconstruction(layers, None)
+    pool = _choose_scale(streams, POOL, nn.Identity(), recipe, thresholds)
+    streams.rounded = quantize_activations(streams.rounded, pool)
+    streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
+    scale = _choose_scale(streams, CLASSIFIER, net.classifier, recipe, thresholds)
+    streams.rounded = quantize_activations(streams.rounded, scale)
+    layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers))
+    if progress is not None:
+        progress(CLASSIFIER)
+    return Reconstruction(layers, pool)
+
+
+def _take_images(net: RepVGG, images: Images, count: int, most: int) -> Streams:
+    """Evenly spaced images, at most `most` and as many as the memory allows."""
+    device = net.classifier.weight.device
+    kept: list[Tensor] = []
+    wanted: set[int] = set()
+    start = 0
+    for batch in rebatch(images, device):
+        if not wanted:
+            most = min(most, max(16, MEMORY_BYTES // (2 * 4 * _widest(net, batch.shape))), count)
+            wanted = {index * count // most for index in range(most)}
+        kept.append(batch[[index for index in range(len(batch)) if start + index in wanted]])
+        start += len(batch)
+    chosen = torch.cat(kept).contiguous(memory_format=torch.channels_last)
+    return Streams(chosen, chosen)
+
+
+def _widest(net: RepVGG, shape: torch.Size) -> int:
+    """Values of the largest edge for one image of this shape."""
+    values, height, width = shape[1] * shape[2] * shape[3], shape[2], shape[3]
+    for _, block in fused_blocks(net):
+        height, width = -(-height // block.conv.stride[0]), -(-width // block.conv.stride[1])
+        values = max(values, block.conv.out_channels * height * width)
+    return int(values)
+
+
+def _choose_scale(
+    streams: Streams, name: str, layer: nn.Module, recipe: Recipe, thresholds: Thresholds | None
+) -> float:
+    if thresholds is not None:
+        scale = thresholds[name] / HIGHEST
+    else:
+        scale = scale_by_output(streams, layer, recipe.scales.thresholds)
+    # What the graph stores is float32.
+    return float(torch.tensor(scale, dtype=torch.float32))
+
+
+def _quantize_layer(streams: Streams, layer: Layer, scale: float, recipe: Recipe, index: int) -> LayerIntegers:
+    options = recipe.rounding
+    groups = input_moments(streams, layer, options.samples, recipe.seed + index)
+    rows, scales, biases = [], [], []
+    assert layer.bias is not None
+    for weight, bias, moments in zip(
+        layer.weight.flatten(1).chunk(len(groups)), layer.bias.chunk(len(groups)), groups, strict=True
+    ):
+        integers, filter_scales = _round(weight, moments, recipe)
+        rounded = integers * filter_scales[:, None]
+        if options.correct_bias:
+            bias = bias + weight @ moments.exact_mean - rounded @ moments.rounded_mean
+        rows.append(integers)
+        scales.append(filter_scales)
+        biases.append(bias)
+    integers = torch.cat(rows).reshape(layer.weight.shape).to(torch.int8)
+    return LayerIntegers(integers, torch.cat(scales), torch.cat(biases), scale)
+
+
+def _round(weight: Tensor, moments: Moments, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Integers (filters, columns) and scales (filters) of one group."""
+    options = recipe.rounding
+    strength = moments.covariance.diagonal()
+    mean_strength = float(strength.mean())
+    if (options.method == "nearest" and not options.compensate) or mean_strength <= 0.0:
+        scales = choose_weight_scales(weight, strength.clamp_min(1e-6 * max(mean_strength, 1e-30)))
+        return round_weights(weight, scales), scales
+    # As many samples as unknowns determine nothing: the fewer there are, the closer the answer stays to `weight`.
+    damping = options.damping * weight.shape[1] / moments.samples * mean_strength
+    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    covariance = moments.covariance + max(damping, 1e-4 * mean_strength) * identity
+    target = weight
+    if options.compensate:
+        # Least squares of ‖W x − W′ x̂‖² + damping · ‖W′ − W‖², which is W + W (cross − covariance) / (…).
+        change = weight @ (moments.cross - moments.covariance)
+        target = weight + torch.linalg.solve(covariance, change.t()).t()
+    scales = choose_weight_scales(target, covariance.diagonal())
+    if options.method == "nearest":
+        return round_weights(target, scales), scales
+    return round_with_feedback(target, scales, covariance), scales

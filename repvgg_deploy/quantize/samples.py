@@ -1,0 +1,98 @@
+"""What a layer reads, in the float net and in the quantized one: two streams of the same images, and their moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repvgg_deploy.quantize.edges import BATCH, geometry
+
+MEMORY_BYTES = 1 << 30
+"""What the kept activations may take, of the widest edge and both streams together."""
+
+
+@dataclass
+class Streams:
+    """The same images at the same place of both nets: `exact` in the float net, `rounded` in the quantized one."""
+
+    exact: Tensor
+    rounded: Tensor
+
+    def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both in step, `size` images at a time."""
+        yield from zip(torch.split(self.exact, size), torch.split(self.rounded, size), strict=True)
+
+    def thinned(self, count: int) -> Streams:
+        """About `count` images of them, evenly spaced."""
+        step = max(1, len(self.exact) // count)
+        return Streams(self.exact[::step], self.rounded[::step])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means and covariances of one group's inputs over sampled pixels.
+
+    `covariance` is that of the rounded inputs with themselves, `cross` of the exact with the rounded ones; both
+    (columns, columns), with `samples` pixels behind them.
+    """
+
+    exact_mean: Tensor
+    rounded_mean: Tensor
+    covariance: Tensor
+    cross: Tensor
+    samples: int
+
+
+def input_moments(streams: Streams, layer: nn.Conv2d | nn.Linear, samples: int, seed: int) -> list[Moments]:
+    """The moments of what each group of `layer` reads, over about `samples` pixels spread evenly over the images."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    each = -(-samples // len(streams.exact))
+    sums: list[list[Tensor]] = []
+    count = 0
+    for exact, rounded in streams.batches():
+        a, b = _patches(exact, layer), _patches(rounded, layer)
+        if each < a.shape[2]:
+            pixels = torch.randperm(a.shape[2], generator=generator)[:each].to(a.device)
+            a, b = a[:, :, pixels], b[:, :, pixels]
+        count += a.shape[0] * a.shape[2]
+        for group, (x, y) in enumerate(zip(_rows(a, groups), _rows(b, groups), strict=True)):
+            parts = [x.sum(0), y.sum(0), y.t() @ y, x.t() @ y]
+            if len(sums) <= group:
+                sums.append(parts)
+            else:
+                for total, part in zip(sums[group], parts, strict=True):
+                    total += part
+    return [_moments(parts, count) for parts in sums]
+
+
+def _moments(sums: list[Tensor], count: int) -> Moments:
+    exact, rounded, square, cross = sums
+    a, b = exact / count, rounded / count
+    return Moments(a, b, square / count - torch.outer(b, b), cross / count - torch.outer(a, b), count)
+
+
+def _patches(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """(N, columns of all groups, pixels): what each output pixel is computed from."""
+    if isinstance(layer, nn.Linear):
+        return x.unsqueeze(2)
+    # Like a convolution that copies: the same kernel size, padding, dilation and stride.
+    size, padding, dilation, stride = layer.kernel_size, layer.padding, layer.dilation, layer.stride
+    assert not isinstance(padding, str)
+    return F.unfold(x, size, dilation, padding, stride)
+
+
+def _rows(patches: Tensor, groups: int) -> Iterator[Tensor]:
+    for part in patches.chunk(groups, 1):
+        yield part.permute(0, 2, 1).reshape(-1, part.shape[1])
+
+
+def run_layer(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`layer` with another weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, **geometry(layer))

@@ -1,0 +1,157 @@
+"""Calibration statistics: what flows along each edge of a fused net, from a stream of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.edges import Images, edge_names, rebatch, walk
+
+BINS = 2048
+
+
+@dataclass(frozen=True)
+class EdgeStatistics:
+    """One edge. Per channel (C): `largest` absolute value, `mean`, `mean_square`; over all values a histogram.
+
+    `histogram` (BINS) counts absolute values in equal bins from 0 to `limit`, a power of two.
+    """
+
+    largest: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    mean_square: NDArray[np.float64]
+    histogram: NDArray[np.int64]
+    limit: float
+    signed: bool
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics:
+    """The statistics of every edge, and what they were taken from: a checkpoint's sha256 and the images' own."""
+
+    edges: Mapping[str, EdgeStatistics]
+    images: int
+    sha256: str
+    images_sha256: str
+
+    def save(self, path: Path) -> None:
+        """Write everything to an `.npz` file at `path`."""
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for name, edge in self.edges.items():
+            for key in ("largest", "mean", "mean_square", "histogram"):
+                arrays[f"{name}/{key}"] = getattr(edge, key)
+            arrays[f"{name}/rest"] = np.array([edge.limit, float(edge.signed)])
+        about = {"images": self.images, "sha256": self.sha256, "images_sha256": self.images_sha256}
+        with path.open("wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path, sha256: str) -> CalibrationStatistics:
+        """Read what `save` wrote for the checkpoint with this sha256.
+
+        Raises:
+            DeployError: `path` is no such file, or belongs to another checkpoint.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["about"]))
+                names = dict.fromkeys(key.rsplit("/", 1)[0] for key in file.files if "/" in key)
+                edges = {name: _read_edge(file, name) for name in names}
+        except (OSError, ValueError, KeyError) as error:
+            raise DeployError(f"{path} is no calibration cache: {error}", "delete it to calibrate anew") from error
+        if about["sha256"] != sha256:
+            raise DeployError(
+                f"the calibration cache {path} belongs to another checkpoint (sha256 {about['sha256'][:12]}…)",
+                "name another --calib-cache file, or delete this one",
+            )
+        return cls(edges, about["images"], about["sha256"], about["images_sha256"])
+
+
+def _read_edge(file: Mapping[str, NDArray[np.generic]], name: str) -> EdgeStatistics:
+    limit, signed = cast("list[float]", file[f"{name}/rest"].tolist())
+    largest, mean, square = (file[f"{name}/{key}"].astype(np.float64) for key in ("largest", "mean", "mean_square"))
+    return EdgeStatistics(largest, mean, square, file[f"{name}/histogram"].astype(np.int64), limit, bool(signed))
+
+
+class _EdgeObserver:
+    """Takes one image after another; the result does not depend on how they were batched."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.largest: Tensor | None = None
+        self.sum: Tensor
+        self.square: Tensor
+        self.histogram = torch.zeros(BINS, dtype=torch.int64)
+        self.limit = 2.0**-60
+        self.signed = False
+
+    def add(self, x: Tensor) -> None:
+        flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+        size = flat.abs()
+        largest = size.amax((0, 2))
+        mean, square = flat.double().mean(2).sum(0), (flat * flat).double().mean(2).sum(0)
+        if self.largest is None:
+            self.largest, self.sum, self.square = largest, mean, square
+        else:
+            self.largest = torch.maximum(self.largest, largest)
+            self.sum, self.square = self.sum + mean, self.square + square
+        self.signed = self.signed or bool(flat.amin() < 0)
+        self.images += len(x)
+        self._count(size, float(largest.max()))
+
+    def _count(self, size: Tensor, largest: float) -> None:
+        # The limit only doubles, and then two bins become one exactly: so the order of the images does not matter.
+        while self.limit <= largest:
+            pairs = self.histogram.reshape(-1, 2).sum(1)
+            self.histogram = torch.cat([pairs, torch.zeros_like(pairs)])
+            self.limit *= 2
+        bins = (size.flatten() * (BINS / self.limit)).to(torch.int64)
+        self.histogram += torch.bincount(bins, minlength=BINS).to(self.histogram.device)
+
+    def result(self) -> EdgeStatistics:
+        assert self.largest is not None
+        mean, square = self.sum / self.images, self.square / self.images
+        peak, first, second = (v.double().cpu().numpy() for v in (self.largest, mean, square))
+        return EdgeStatistics(peak, first, second, self.histogram.numpy(), self.limit, self.signed)
+
+
+@torch.no_grad()
+def collect_statistics(
+    net: RepVGG, images: Images, sha256: str = "", progress: Callable[[int], None] | None = None
+) -> CalibrationStatistics:
+    """The statistics of a fused `net` on all `images`; memory does not grow with their number.
+
+    Args:
+        net: fused, on any device.
+        images: batches of normalized images (N, C, H, W).
+        sha256: of the checkpoint; a saved result is refused for any other.
+        progress: called with the number of images after each step.
+
+    Raises:
+        DeployError: there is no image.
+    """
+    observers = {name: _EdgeObserver() for name in edge_names(net)}
+    digest = hashlib.sha256()
+    device = net.classifier.weight.device
+    for batch in rebatch(images, device):
+        digest.update(batch.cpu().contiguous().numpy().tobytes())
+        for name, x in walk(net, batch):
+            observers[name].add(x)
+        if progress is not None:
+            progress(len(batch))
+    count = next(iter(observers.values())).images
+    if count == 0:
+        raise DeployError("there are no calibration images", "give a folder of images that the net may meet: --calib")
+    edges = {name: observer.result() for name, observer in observers.items()}
+    return CalibrationStatistics(edges, count, sha256, digest.hexdigest())
