@@ -126,4 +126,4 @@ def write_onnx(
 
 def small_onnx(folder: Path, precision: Precision = Precision.FP32, **options: object) -> Path:
     """The graph of a narrow A0."""
-    return write_onnx(folder, make_net(narrow_spec("A0")), precision, **options)  # type: ignore[arg-type]
+    return write_onnx(folder, make_net(narrow_spec("A0")), precision, **options)

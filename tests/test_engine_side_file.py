@@ -57,7 +57,7 @@ def make_side(sha256: str = "0" * 64, size: int = 1, gpu: Gpu | None = None, **o
         profile=(1, 32, 256),
         inputs=(Tensor("images", "float32", (-1, 3, 224, 224)),),
         outputs=(Tensor("logits", "float32", (-1, 1000)),),
-        options=BuildOptions(**options),  # type: ignore[arg-type]
+        options=BuildOptions(**options),
         convolutions={"fp16": 22},
         onnx_sha256="1" * 64,
         provenance=provenance(Precision.FP16),
@@ -136,7 +136,7 @@ TAMPERED = [
 
 
 @pytest.mark.parametrize(("tamper", "said"), TAMPERED, ids=[said for _, said in TAMPERED])
-def test_a_plan_that_is_not_what_was_built_is_never_deserialized(plan: Path, tamper, said: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_plan_that_is_not_what_was_built_is_never_deserialized(plan: Path, tamper, said: str) -> None:
     tamper(plan)
     for use in (check_plan, load_plan, inspect_engine, lambda path: load_engine(path).__enter__()):
         # Without a GPU a plan that passes the checks fails with another message: that there is none.

@@ -95,8 +95,8 @@ def test_a_second_build_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
 
     def let_go(line: str) -> None:
         said.append(line)
-        holder.stdin.write("\n")  # type: ignore[union-attr]
-        holder.stdin.flush()  # type: ignore[union-attr]
+        holder.stdin.write("\n")
+        holder.stdin.flush()
 
     with holder:
         build_engine(onnx, backend, BuildOptions(), tmp_path, say=let_go)

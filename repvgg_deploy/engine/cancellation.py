@@ -140,8 +140,8 @@ def run_cancellable(call: Callable[[], Result], cancellation: Cancellation) -> R
     Python handles signals between bytecodes of the main thread only; inside the library's C++ there are none.
     """
     task = _Task(call)
-    task.start()
     try:
+        task.start()
         task.is_over.wait()
     except KeyboardInterrupt:
         cancellation.cancel()

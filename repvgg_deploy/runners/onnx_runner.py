@@ -29,9 +29,12 @@ class OnnxRunner:
         if quick_start:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.log_severity_level = 4
-        providers = [provider] if provider == "CPUExecutionProvider" else [provider, "CPUExecutionProvider"]
+        providers = choose_providers(runtime, provider)
+        if provider != "CPUExecutionProvider":
+            # A node that the provider cannot take fails the session, where it would run on the CPU in silence.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            self._session = runtime.InferenceSession(str(path), options, providers=providers)
+            self._session = runtime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except Exception as error:
             # ONNX Runtime's exceptions share no base class but Exception.
             if type(error).__module__.split(".")[0] != "onnxruntime":
@@ -70,6 +73,21 @@ class OnnxRunner:
         """The outputs by name for a batch of images as the graph declares its input."""
         values = self._session.run(None, {self.input_name: images})
         return dict(zip(self.output_names, values, strict=True))
+
+
+def choose_providers(runtime: Any, provider: str) -> list[str]:
+    """The providers of a session that is to run on `provider` alone; TensorRT's leaves what it lacks to CUDA.
+
+    Raises:
+        DeployError: the installed ONNX Runtime was built without it.
+    """
+    available = runtime.get_available_providers()
+    if provider not in available:
+        raise DeployError(
+            f"this ONNX Runtime has no {provider}; it would have run on the CPU instead",
+            f"it has {', '.join(available)}; pip install 'repvgg-deploy[gpu]' after removing onnxruntime",
+        )
+    return [provider, "CUDAExecutionProvider"] if provider == "TensorrtExecutionProvider" else [provider]
 
 
 def import_onnxruntime() -> Any:

@@ -1,0 +1,23 @@
+"""Tests that need an NVIDIA GPU; elsewhere they are skipped with the reason."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from repvgg_deploy.engine.gpus import find_gpus
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    found = find_gpus()
+    for item in items:
+        if here not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if not found.gpus:
+            item.add_marker(pytest.mark.skip(reason=f"no GPU: {found.reason}"))
