@@ -46,9 +46,7 @@ def decode_image(path: Path) -> Image.Image:
         ImageError: the file is no image, or a damaged one.
     """
     try:
-        # A palette image may warn about its transparency, and a large one about its size; both are fine here.
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(path) as image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
@@ -68,7 +66,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         scale = 257.0 if deep.max(initial=0) > 255 or image.mode.startswith("I;16") else 1.0
         image = Image.fromarray(np.clip(np.rint(deep / scale), 0, 255).astype(np.uint8))
     elif image.mode == "F":
-        image = Image.fromarray(np.clip(np.rint(np.asarray(image)), 0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
+        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -81,17 +80,37 @@ def crop_image(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     outside it.
     """
     width, height = image.size
-    short = min(width, height)
+    short, longer = min(width, height), max(width, height)
+    size = (width, height)
     if short != preprocessing.resize:
-        ratio = preprocessing.resize / short
-        longer = max(preprocessing.resize, int(preprocessing.resize * max(width, height) / short))
-        size = (preprocessing.resize, longer) if width <= height else (longer, preprocessing.resize)
-        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=None if ratio > 0.2 else 3.0)
-    left = round((image.width - preprocessing.width) / 2.0)
-    top = round((image.height - preprocessing.height) / 2.0)
-    if (left, top) == (0, 0) and image.size == (preprocessing.width, preprocessing.height):
-        return image
-    return image.crop((left, top, left + preprocessing.width, top + preprocessing.height))
+        scaled = max(preprocessing.resize, int(preprocessing.resize * longer / short))
+        size = (preprocessing.resize, scaled) if width <= height else (scaled, preprocessing.resize)
+    left, top = _crop_edge(size[0], preprocessing.width), _crop_edge(size[1], preprocessing.height)
+    box = (left, top, left + preprocessing.width, top + preprocessing.height)
+    if longer > _LONG * short:
+        return _resize_inside(image, size, box)
+    if size != image.size:
+        gap = None if preprocessing.resize > 0.2 * short else 3.0
+        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=gap)
+    return image if box == (0, 0, *image.size) else image.crop(box)
+
+
+_LONG = 16
+"""Aspect ratio from which an image is not resized as a whole: a strip of one pixel would take gigabytes."""
+
+
+def _crop_edge(size: int, crop: int) -> int:
+    """Where the crop begins: torchvision rounds half to even inside the image, and down the padding outside it."""
+    return round((size - crop) / 2.0) if crop <= size else -((crop - size) // 2)
+
+
+def _resize_inside(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """`image` resized to `size` and cropped to `box`; nothing outside the crop is computed."""
+    left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], size[0]), min(box[3], size[1])
+    x, y = image.width / size[0], image.height / size[1]
+    source = (left * x, top * y, right * x, bottom * y)
+    part = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=source)
+    return part.crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
 
 
 def read_pixels(path: Path, preprocessing: Preprocessing) -> Pixels:
@@ -121,15 +140,21 @@ def scale_and_shift(preprocessing: Preprocessing) -> tuple[NDArray[np.float32], 
 
 
 def list_images(source: Path) -> tuple[Path, ...]:
-    """All image files below a folder, sorted; or those that a text file lists, one path a line.
+    """All image files below a folder, sorted; those that a text file lists, one path a line; or one image.
 
     Paths in a list are relative to the list; empty lines and lines that begin with # do not count.
 
     Raises:
         ImageError: there is no such folder or list, or no image in it.
     """
+    if source.is_file() and source.suffix.lower() in SUFFIXES:
+        return (source,)
     if source.is_file():
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+        try:
+            text = source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ImageError(f"{source} is no list of images ({error})", "a text file, one path a line") from error
+        lines = [line.strip() for line in text.splitlines()]
         paths = tuple(source.parent / line for line in lines if line and not line.startswith("#"))
     elif source.is_dir():
         paths = tuple(sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()))
@@ -197,7 +222,10 @@ def _decode_ahead(
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+    # The filters of warnings are shared by all threads, so they are set once, out here. Pillow warns about the size of
+    # large images and about damaged EXIF data; neither matters to who wants the pixels.
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         waiting: deque[Future[Pixels | ImageError]] = deque()
         try:
             for path in paths:
