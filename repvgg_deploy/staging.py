@@ -26,6 +26,7 @@ def stage_files(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".repvgg-deploy-", dir=folder))
     except OSError as error:
+        _take_back(made)
         raise DeployError(f"cannot write to {folder}: {error.strerror}", "choose another place with -o") from error
     finished = False
     try:
@@ -41,10 +42,14 @@ def stage_files(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if not finished:
-            for parent in made:
-                # A folder that this call made, and that is empty still, is taken back as well.
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
+            _take_back(made)
+
+
+def _take_back(made: list[Path]) -> None:
+    """Remove the folders that this call made, innermost first, as far as they are empty still."""
+    for folder in made:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _publish(staging: Path, folder: Path) -> None:
