@@ -36,10 +36,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[cpu,dev]'
+	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[cpu,rtx,dev]'
 	@# timm is the other side of the round-trip tests. torchvision, which it imports, exists for CUDA builds of torch
 	@# only: so both come without their dependencies, and the tests that need them say so where they do not load.
-	-$(BIN)/pip install -q --no-deps timm==1.0.31 torchvision==0.28.0 huggingface_hub==$(HUB) pyyaml
+	-$(BIN)/pip install -q --no-deps timm==1.0.31 torchvision==0.28.0 pyyaml
 	@touch $@
 
 clean:

@@ -156,8 +156,9 @@ def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -
     return FusedBlock(conv, *rest).train(training)
 
 
-_CHUNK = 1 << 19
-"""Values of a kernel that are in float64 at a time."""
+# Values of a kernel that are in float64 at a time: few enough for the first-level cache, and for torch not to split an
+# operation among threads, whose start would take longer than the operation.
+_CHUNK = 1 << 15
 
 
 # How each library names the parts of its block. `branches` are (attribute, is it the identity), the rest attributes.

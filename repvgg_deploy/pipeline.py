@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +37,7 @@ from repvgg_deploy.onnx_graph import write_graph
 from repvgg_deploy.parity import compare, require_parity
 from repvgg_deploy.reference import run_fused, run_in_float64
 from repvgg_deploy.runners.onnx_runner import OnnxRunner
-from repvgg_deploy.staging import stage_files
+from repvgg_deploy.staging import flush_files, stage_files
 from repvgg_deploy.verification import VerificationInputs, choose_inputs
 
 Say = Callable[[str], None]
@@ -156,7 +157,11 @@ def export(request: ExportRequest, say: Say = lambda _: None) -> ExportResult:
         # The weights are in the file now; ONNX Runtime brings its own copy.
         del fused, graph, layers
         say("running the graph in ONNX Runtime")
-        parity["onnx"] = _compare_graph(staging / name, inputs, preprocessing, expected, request)
+        with ThreadPoolExecutor(1) as pool:
+            # The disk takes the file while the processor verifies it.
+            flushed = pool.submit(flush_files, staging)
+            parity["onnx"] = _compare_graph(staging / name, inputs, preprocessing, expected, request)
+            flushed.result()
     seconds = time.perf_counter() - start
     return ExportResult(**{**vars(result), "seconds": seconds, "peak_bytes": peak_bytes()})
 

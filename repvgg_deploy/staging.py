@@ -53,12 +53,17 @@ def _take_back(made: list[Path]) -> None:
 
 
 def _publish(staging: Path, folder: Path) -> None:
+    flush_files(staging)
     names = sorted(path.name for path in staging.iterdir())
-    for name in names:
-        with (staging / name).open("rb") as file:
-            os.fsync(file.fileno())
     blocked = next((name for name in names if (folder / name).is_dir()), None)
     if blocked is not None:
         raise DeployError(f"{folder / blocked} is a directory, so no file can take its place", "choose another -o")
     for name in names:
         (staging / name).replace(folder / name)
+
+
+def flush_files(folder: Path) -> None:
+    """Wait until all files of `folder` are on the disk; quick where they are already."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -16,7 +16,7 @@ from repvgg_deploy.images import BrokenImages, Pixels, list_images, read_batches
 
 # Multiply-adds that a stage may cost. Float64 runs at about a twentieth of a float32 convolution's speed.
 _FLOAT64_BUDGET = 8e9
-_FLOAT32_BUDGET = 60e9
+_FLOAT32_BUDGET = 40e9
 _MOST_IMAGES = 8
 _FULL_IMAGES = 16
 
@@ -53,7 +53,7 @@ def choose_inputs(
         height, width = (max(min(size, 32), int(size * scale) // 32 * 32) for size in (height, width))
     small = replace(preprocessing, height=height, width=width, resize=max(height, width))
     per_image = count_flops(spec, preprocessing.height, preprocessing.width)
-    affordable = int(min(_MOST_IMAGES, max(2, _FLOAT32_BUDGET // per_image)))
+    affordable = int(min(_MOST_IMAGES, max(1, _FLOAT32_BUDGET // per_image)))
     return VerificationInputs(
         choose_pixels(small, spec.in_channels, count, data),
         choose_pixels(preprocessing, spec.in_channels, affordable, data),
@@ -61,17 +61,18 @@ def choose_inputs(
 
 
 def choose_pixels(preprocessing: Preprocessing, channels: int, count: int, data: Path | None = None) -> Pixels:
-    """`count` images, the last of them noise; of a net that takes no RGB all are noise."""
+    """`count` images; of several the last is noise, and of a net that takes no RGB all are."""
     height, width = preprocessing.height, preprocessing.width
     noise = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
     if channels not in (1, 3):
         if data is not None:
             raise ImageError(f"images have 3 channels, the net takes {channels}", "leave the image folder out")
         return noise
-    pictures = _drawn(count - 1, height, width) if data is None else _from_folder(data, preprocessing, count - 1)
+    wanted = max(1, count - 1)
+    pictures = _drawn(wanted, height, width) if data is None else _from_folder(data, preprocessing, wanted)
     if channels == 1:
         pictures = pictures.mean(axis=-1, keepdims=True).astype(np.uint8)
-    return np.concatenate([pictures, noise[: max(1, count - len(pictures))]])
+    return np.concatenate([pictures, noise[: count - len(pictures)]])
 
 
 def _drawn(count: int, height: int, width: int) -> Pixels:

@@ -1,0 +1,121 @@
+"""Time and peak memory of `repvgg-deploy export` against the conversion that everyone writes by hand.
+
+    python bench/export_vs_naive.py --arch B3 --rounds 3 -o bench/results
+
+The naive flow is what the conversion scripts in the field do: build the training net, load the checkpoint, fuse every
+block, `torch.onnx.export` the whole net, `onnxsim.simplify` the whole graph, save. It verifies nothing. Both run as
+processes of their own, in turn, so that a noisy machine is noisy for both; the figures are those of the whole process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+NAIVE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import onnx, onnxsim, torch
+from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.fuse import fuse
+
+source, target, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+net = build(load_checkpoint(source))
+deploy = fuse(net).eval()
+images = torch.randn(1, 3, size, size)
+torch.onnx.export(
+    deploy, (images,), target, input_names=["images"], output_names=["logits"], opset_version=17, dynamo=False,
+    dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+)
+simplified, ok = onnxsim.simplify(onnx.load(target))
+assert ok
+onnx.save(simplified, target)
+"""
+
+
+def make_checkpoint(arch: str, path: Path) -> None:
+    """A training-form checkpoint in the official layout, with seeded weights and BN statistics."""
+    import torch
+
+    from repvgg_deploy.archs import find_card
+    from repvgg_deploy.checkpoints.writing import name_state_dict
+    from repvgg_deploy.nets.repvgg import RepVGG
+
+    torch.manual_seed(0)
+    net = RepVGG(find_card(arch).spec())
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, 0, 0.3)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.3, 0.8)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+    torch.save(name_state_dict(net, "official"), path)
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """Wall seconds, CPU seconds and peak bytes of one process."""
+    start = time.perf_counter()
+    pid = os.posix_spawn(sys.executable, [sys.executable, *command], os.environ)
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        sys.exit(f"{command} failed with status {status}")
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    """Run both flows in turn and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--arch", default="B3")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
+    arguments = parser.parse_args()
+    samples: dict[str, list[dict[str, float]]] = {"naive": [], "repvgg-deploy": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        checkpoint, script = folder / "net.pth", folder / "naive.py"
+        make_checkpoint(arguments.arch, checkpoint)
+        script.write_text(NAIVE, encoding="utf-8")
+        for _ in range(arguments.rounds):
+            samples["naive"].append(run([str(script), str(checkpoint), str(folder / "naive.onnx"), "224"]))
+            ours = ["-m", "repvgg_deploy", "export", str(checkpoint), "-o", str(folder / "out")]
+            samples["repvgg-deploy"].append(run(ours))
+            print({name: round(runs[-1]["seconds"], 1) for name, runs in samples.items()}, file=sys.stderr)
+    ratio = {
+        key: statistics.median(n[key] / o[key] for n, o in zip(samples["naive"], samples["repvgg-deploy"], strict=True))
+        for key in ("seconds", "cpu_seconds", "peak_bytes")
+    }
+    record = {
+        "schema": 1,
+        "kind": "export_vs_naive",
+        "arch": arguments.arch,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "samples": samples,
+        "ratio": ratio,
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    target = arguments.output / f"export_vs_naive-{arguments.arch}-{record['date']}.json"
+    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"naive / repvgg-deploy: time {ratio['seconds']:.2f}, memory {ratio['peak_bytes']:.2f}; written {target}")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+if __name__ == "__main__":
+    main()
