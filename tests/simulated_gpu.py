@@ -1,0 +1,61 @@
+"""A GPU that runs on a simulated clock: streams, events, and a host that spends time to enqueue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SimulatedTime:
+    """Seconds that pass only where something says so."""
+
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class SimulatedEvent:
+    at: float = 0.0
+
+
+@dataclass
+class SimulatedGpu:
+    """Its events."""
+
+    def create_event(self) -> SimulatedEvent:
+        return SimulatedEvent()
+
+    def elapsed_ms(self, start: SimulatedEvent, end: SimulatedEvent) -> float:
+        return 1e3 * (end.at - start.at)
+
+
+@dataclass
+class SimulatedLane:
+    """A stream: work begins when the host has enqueued it and all work before is done."""
+
+    time: SimulatedTime
+    compute_s: float
+    enqueue_s: float = 0.0
+    copy_s: float = 0.0
+    free_at: float = field(default=0.0)
+
+    def _work(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, self.time.now) + seconds
+
+    def upload(self) -> None:
+        self._work(self.copy_s)
+
+    def enqueue(self) -> None:
+        self.time.now += self.enqueue_s
+        self._work(self.compute_s)
+
+    def download(self) -> None:
+        self._work(self.copy_s)
+
+    def record(self, event: SimulatedEvent) -> None:
+        event.at = max(self.free_at, self.time.now)
+
+    def synchronize(self) -> None:
+        self.time.now = max(self.time.now, self.free_at)
