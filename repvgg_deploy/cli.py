@@ -274,3 +274,53 @@ def eval_(
         report.print_fields({**result.to_dict(), "broken": len(result.broken) or None})
     if min_top1 is not None and result.top1 < min_top1:
         raise ThresholdError(f"top-1 is {result.top1:.2f} %, below the {min_top1:g} % asked for")
+
+
+@main.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Keep the ONNX graphs there.")
+@json_option
+def demo(output: Path | None, as_json: bool) -> None:
+    """The whole path on the embedded model, in about a minute, without a GPU."""
+    from repvgg_deploy import report
+    from repvgg_deploy.demo import run_demo
+
+    result = run_demo(output, _say)
+    if as_json:
+        report.print_json(result.to_dict())
+        return
+    rows = [
+        [
+            row.form,
+            f"{row.backend} {row.precision}",
+            f"{row.top1:.2f}",
+            f"{row.images_per_sec:,.0f}",
+            f"{row.ratio:.2f}",
+            "" if row.relative is None else f"{row.relative:.1e}",
+            "" if row.megabytes is None else f"{row.megabytes:.2f}",
+        ]
+        for row in result.rows
+    ]
+    columns = ["form", "run by", "top-1 %", "images/s", "x training", "relative error", "MB"]
+    report.print_table(columns, rows)
+    click.echo(f"{result.images} drawn images, batch {result.batch}, {result.seconds:.0f} s in all")
+
+
+@main.command()
+@click.option("--require", multiple=True, metavar="PART", help="Fail where PART is not usable: tensorrt, gpu, …")
+@json_option
+def doctor(require: tuple[str, ...], as_json: bool) -> None:
+    """Say what this machine can do, and what is missing for the rest."""
+    from repvgg_deploy import report
+    from repvgg_deploy.doctor import probe_machine, require_parts
+
+    rows = probe_machine()
+    if as_json:
+        report.print_json({"parts": [row.to_dict() for row in rows]})
+    else:
+        words = {True: "yes", False: "no", None: ""}
+        table = [[r.part, r.version, words[r.can_build], words[r.can_run], r.detail, r.missing] for r in rows]
+        report.print_table(["part", "version", "builds", "runs", "what", "missing"], table)
+        for row in rows:
+            if row.hint:
+                click.echo(f"{row.part}: {row.hint}")
+    require_parts(rows, require)
