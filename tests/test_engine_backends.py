@@ -12,10 +12,12 @@ from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, Unavailable, build_engine, find_backend
 from repvgg_deploy.engine.backends import Backend, Capabilities, has, import_backend, release, unsupported_gpu
 from repvgg_deploy.engine.gpus import Gpu, find_gpus
-from repvgg_deploy.engine.refit import graph_options, refit_engine, require_same_net
+from repvgg_deploy.engine.refit import export_for_refit, graph_options, refit_engine, require_same_net
 from repvgg_deploy.engine.side_file import SideFile, read_side_file
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.locate import data_folder
 from repvgg_deploy.onnx_export import GraphOptions
+from repvgg_deploy.pipeline import ExportRequest, export
 from repvgg_deploy.runners.engine_runner import load_engine
 
 without_gpu = pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
@@ -144,3 +146,21 @@ def test_weights_of_another_net_are_refused(tmp_path: Path, changed: dict[str, o
     require_same_net(side, side.provenance)
     with pytest.raises(DeployError, match="the new weights are"):
         require_same_net(side, replace(side.provenance, **changed))
+
+
+def test_a_checkpoint_becomes_the_graph_that_fits_the_engine(tmp_path: Path) -> None:
+    demo = data_folder("models") / "demo.safetensors"
+    if not demo.is_file():
+        pytest.skip("the demo checkpoint is not here")
+    request = ExportRequest(demo, tmp_path, precision=Precision.FP16, batch=3, uint8_input=True, topk=2)
+    first = export(request).onnx
+    engine = build_engine(first, rtx_backend(), NO_CACHE, tmp_path)
+    folder = tmp_path / "again"
+    again = export_for_refit(engine.side, demo, folder, print)
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_an_int8_engine_takes_no_float_checkpoint(tmp_path: Path) -> None:
+    side = side_of(tmp_path, Precision.INT8, GraphOptions(32, 32))
+    with pytest.raises(DeployError, match="come from a calibration"):
+        export_for_refit(side, tmp_path / "new.pth", tmp_path, print)

@@ -102,6 +102,10 @@ class Lane:
             raise
         return self._cuda.end_capture(self.stream)
 
+    def record(self, event: Any) -> None:
+        """Enqueue an event of `Cuda.create_event`."""
+        self._cuda.record(event, self.stream)
+
     def synchronize(self) -> None:
         """Wait until all that was enqueued is done."""
         self._cuda.synchronize(self.stream)
@@ -116,6 +120,40 @@ class Lane:
         self.context = None
         del self.images, self.results
         self._cleanup.close()
+
+
+class BatchLane:
+    """A lane with the batch size fixed: what a benchmark enqueues over and over.
+
+    After the constructor the images are on the GPU and, where there are graphs, the run is captured.
+    """
+
+    def __init__(self, lane: Lane, images: Array) -> None:
+        self._lane, self._batch = lane, len(images)
+        lane.images[: len(images)] = images
+        for step in (self.upload, self.enqueue, self.download):
+            step()
+        lane.synchronize()
+
+    def upload(self) -> None:
+        """Enqueue the copy of the images to the GPU."""
+        self._lane.upload(self._batch)
+
+    def enqueue(self) -> None:
+        """Enqueue one run."""
+        self._lane.enqueue(self._batch)
+
+    def download(self) -> None:
+        """Enqueue the copy of the outputs to the host."""
+        self._lane.download(self._batch)
+
+    def record(self, event: Any) -> None:
+        """Enqueue an event of `Cuda.create_event`."""
+        self._lane.record(event)
+
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued is done."""
+        self._lane.synchronize()
 
 
 def batch_shape(tensor: Tensor, batch: int) -> tuple[int, ...]:

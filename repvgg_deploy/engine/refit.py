@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,43 @@ def require_same_net(side: SideFile, graph: Provenance | None) -> None:
         built, new = (str(getattr(provenance, what)) for provenance in (side.provenance, graph))
         if built != new:
             raise DeployError(f"the engine is {built}, the new weights are {new}", "refit takes the same architecture")
+
+
+def export_for_refit(side: SideFile, checkpoint: Path, folder: Path, say: Callable[[str], None]) -> Path:
+    """The verified ONNX graph of `checkpoint` in `folder`, with the options of the engine's own graph.
+
+    Raises:
+        DeployError: the engine is INT8, or the checkpoint cannot be exported so.
+    """
+    # The pipeline builds engines, and so comes after this module.
+    from repvgg_deploy.model import PreprocessingOptions
+    from repvgg_deploy.pipeline import ExportRequest, export
+
+    options = graph_options(side)
+    assert side.provenance is not None  # graph_options has made sure.
+    if side.provenance.precision is Precision.INT8:
+        raise DeployError(
+            "the scales of an INT8 engine come from a calibration, not from a checkpoint",
+            "export the checkpoint with --int8 --calib DIR --engine none, and refit from that ONNX graph",
+        )
+    images = side.provenance.preprocessing
+    request = ExportRequest(
+        checkpoint=checkpoint,
+        output=folder,
+        precision=side.provenance.precision,
+        preprocessing=PreprocessingOptions(
+            (options.height, options.width),
+            images.resize if images is not None else None,
+            images.mean if images is not None else None,
+            images.std if images is not None else None,
+        ),
+        batch=options.batch,
+        io=options.io,
+        uint8_input=options.uint8_input is not None,
+        softmax=options.softmax,
+        topk=options.topk,
+    )
+    return export(request, say).onnx
 
 
 def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:

@@ -14,7 +14,7 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Provenance
 from repvgg_deploy.engine.cuda import DeviceArray, stream_handle
-from repvgg_deploy.engine.lane import Lane, batch_shape, create_context, execute, set_batch
+from repvgg_deploy.engine.lane import BatchLane, Lane, batch_shape, create_context, execute, set_batch
 from repvgg_deploy.engine.loading import LoadedEngine, load_plan
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.errors import DeployError
@@ -25,7 +25,8 @@ class EngineRunner:
     """A deserialized engine with its buffers; not for several threads at once.
 
     Attributes:
-        lanes: one a stream, for a harness that enqueues by itself.
+        lanes: one a stream; see `batch_lanes` for a harness that enqueues by itself.
+        cuda: the CUDA library that it runs through.
         input, outputs: the tensors; -1 for a dynamic batch.
         profile: smallest, best and largest batch.
         provenance: of the checkpoint; None where the side file does not say.
@@ -98,6 +99,15 @@ class EngineRunner:
         lane.synchronize()
         # Copies: the lane's memory is written again by its next batch.
         return {name: values[:count].copy() for name, values in lane.results.items()}
+
+    def batch_lanes(self, images: Array) -> list[BatchLane]:
+        """The lanes, each prepared for runs of this one batch: for a benchmark, with the events of `cuda`.
+
+        Raises:
+            DeployError: the shape, the type or the batch does not fit.
+        """
+        self._require_input(images.shape, images.dtype)
+        return [BatchLane(lane, images) for lane in self.lanes]
 
     def run_on_device(
         self, images: Any, outputs: dict[str, Any] | None = None, stream: Any = None
