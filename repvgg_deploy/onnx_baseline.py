@@ -1,0 +1,203 @@
+"""The nets to compare with as ONNX graphs: the same input, output, precisions and Q/DQ scheme as a fused RepVGG's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import helper
+from torch import nn
+
+import repvgg_deploy
+from repvgg_deploy.baselines import BaselineNet, fold_batch_norms
+from repvgg_deploy.errors import GraphError
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.resnet import ResidualBlock, ResNet
+from repvgg_deploy.nets.vgg import Vgg
+from repvgg_deploy.onnx_export import (
+    FloatLayers,
+    GraphOptions,
+    _add_input,
+    _add_output,
+    _check_options,
+    _input_info,
+    add_conv,
+)
+from repvgg_deploy.onnx_graph import GraphBuilder, OnnxGraph, make_graph
+from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
+from repvgg_deploy.runners.onnx_runner import import_onnxruntime
+
+Scales = Mapping[str, float]
+"""The largest magnitude on an edge, by the edge's name."""
+
+
+class BaselineLayers(Protocol):
+    """How the layers of a net with skips and pools become nodes; see `repvgg_deploy.onnx_export.Layers`."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the tensors between the layers."""
+
+    def conv(self, g: GraphBuilder, name: str, conv: nn.Conv2d, x: str) -> str:
+        """A convolution and its bias."""
+
+    def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
+        """A linear layer."""
+
+    def edge(self, g: GraphBuilder, name: str, x: str) -> str:
+        """A place where the activations may be quantized."""
+
+
+@dataclass
+class BaselineFloats(FloatLayers):
+    """Layers in float32 or float16."""
+
+    def edge(self, g: GraphBuilder, name: str, x: str) -> str:  # noqa: ARG002
+        """Nothing."""
+        return x
+
+
+@dataclass
+class BaselineIntegers:
+    """Layers with int8 weights, one scale a filter, and Q/DQ pairs on the edges, one symmetric scale a tensor."""
+
+    ranges: Scales
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
+
+    def __post_init__(self) -> None:
+        self._floats = FloatLayers(self.dtype)
+
+    def conv(self, g: GraphBuilder, name: str, conv: nn.Conv2d, x: str) -> str:
+        """DQ of the weights, Conv."""
+        bias = self._floats.value(g, f"{name}.bias", cast(torch.Tensor, conv.bias))
+        return add_conv(g, name, conv, [x, self._weight(g, name, conv.weight), bias])
+
+    def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
+        """DQ of the weights, Gemm."""
+        bias = self._floats.value(g, f"{name}.bias", linear.bias)
+        return g.add("Gemm", [x, self._weight(g, name, linear.weight), bias], name, transB=1)
+
+    def edge(self, g: GraphBuilder, name: str, x: str) -> str:
+        """Q/DQ; a tensor's two edges in front of and behind a ReLU or a max pool have one scale."""
+        scale = g.weight(f"{name}.scale", np.asarray(max(self.ranges[name], 1e-6) / 127, self.dtype))
+        zero = g.weight(f"{name}.zero_point", np.zeros((), np.int8))
+        x = g.add("QuantizeLinear", [x, scale, zero], f"{name}.quantized")
+        return g.add("DequantizeLinear", [x, scale, zero], f"{name}.dequantized")
+
+    def _weight(self, g: GraphBuilder, name: str, tensor: torch.Tensor) -> str:
+        rows = tensor.detach().float().flatten(1)
+        scales = choose_weight_scales(rows)
+        integers = round_weights(rows, scales).to(torch.int8).reshape(tensor.shape)
+        weight = g.weight(f"{name}.weight", integers.numpy())
+        scale = g.weight(f"{name}.weight.scale", scales.numpy().astype(self.dtype))
+        zero = g.weight(f"{name}.weight.zero_point", np.zeros(len(scales), np.int8))
+        return g.add("DequantizeLinear", [weight, scale, zero], f"{name}.weight.dequantized", axis=0)
+
+
+def to_baseline_onnx(
+    net: BaselineNet, layers: BaselineLayers, options: GraphOptions, metadata: Mapping[str, str]
+) -> OnnxGraph:
+    """The simplified, checked ONNX graph of a baseline; its BNs are folded if they are not yet.
+
+    Input and output as `repvgg_deploy.onnx_export.to_onnx`.
+
+    Raises:
+        GraphError: an option does not fit the net or the opset; in FP16, a weight is out of range.
+    """
+    folded = fold_batch_norms(net)
+    # The helpers ask a net for nothing but its input channels and classes.
+    like, floats = cast(RepVGG, folded), cast(FloatLayers, layers)
+    _check_options(like, options)
+    g = GraphBuilder()
+    x = layers.edge(g, "input", _add_input(g, like, floats, options))
+    x = _add_resnet(g, folded, layers, x) if isinstance(folded, ResNet) else _add_vgg(g, folded, layers, x)
+    outputs = _add_output(g, like, floats, options, x)
+    if isinstance(layers, FloatLayers) and layers.rounding.overflowed:
+        raise GraphError(f"{next(iter(layers.rounding.overflowed))} does not fit FP16", "measure it in fp32")
+    producer = ("repvgg-deploy", repvgg_deploy.__version__)
+    return make_graph(g, [_input_info(like, options)], outputs, options.opset, metadata, producer)
+
+
+def _conv_relu(g: GraphBuilder, name: str, conv: nn.Conv2d, layers: BaselineLayers, x: str) -> str:
+    # Two Q/DQ pairs, as around the ReLU of a fused RepVGG: ONNX Runtime makes an integer convolution only where a
+    # QuantizeLinear follows it directly.
+    x = layers.edge(g, f"{name}.output", layers.conv(g, name, conv, x))
+    return layers.edge(g, f"{name}.relu", g.add("Relu", [x], f"{name}.activated"))
+
+
+def _add_resnet(g: GraphBuilder, net: ResNet, layers: BaselineLayers, x: str) -> str:
+    x = _conv_relu(g, "conv1", net.conv1, layers, x)
+    x = g.add("MaxPool", [x], "maxpool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    x = layers.edge(g, "maxpool.output", x)
+    for name, block in net.named_blocks():
+        x = _add_residual_block(g, name, block, layers, x)
+    x = layers.edge(g, "pool.output", g.add("GlobalAveragePool", [x], "pool"))
+    return layers.linear(g, "fc", net.fc, g.add("Flatten", [x], "features"))
+
+
+def _add_residual_block(g: GraphBuilder, name: str, block: ResidualBlock, layers: BaselineLayers, x: str) -> str:
+    y = x
+    for index in range(1, block.depth):
+        y = _conv_relu(g, f"{name}.conv{index}", block.conv(index), layers, y)
+    last = f"{name}.conv{block.depth}"
+    y = layers.edge(g, f"{last}.output", layers.conv(g, last, block.conv(block.depth), y))
+    if block.downsample is not None:
+        conv = cast(nn.Conv2d, block.downsample[0])
+        x = layers.edge(g, f"{name}.downsample.output", layers.conv(g, f"{name}.downsample", conv, x))
+    total = g.add("Add", [y, x], f"{name}.sum")
+    return layers.edge(g, f"{name}.relu", g.add("Relu", [total], f"{name}.activated"))
+
+
+def _add_vgg(g: GraphBuilder, net: Vgg, layers: BaselineLayers, x: str) -> str:
+    for s, stage in enumerate(net.stages):
+        for c, conv in enumerate(cast(nn.ModuleList, stage)):
+            x = _conv_relu(g, f"stages.{s}.{c}", cast(nn.Conv2d, conv), layers, x)
+        x = g.add("MaxPool", [x], f"pool{s}", kernel_shape=[2, 2], strides=[2, 2])
+        x = layers.edge(g, f"pool{s}.output", x)
+    x = g.add("Flatten", [x], "features")
+    *hidden, last = (cast(nn.Linear, linear) for linear in net.classifier)
+    for index, linear in enumerate(hidden):
+        x = layers.edge(g, f"classifier.{index}.output", layers.linear(g, f"classifier.{index}", linear, x))
+        x = layers.edge(g, f"classifier.{index}.relu", g.add("Relu", [x], f"classifier.{index}.activated"))
+    return layers.linear(g, f"classifier.{len(hidden)}", last, x)
+
+
+@dataclass
+class _EdgeNames(BaselineFloats):
+    """Float layers that remember which tensor lies on each edge."""
+
+    tensors: dict[str, str] = field(default_factory=dict)
+
+    def edge(self, g: GraphBuilder, name: str, x: str) -> str:  # noqa: ARG002
+        self.tensors[name] = x
+        return x
+
+
+def find_ranges(net: BaselineNet, images: NDArray[np.float32]) -> dict[str, float]:
+    """The largest magnitude on every edge of `net` for `images` (N, C, H, W), as int8 layers want them.
+
+    What stands in front of a ReLU or a max pool gets the range of what stands behind it: the integers are the same.
+    """
+    layers = _EdgeNames()
+    options = GraphOptions(images.shape[2], images.shape[3])
+    model = to_baseline_onnx(net, layers, options, {}).to_proto()
+    seen = sorted(set(layers.tensors.values()) - {"images"})
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in seen)
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    peaks = {"images": float(np.abs(images).max())}
+    for name, value in zip(seen, session.run(seen, {"images": images}), strict=True):
+        peaks[name] = float(np.abs(value).max())
+    ranges = {edge: peaks[tensor] for edge, tensor in layers.tensors.items()}
+    for edge in ranges:
+        after = edge.removesuffix(".output") + ".relu"
+        if edge.endswith(".output") and after in ranges:
+            ranges[edge] = ranges[after]
+    if "maxpool.output" in ranges:
+        ranges["maxpool.output"] = ranges["conv1.relu"]
+    return ranges
