@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.quantize.activation_scales import HIGHEST, LOWEST
-from repvgg_deploy.quantize.edges import CLASSIFIER, after_conv, fused_blocks, geometry, per_channel
+from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
 from repvgg_deploy.quantize.layer_report import LayerRow
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
 
@@ -44,21 +44,27 @@ class IntegerLayer(nn.Module):
         self.geometry = geometry(layer) if isinstance(layer, nn.Conv2d) else None
         self.register_buffer("weight", integers.weight.clone())
         self.register_buffer("weight_scale", integers.weight_scale.clone())
-        self.register_buffer("bias", integers.bias.clone())
         self.register_buffer("input_scale", torch.tensor(integers.input_scale, dtype=torch.float32))
+        # An integer convolution holds its bias in units of its sums; a float one then computes the same.
+        self.register_buffer("bias", (integers.bias / self.scale).round() * self.scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` float32, before it is quantized."""
-        return self.accumulate(to_integers(x, self.input_scale))
+    @property
+    def scale(self) -> Tensor:
+        """What one unit of the sums is worth, per filter."""
+        return self.weight_scale * self.input_scale
 
-    def accumulate(self, integers: Tensor) -> Tensor:
-        """The layer's output for quantized inputs −128…127, given as floats."""
+    def total(self, integers: Tensor) -> Tensor:
+        """Sums of products and bias, whole numbers as floats, for inputs −128…127 given as floats."""
         weight = self.weight.to(integers.dtype)
-        scale = self.weight_scale * self.input_scale
+        bias = (self.bias / self.scale).round()
         if self.geometry is None:
-            return F.linear(integers, weight) * scale + self.bias
-        total = F.conv2d(integers, weight, **self.geometry)
-        return total * per_channel(scale, total[0]) + per_channel(self.bias, total[0])
+            return F.linear(integers, weight) + bias
+        return F.conv2d(integers, weight, **self.geometry) + bias[:, None, None]
+
+    def forward(self, integers: Tensor) -> Tensor:
+        """The layer's float32 output for quantized inputs −128…127, given as floats."""
+        total = self.total(integers)
+        return total * (self.scale if self.geometry is None else self.scale[:, None, None])
 
     def integers(self) -> LayerIntegers:
         """The layer's values."""
@@ -108,31 +114,69 @@ class QuantizedNet(nn.Module):
         found = ((name, self.integer_layer(name)) for name in names)
         return {name: layer.integers() for name, layer in found if layer is not None}
 
+    def edge_scale(self, name: str) -> Tensor | None:
+        """The scale of an edge, or None where it is not quantized."""
+        if name == POOL:
+            return self.pool_scale
+        layer = self.integer_layer(name)
+        return None if layer is None else layer.input_scale
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes)."""
-        for name, block in fused_blocks(self.float_net):
-            layer = self.integer_layer(name)
-            x = after_conv(block, block.conv(x) if layer is None else layer(x))
-        if self.pool_scale is not None:
-            x = to_integers(x, self.pool_scale) * self.pool_scale
-        x = x.mean((2, 3))
-        classifier = self.integer_layer(CLASSIFIER)
-        return cast(Tensor, self.float_net.classifier(x) if classifier is None else classifier(x))
+        return self._run(x, {})
 
     def edge_integers(self, x: Tensor) -> dict[str, Tensor]:
         """The integers on every quantized edge for images `x`, as floats: what QuantizeLinear gives in the graph."""
         seen: dict[str, Tensor] = {}
-        for name, block in fused_blocks(self.float_net):
-            layer = self.integer_layer(name)
-            if layer is not None:
-                seen[name] = to_integers(x, layer.input_scale)
-            x = after_conv(block, block.conv(x) if layer is None else layer.accumulate(seen[name]))
-        classifier = self.integer_layer(CLASSIFIER)
-        if self.pool_scale is not None and classifier is not None:
-            seen["pool"] = to_integers(x, self.pool_scale)
-            x = (seen["pool"] * self.pool_scale).mean((2, 3))
-            seen[CLASSIFIER] = to_integers(x, classifier.input_scale)
+        self._run(x, seen)
         return seen
+
+    def _run(self, x: Tensor, seen: dict[str, Tensor]) -> Tensor:
+        blocks = fused_blocks(self.float_net)
+        readers = [*(name for name, _ in blocks[1:]), POOL]
+        flow = _Flow(x)
+        for (name, block), reader in zip(blocks, readers, strict=True):
+            layer = self.integer_layer(name)
+            if layer is None:
+                flow = _Flow(after_conv(block, block.conv(flow.values)))
+                continue
+            seen[name] = flow.integers_with(layer.input_scale)
+            scale = self.edge_scale(reader)
+            if scale is None or not is_plain(block):
+                flow = _Flow(after_conv(block, layer(seen[name])))
+            else:
+                # As an integer convolution does it: one factor from the sums to the next integers.
+                factor = (layer.scale / scale)[:, None, None]
+                integers = (layer.total(seen[name]) * factor).round().clamp(0, HIGHEST)
+                flow = _Flow(integers * scale, integers)
+        return self._run_head(flow, seen)
+
+    def _run_head(self, flow: _Flow, seen: dict[str, Tensor]) -> Tensor:
+        classifier = self.integer_layer(CLASSIFIER)
+        if self.pool_scale is None or classifier is None:
+            return self.float_net.head(flow.values)
+        seen[POOL] = flow.integers_with(self.pool_scale)
+        pixels = seen[POOL].shape[2] * seen[POOL].shape[3]
+        factor = self.pool_scale / (classifier.input_scale * pixels)
+        seen[CLASSIFIER] = (seen[POOL].sum((2, 3)) * factor).round().clamp(LOWEST, HIGHEST)
+        return cast(Tensor, classifier(seen[CLASSIFIER]))
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """What flows along an edge: float values, and the integers behind them where they are known already."""
+
+    values: Tensor
+    known: Tensor | None = None
+
+    def integers_with(self, scale: Tensor) -> Tensor:
+        return to_integers(self.values, scale) if self.known is None else self.known
+
+
+def is_plain(block: FusedBlock) -> bool:
+    """Whether only a ReLU follows the block's convolution."""
+    parts = (block.se_before, block.se_after)
+    return isinstance(block.act, nn.ReLU) and all(isinstance(part, nn.Identity) for part in parts)
 
 
 def _key(name: str) -> str:
