@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from engine_graphs import rtx_backend, small_onnx
 
-from repvgg_deploy.engine.checking import require_signal
+from repvgg_deploy.engine import BuildOptions, build_engine
+from repvgg_deploy.engine.checking import check_where_possible, require_signal
+from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.errors import VerificationError
 
 GOOD = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
@@ -36,3 +41,11 @@ def test_outputs_without_a_signal_are_refused(scores: np.ndarray, said: str) -> 
 @pytest.mark.parametrize("scores", [GOOD, GOOD[:1], GOOD[:, :1]], ids=["batch", "one image", "one class"])
 def test_real_outputs_pass(scores: np.ndarray) -> None:
     require_signal(scores)
+
+
+@pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
+def test_an_engine_that_cannot_run_here_is_said_to_be_unverified(tmp_path: Path) -> None:
+    engine = build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
+    said: list[str] = []
+    assert check_where_possible(engine, np.zeros((1, 3, 32, 32), np.float32), {}, said.append) is None
+    assert said == [f"note: the engine was built, and not run: {find_gpus().reason}"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from repvgg_deploy.artifacts import Parity
-from repvgg_deploy.errors import VerificationError
+from repvgg_deploy.engine.backends import Backend, import_backend
+from repvgg_deploy.engine.building import Engine
+from repvgg_deploy.engine.gpus import find_gpus
+from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.parity import compare, require_parity
 from repvgg_deploy.runners import Array
-from repvgg_deploy.runners.engine_runner import EngineRunner
+from repvgg_deploy.runners.engine_runner import EngineRunner, open_engine
 
 # Largest relative differences of the scores. FP32 engines may use TF32, with the mantissa of FP16; in INT8 a value
 # on the border between two steps may fall to either side in every layer.
@@ -36,6 +39,36 @@ def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Arr
         parity = Parity(parity.max_abs, parity.relative, parity.cosine, float(same.mean()), parity.images)
     require_parity("the engine", parity, MAX_RELATIVE[runner.precision])
     return parity
+
+
+def check_where_possible(
+    engine: Engine, images: Array, expected: Mapping[str, Array], say: Callable[[str], None] = lambda _: None
+) -> Parity | None:
+    """`check_engine` on the GPU of this machine; None where none can run `engine`, and `say` is told why.
+
+    A GPU that the library does not list is tried all the same; only what it computes there can fail the build.
+
+    Raises:
+        VerificationError: the engine computes something else than its graph.
+        DeployError: the GPU should run it, and does not.
+    """
+    found = find_gpus()
+    if not found.gpus:
+        say(f"note: the engine was built, and not run: {found.reason}")
+        return None
+    if not engine.side.has_weights:
+        say("note: the engine was built without weights, and not run")
+        return None
+    try:
+        runner = open_engine(engine.plan)
+    except DeployError as error:
+        backend = import_backend(engine.side.backend)
+        if isinstance(backend, Backend) and not backend.supports(found.gpus[0]):
+            say(f"note: the engine was built, and not run: {error.message}")
+            return None
+        raise
+    with runner:
+        return check_engine(runner, images, expected)
 
 
 def require_signal(scores: Array) -> None:

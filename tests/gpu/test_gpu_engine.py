@@ -13,14 +13,14 @@ from engine_graphs import CLASSES, PIXELS, PREPROCESSING, make_net, narrow_spec,
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, Engine, build_engine
 from repvgg_deploy.engine.backends import Backend, import_backend
-from repvgg_deploy.engine.checking import check_engine
+from repvgg_deploy.engine.checking import check_engine, check_where_possible
 from repvgg_deploy.engine.cuda import LIBRARIES, DeviceArray, open_cuda
 from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.engine.inspection import convolution_precisions, inspect_engine
 from repvgg_deploy.engine.loading import load_plan
 from repvgg_deploy.engine.network import parse_onnx, read_convolution_precisions
 from repvgg_deploy.engine.refit import refit_engine
-from repvgg_deploy.errors import DeployError
+from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.onnx_export import GraphOptions
 from repvgg_deploy.runners.engine_runner import load_engine, open_engine
 from repvgg_deploy.runners.onnx_runner import OnnxRunner
@@ -69,6 +69,16 @@ def test_an_engine_agrees_with_its_graph(backend: Backend, cuda: str, precision:
         parity = check_engine(runner, images, OnnxRunner(onnx).run(images))
     assert parity.images == 8
     assert parity.cosine > 0.99
+
+
+def test_the_check_after_a_build_runs_the_engine(backend: Backend, tmp_path: Path) -> None:
+    onnx, engine = build(tmp_path, backend, Precision.FP16)
+    images = draw(4)
+    expected = OnnxRunner(onnx).run(images)
+    parity = check_where_possible(engine, images, expected)
+    assert parity is not None
+    with pytest.raises(VerificationError):
+        check_where_possible(engine, images, {"logits": expected["logits"][::-1]})
 
 
 def test_pixels_go_in_and_the_best_classes_come_out(backend: Backend, cuda: str, tmp_path: Path) -> None:
