@@ -15,9 +15,10 @@ from repvgg_deploy.engine.gpus import Gpu, find_gpus
 from repvgg_deploy.engine.refit import export_for_refit, graph_options, refit_engine, require_same_net
 from repvgg_deploy.engine.side_file import SideFile, read_side_file
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.export_request import ExportRequest
 from repvgg_deploy.locate import data_folder
 from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.pipeline import ExportRequest, export
+from repvgg_deploy.pipeline import export
 from repvgg_deploy.runners.engine_runner import load_engine
 
 without_gpu = pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")

@@ -102,6 +102,8 @@ def build_engine(
             config, profile = _configure(backend, parsed, options)
             cache = use_timing_cache(backend, config, gpu, say) if options.timing_cache else nullcontext()
             with cache:
+                # What the library says of a stored cache is not of this build: it takes an empty one instead.
+                messages.clear()
                 building = time.perf_counter()
                 _build(backend, parsed, config, writer, options, messages, progress)
                 built = time.perf_counter()

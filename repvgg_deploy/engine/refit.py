@@ -80,8 +80,9 @@ def export_for_refit(side: SideFile, checkpoint: Path, folder: Path, say: Callab
         DeployError: the engine is INT8, or the checkpoint cannot be exported so.
     """
     # The pipeline builds engines, and so comes after this module.
+    from repvgg_deploy.export_request import ExportRequest
     from repvgg_deploy.model import PreprocessingOptions
-    from repvgg_deploy.pipeline import ExportRequest, export
+    from repvgg_deploy.pipeline import export
 
     options = graph_options(side)
     assert side.provenance is not None  # graph_options has made sure.
