@@ -127,10 +127,17 @@ def normalize(pixels: Pixels, preprocessing: Preprocessing) -> NDArray[np.float3
 
     One channel in `mean` takes the luma of RGB pixels (ITU-R 601-2, as Pillow's grayscale).
     """
-    if len(preprocessing.mean) == 1 and pixels.shape[-1] == 3:
-        pixels = np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in pixels])
+    if len(preprocessing.mean) == 1:
+        pixels = take_luma(pixels)
     scale, shift = scale_and_shift(preprocessing)
     return np.ascontiguousarray((pixels.astype(np.float32) * scale + shift).transpose(0, 3, 1, 2))
+
+
+def take_luma(pixels: Pixels) -> Pixels:
+    """RGB pixels (N, H, W, 3) as grayscale (N, H, W, 1) by ITU-R 601-2; pixels of one channel as they are."""
+    if pixels.shape[-1] != 3:
+        return pixels
+    return np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in pixels])
 
 
 def scale_and_shift(preprocessing: Preprocessing) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -12,8 +12,8 @@ from repvgg_deploy.archs import match_card
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.checkpoints.loading import Checkpoint
-from repvgg_deploy.errors import DeployError
-from repvgg_deploy.images import Pixels, normalize
+from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.images import Pixels, normalize, take_luma
 from repvgg_deploy.onnx_export import read_metadata
 from repvgg_deploy.runners import Array, Runner
 from repvgg_deploy.runners.onnx_runner import OnnxRunner
@@ -63,7 +63,17 @@ def choose_preprocessing(checkpoint: Checkpoint, options: PreprocessingOptions) 
     channels = checkpoint.spec.in_channels
     if channels != len(base.mean):
         base = replace(base, mean=(0.5,) * channels, std=(0.5,) * channels)
-    return options.apply(base)
+    chosen = options.apply(base)
+    _require_channels(chosen, channels)
+    return chosen
+
+
+def _require_channels(preprocessing: Preprocessing, channels: int | None) -> None:
+    if channels is not None and channels != len(preprocessing.mean):
+        raise DeployError(
+            f"mean and std have {len(preprocessing.mean)} values, the net takes {channels} channels",
+            "give --mean and --std, one value a channel",
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,18 @@ class Model:
     half_input: bool = False
 
     def run_pixels(self, pixels: Pixels) -> dict[str, Array]:
-        """The outputs for cropped pixels (n, H, W, 3); a smaller batch than a fixed one is filled up, and cut."""
+        """The outputs for cropped pixels (n, H, W, channels); of RGB pixels a net of one channel gets the luma.
+
+        Raises:
+            DeployError: the net takes another number of channels.
+        """
+        if self.channels == 1:
+            pixels = take_luma(pixels)
+        if self.channels is not None and pixels.shape[-1] != self.channels:
+            raise DeployError(
+                f"{self.path} takes {self.channels} channels, images have {pixels.shape[-1]}",
+                "leave the image folder out; such a net can be run on arrays only",
+            )
         images: Array = pixels if self.takes_pixels else normalize(pixels, self.preprocessing)
         return self.run_images(images)
 
@@ -165,6 +186,9 @@ def open_model(
             f"{path} takes {height}x{width} pixels, not {preprocessing.height}x{preprocessing.width}",
             "leave --size out, or export for that size",
         )
+    _require_channels(preprocessing, channels)
+    if any(len(shape) != 2 for shape in runner.output_shapes):
+        raise GraphError(f"{path} does not give one score a class", "an image classifier has one output N,classes")
     class_names = provenance.class_names if provenance is not None else None
     return Model(
         path,
