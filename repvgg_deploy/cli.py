@@ -13,9 +13,14 @@ import click
 from repvgg_deploy import __version__
 from repvgg_deploy.cli_options import (
     checkpoint_options,
+    engine_options,
+    graph_options,
+    int8_options,
     json_option,
     path_argument,
     preprocessing_options,
+    take_build,
+    take_int8,
     take_preprocessing,
 )
 from repvgg_deploy.errors import DeployError, ThresholdError
@@ -39,7 +44,7 @@ class _Group(click.Group):
 def main() -> None:
     """Deployment compiler for RepVGG image classifiers.
 
-    A checkpoint of any library goes in; a verified, simplified ONNX graph comes out.
+    A checkpoint of any library goes in; a verified, simplified ONNX graph and a TensorRT engine come out.
     """
 
 
@@ -63,6 +68,24 @@ def _progress(label: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
         yield start
 
 
+@contextmanager
+def _steps() -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on a terminal for long steps, nothing in a pipe; yields what `pipeline.export` reports to."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def step(name: str, share: float) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=1.0)
+            bar.update(tasks[name], completed=share)
+
+        yield step
+
+
 def _read_labels(path: Path | None) -> tuple[str, ...] | None:
     if path is None:
         return None
@@ -77,55 +100,49 @@ def _read_labels(path: Path | None) -> tuple[str, ...] | None:
 @path_argument("ckpt")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), metavar="DIR", help="Where to write.")
 @click.option("--fp16", is_flag=True, help="A float16 graph.")
-@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Fix the batch; dynamic by default.")
-@click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, from 13.")
-@click.option(
-    "--io", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Type of input/output."
-)
-@click.option("--uint8-input", is_flag=True, help="Take uint8 NHWC pixels; normalize inside the graph.")
-@click.option("--softmax", is_flag=True, help="Give probabilities in place of logits.")
-@click.option("--topk", type=click.IntRange(min=1), metavar="K", help="Give the K best scores and classes.")
-@click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="Class names, one a line.")
+@click.option("--int8", is_flag=True, help="An INT8 graph; needs --calib.")
+@int8_options
+@graph_options
+@engine_options
 @click.option("--bn-eps", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="The BNs' epsilon [1e-05].")
 @click.option("--verify-data", type=click.Path(path_type=Path), metavar="DIR", help="Images to verify on.")
 @click.option("--verify-full", is_flag=True, help="Verify every stage at full size on 16 images.")
 @checkpoint_options
 @preprocessing_options
 @json_option
-def export(ckpt: Path, output: Path, fp16: bool, io: str, labels: Path | None, as_json: bool, **options: Any) -> None:
-    """Write the verified, simplified ONNX graph of a checkpoint.
+def export(
+    ckpt: Path, output: Path, fp16: bool, int8: bool, layers: bool, labels: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Write the verified, simplified ONNX graph of a checkpoint, and an engine where one can be built.
 
-    The file is DIR/<checkpoint stem>.<precision>.onnx. Each stage is compared with the one before on real inputs;
-    where they differ nothing is written.
+    The files are DIR/<checkpoint stem>.<precision>.onnx, .plan and .plan.json. Each stage is compared with the one
+    before on real inputs; where they differ nothing is written.
     """
+    if fp16 and int8:
+        raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is what stays float in INT8.")
     from repvgg_deploy import report
     from repvgg_deploy.artifacts import Precision
-    from repvgg_deploy.pipeline import ExportRequest
+    from repvgg_deploy.export_request import ExportRequest
     from repvgg_deploy.pipeline import export as run_export
 
+    precision = Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32
     request = ExportRequest(
         checkpoint=ckpt,
         output=output,
-        precision=Precision.FP16 if fp16 else Precision.FP32,
-        io=Precision(io),
+        precision=precision,
+        int8=take_int8(options, wanted=int8),
+        build=take_build(options),
+        io=Precision(options.pop("io")),
         class_names=_read_labels(labels),
         preprocessing=take_preprocessing(options),
         **options,
     )
-    result = run_export(request, _say)
+    with _steps() as step:
+        result = run_export(request, _say, step)
     if as_json:
         report.print_json(result.to_dict())
-        return
-    rows = [
-        [stage, p.images, p.max_abs, p.relative, p.cosine, f"{p.top1_agreement:.1%}"]
-        for stage, p in result.parity.items()
-    ]
-    report.print_table(["stage", "images", "max abs", "relative", "cosine", "top-1 agreement"], rows)
-    if result.rounding is not None:
-        r = result.rounding
-        click.echo(f"fp16: {r.subnormal:,} of {r.values:,} weights are subnormal, {r.flushed_to_zero:,} became zero")
-    mega = result.onnx.stat().st_size / 1e6
-    click.echo(f"{result.onnx}  {mega:.1f} MB, {result.arch}, {result.seconds:.1f} s")
+    else:
+        report.print_export(result, layers)
 
 
 @main.command()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from repvgg_deploy.engine.options import BuildOptions
+    from repvgg_deploy.export_request import Int8Request
     from repvgg_deploy.model import PreprocessingOptions
 
     SizeType = click.ParamType[tuple[int, int]]
@@ -73,6 +75,112 @@ def preprocessing_options(command: F) -> F:
         click.option("--mean", type=Channels(), help="Mean a channel, of values from 0 to 1."),
         click.option("--std", type=Channels(), help="Standard deviation a channel."),
     )(command)
+
+
+def graph_options(command: F) -> F:
+    """What an exported graph takes and gives."""
+    return _stack(
+        click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Fix the batch; dynamic by default."),
+        click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, from 13."),
+        click.option(
+            "--io", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Type of input and output [fp32]."
+        ),
+        click.option("--uint8-input", is_flag=True, help="Take uint8 NHWC pixels; normalize inside the graph."),
+        click.option("--softmax", is_flag=True, help="Give probabilities in place of logits."),
+        click.option("--topk", type=click.IntRange(min=1), metavar="K", help="Give the K best scores and classes."),
+        click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="Class names, one a line."),
+    )(command)
+
+
+def int8_options(command: F) -> F:
+    """How INT8 is calibrated."""
+    path = click.Path(path_type=Path)
+    return _stack(
+        click.option("--calib", type=path, metavar="DIR", help="Calibration images: a folder, or a list of files."),
+        click.option(
+            "--calib-count", type=click.IntRange(min=1), metavar="N", help="How many; by default the recipe's."
+        ),
+        click.option("--calib-cache", type=path, metavar="FILE", help="Keep the calibration's statistics there."),
+        click.option("--recipe", default="accurate", metavar="NAME|FILE", help="fast, accurate, thorough, or a file."),
+        click.option(
+            "--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", help="What stays float in INT8 [fp32]."
+        ),
+        click.option("--keep-float", multiple=True, metavar="LAYER", help="Do not quantize this layer; repeatable."),
+        click.option("--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="The most top-1 to lose."),
+        click.option("--val", type=path, metavar="DIR", help="Labelled images for --max-drop: DIR/<class>/*.jpg."),
+        click.option("--layers", is_flag=True, help="Print a table of the quantized layers."),
+    )(command)
+
+
+def engine_options(command: F) -> F:
+    """Whether and how an engine is built."""
+    backends = click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"])
+    return _stack(
+        click.option("--engine", type=backends, default="auto", show_default=True, help="The engine's backend."),
+        click.option(
+            "--batch-range", type=int, nargs=3, metavar="MIN OPT MAX", help="The engine's profile [1 32 256]."
+        ),
+        click.option("--workspace", type=click.IntRange(min=0), metavar="MIB", help="Most GPU memory of a layer."),
+        click.option("--optimization-level", type=click.IntRange(0, 5), help="Of the builder, 0 to 5."),
+        click.option("--refittable", is_flag=True, help="The engine can take new weights."),
+        click.option("--strip-weights", is_flag=True, help="The plan holds no weights before `refit`."),
+        click.option(
+            "--hardware-compatibility",
+            type=click.Choice(["none", "ampere+", "same-compute-capability"]),
+            default="none",
+            help="GPUs besides the builder's own.",
+        ),
+        click.option("--version-compatible", is_flag=True, help="Also for later releases of the major version."),
+        click.option("--timing-cache/--no-timing-cache", default=True, help="Keep kernel times between builds."),
+        click.option("--tf32/--no-tf32", default=True, help="Let FP32 convolutions use TF32."),
+    )(command)
+
+
+def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
+    """Remove the INT8 options from `values` and return them as one object; None where INT8 is not wanted.
+
+    Raises:
+        click.UsageError: an option that only INT8 has is given without it, or one is missing beside another.
+    """
+    from repvgg_deploy.artifacts import Precision
+    from repvgg_deploy.export_request import Int8Request
+
+    names = ("calib", "calib_count", "recipe", "calib_cache", "rest", "keep_float", "val", "max_drop")
+    calib, count, recipe, cache, rest, keep_float, validation, max_drop = (values.pop(name) for name in names)
+    if not wanted:
+        given = {"--calib": calib, "--calib-cache": cache, "--max-drop": max_drop, "--keep-float": keep_float or None}
+        for option, value in given.items():
+            if value is not None:
+                raise click.UsageError(f"{option} is for --int8.")
+        return None
+    if calib is None:
+        raise click.UsageError("--int8 needs --calib DIR: a few hundred typical images, never random data.")
+    if (max_drop is None) != (validation is None):
+        raise click.UsageError("--max-drop and --val DIR belong together.")
+    return Int8Request(calib, count, recipe, cache, Precision(rest), keep_float, validation, max_drop)
+
+
+def take_build(values: dict[str, Any]) -> BuildOptions:
+    """Remove the options of an engine build from `values` and return them as one object."""
+    from repvgg_deploy.engine.options import BuildOptions
+
+    workspace = values.pop("workspace")
+    return BuildOptions(
+        batch_range=values.pop("batch_range") or BuildOptions.batch_range,
+        workspace_bytes=None if workspace is None else workspace << 20,
+        **{
+            name: values.pop(name)
+            for name in (
+                "optimization_level",
+                "timing_cache",
+                "hardware_compatibility",
+                "version_compatible",
+                "refittable",
+                "strip_weights",
+                "tf32",
+            )
+        },
+    )
 
 
 def json_option(command: F) -> F:

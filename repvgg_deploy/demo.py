@@ -16,6 +16,7 @@ from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.drawn import write_image_folder
 from repvgg_deploy.evaluate import evaluate
+from repvgg_deploy.export_request import ExportRequest
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.images import BrokenImages, list_images, normalize, read_batches
 from repvgg_deploy.locate import data_folder
@@ -25,7 +26,7 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import GraphOptions
 from repvgg_deploy.onnx_graph import write_graph
 from repvgg_deploy.onnx_training import to_training_onnx
-from repvgg_deploy.pipeline import ExportRequest, export
+from repvgg_deploy.pipeline import export
 from repvgg_deploy.runners import Array, Runner
 from repvgg_deploy.runners.onnx_runner import OnnxRunner
 from repvgg_deploy.runners.torch_runner import TorchRunner

@@ -1,4 +1,4 @@
-"""The story of an export: checkpoint → training net → fused net → ONNX graph, each held against the one before."""
+"""The story of an export: checkpoint → training net → fused net → ONNX graph → engine, each held against the last."""
 
 from __future__ import annotations
 
@@ -7,173 +7,134 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 
 from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, Provenance
 from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
 from repvgg_deploy.cost import count_parameters
 from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.evaluate import softmax
+from repvgg_deploy.export_request import ExportRequest, ExportResult
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.images import normalize
-from repvgg_deploy.model import Model, PreprocessingOptions, choose_preprocessing
+from repvgg_deploy.model import Model, choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.onnx_export import (
-    DEFAULT_OPSET,
-    FP16_MAX,
-    FloatLayers,
-    Fp16Rounding,
-    GraphOptions,
-    make_metadata,
-    to_onnx,
-)
-from repvgg_deploy.onnx_graph import write_graph
+from repvgg_deploy.onnx_export import FP16_MAX, FloatLayers, Fp16Rounding, GraphOptions, make_metadata, to_onnx
+from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
 from repvgg_deploy.parity import compare, require_parity
 from repvgg_deploy.reference import run_fused, run_in_float64
+from repvgg_deploy.runners import Array
 from repvgg_deploy.runners.onnx_runner import OnnxRunner
 from repvgg_deploy.staging import flush_files, stage_files
 from repvgg_deploy.verification import VerificationInputs, choose_inputs
 
+if TYPE_CHECKING:
+    from repvgg_deploy.engine import Engine
+    from repvgg_deploy.quantize.quantized_net import QuantizationSummary
+
 Say = Callable[[str], None]
+Report = Callable[[str, float], None]
+"""Called with the name of a long step and the share of it that is done."""
 
 # Largest relative differences of the logits. Float32 arithmetic alone costs 1e-6 to 1e-5 on nets of this depth; FP16
-# has a rounding of 5e-4, accumulated over the layers.
-MAX_RELATIVE = {Precision.FP32: 1e-4, Precision.FP16: 3e-2}
+# has a rounding of 5e-4, accumulated over the layers; in INT8 a value on the border between two steps may fall to
+# either side.
+MAX_RELATIVE = {Precision.FP32: 1e-4, Precision.FP16: 3e-2, Precision.INT8: 1e-1}
 
 
 @dataclass(frozen=True)
-class ExportRequest:
-    """All that `export` is asked for; see `GraphOptions` for the graph's."""
+class _Product:
+    """A graph ready to be written, and the logits that it must give on the full-size inputs."""
 
-    checkpoint: Path
-    output: Path
-    arch: str | None = None
-    ema: bool | None = None
-    bn_eps: float = 1e-5
-    precision: Precision = Precision.FP32
-    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
-    batch: int | None = None
-    opset: int = DEFAULT_OPSET
-    io: Precision = Precision.FP32
-    uint8_input: bool = False
-    softmax: bool = False
-    topk: int | None = None
-    class_names: tuple[str, ...] | None = None
-    verify_data: Path | None = None
-    verify_full: bool = False
+    graph: OnnxGraph
+    expected: NDArray[np.float32]
+    rounding: Fp16Rounding | None = None
+    quantization: QuantizationSummary | None = None
 
 
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export wrote, and how it compares with what it was made from."""
+def export(request: ExportRequest, say: Say = lambda _: None, report: Report = lambda *_: None) -> ExportResult:
+    """Write the verified ONNX graph of a checkpoint to `request.output`, and an engine where one is asked for.
 
-    onnx: Path
-    checkpoint: Checkpoint
-    preprocessing: Preprocessing
-    precision: Precision
-    parameters: int
-    ops: dict[str, int]
-    parity: dict[str, Parity]
-    rounding: Fp16Rounding | None
-    seconds: float
-    peak_bytes: int
-
-    @property
-    def arch(self) -> str:
-        """The architecture's name."""
-        return self.checkpoint.arch
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `export --json` prints."""
-        result: dict[str, Any] = {
-            "onnx": str(self.onnx),
-            "engine": None,
-            "arch": self.checkpoint.arch,
-            "layout": self.checkpoint.layout,
-            "form": self.checkpoint.form,
-            "precision": str(self.precision),
-            "parameters": self.parameters,
-            "sha256": self.checkpoint.sha256,
-            "ops": self.ops,
-            "parity": {stage: parity.to_dict() for stage, parity in self.parity.items()},
-            "seconds": round(self.seconds, 3),
-            "peak_bytes": self.peak_bytes,
-        }
-        if self.rounding is not None:
-            result["fp16"] = {
-                "values": self.rounding.values,
-                "subnormal": self.rounding.subnormal,
-                "flushed_to_zero": self.rounding.flushed_to_zero,
-            }
-        return result
-
-
-def export(request: ExportRequest, say: Say = lambda _: None) -> ExportResult:
-    """Write the verified ONNX graph of a checkpoint to `request.output`.
-
-    The file is `<checkpoint stem>.<precision>.onnx`; it appears only when every stage has agreed with the one before.
+    The files are `<checkpoint stem>.<precision>.onnx`, `.plan` and `.plan.json`; they appear only when every stage has
+    agreed with the one before.
 
     Raises:
         DeployError: whatever the user can mend; nothing is written then.
     """
     start = time.perf_counter()
+    backend = _find_backend(request.engine, say)
     say(f"reading {request.checkpoint}")
     checkpoint = load_checkpoint(request.checkpoint, request.arch, request.ema, request.bn_eps)
     for note in checkpoint.notes:
         say(f"note: {note}")
     preprocessing = choose_preprocessing(checkpoint, request.preprocessing)
     inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
-    fused, parity = _fuse_and_compare(checkpoint, preprocessing, inputs, say)
+    say(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
+    fused, parity = _fuse_and_compare(checkpoint, preprocessing, inputs)
+    parameters = count_parameters(fused.spec)
     checkpoint = checkpoint.without_tensors()
-    layers = FloatLayers(np.dtype(np.float16 if request.precision is Precision.FP16 else np.float32))
-    say(f"exporting the {request.precision} graph")
-    graph = to_onnx(
-        fused, layers, _graph_options(request, preprocessing), _metadata(request, checkpoint, preprocessing)
-    )
-    expected, largest = run_fused(fused, normalize(inputs.full, preprocessing))
-    if request.precision is Precision.FP16:
-        _require_fp16_range(largest)
-    name = f"{file_stem(request.checkpoint)}.{request.precision}.onnx"
+    say(f"making the {request.precision} graph")
+    if request.precision is Precision.INT8:
+        product = _make_int8_graph(request, checkpoint, fused, preprocessing, inputs, parity, say, report)
+    else:
+        product = _make_float_graph(request, checkpoint, fused, preprocessing, inputs)
     result = ExportResult(
-        onnx=request.output / name,
+        onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
+        engine=None,
         checkpoint=checkpoint,
         preprocessing=preprocessing,
         precision=request.precision,
-        parameters=count_parameters(fused.spec),
-        ops=graph.op_histogram(),
+        parameters=parameters,
+        ops=product.graph.op_histogram(),
         parity=parity,
-        rounding=layers.rounding if request.precision is Precision.FP16 else None,
+        rounding=product.rounding,
+        quantization=product.quantization,
         seconds=0.0,
         peak_bytes=0,
     )
+    expected = product.expected
     with stage_files(request.output) as staging:
-        write_graph(graph, staging / name)
+        staged = staging / result.onnx.name
+        write_graph(product.graph, staged)
         # The weights are in the file now; ONNX Runtime brings its own copy.
-        del fused, graph, layers
+        del fused, product
         say("running the graph in ONNX Runtime")
         with ThreadPoolExecutor(1) as pool:
             # The disk takes the file while the processor verifies it.
             flushed = pool.submit(flush_files, staging)
-            parity["onnx"] = _compare_graph(staging / name, inputs, preprocessing, expected, request)
+            outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
             flushed.result()
+        engine = None
+        if backend is not None:
+            engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, say, report)
     seconds = time.perf_counter() - start
-    return ExportResult(**{**vars(result), "seconds": seconds, "peak_bytes": peak_bytes()})
+    return replace(result, engine=engine, seconds=seconds, peak_bytes=peak_bytes())
+
+
+def _find_backend(name: str, say: Say) -> Any:
+    """The engine backend, asked for before any work is done: a named one that is missing is an error at once."""
+    if name == "none":
+        return None
+    from repvgg_deploy.engine import Unavailable, find_backend
+
+    backend = find_backend(name)
+    if isinstance(backend, Unavailable):
+        say(f"no engine will be built: {backend.reason}")
+        return None
+    return backend
 
 
 def _fuse_and_compare(
-    checkpoint: Checkpoint,
-    preprocessing: Preprocessing,
-    inputs: VerificationInputs,
-    say: Say,
+    checkpoint: Checkpoint, preprocessing: Preprocessing, inputs: VerificationInputs
 ) -> tuple[RepVGG, dict[str, Parity]]:
     """The fused net in float32, and how it compares with the training form in float64."""
-    say(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
     net = build(checkpoint)
     images = normalize(inputs.small, preprocessing)
     reference = run_in_float64(net, images)
@@ -182,6 +143,57 @@ def _fuse_and_compare(
     parity = {"fused": compare(reference, candidate)}
     require_parity("fusing", parity["fused"], MAX_RELATIVE[Precision.FP32])
     return fused, parity
+
+
+def _make_float_graph(
+    request: ExportRequest,
+    checkpoint: Checkpoint,
+    fused: RepVGG,
+    preprocessing: Preprocessing,
+    inputs: VerificationInputs,
+) -> _Product:
+    half = request.precision is Precision.FP16
+    layers = FloatLayers(np.dtype(np.float16 if half else np.float32))
+    metadata = _metadata(request, checkpoint, preprocessing, {})
+    graph = to_onnx(fused, layers, _graph_options(request, preprocessing), metadata)
+    expected, largest = run_fused(fused, normalize(inputs.full, preprocessing))
+    if half:
+        _require_fp16_range(largest)
+    return _Product(graph, expected, layers.rounding if half else None)
+
+
+def _make_int8_graph(
+    request: ExportRequest,
+    checkpoint: Checkpoint,
+    fused: RepVGG,
+    preprocessing: Preprocessing,
+    inputs: VerificationInputs,
+    parity: dict[str, Parity],
+    say: Say,
+    report: Report,
+) -> _Product:
+    from repvgg_deploy.int8_export import quantize_for_export
+    from repvgg_deploy.quantize.qdq import to_qdq_onnx
+
+    if request.int8 is None:
+        raise DeployError("INT8 needs calibration images", "--calib DIR, a folder of a few hundred typical images")
+    images = normalize(inputs.full, preprocessing)
+    reference, _ = run_fused(fused, images)
+    quantized, summary = quantize_for_export(fused, request.int8, preprocessing, checkpoint.sha256, say, report)
+    with torch.inference_mode():
+        expected = quantized(torch.from_numpy(images)).numpy()
+    parity["quantized"] = compare(reference, expected)
+    about = {
+        "recipe": summary.recipe,
+        "images": summary.images,
+        "images_sha256": summary.images_sha256,
+        "seed": summary.seed,
+        "kept_float": list(quantized.float_layers()),
+    }
+    metadata = _metadata(request, checkpoint, preprocessing, {"quantization": about})
+    dtype = np.dtype(np.float16 if request.int8.rest is Precision.FP16 else np.float32)
+    graph = to_qdq_onnx(quantized, _graph_options(request, preprocessing), metadata, dtype)
+    return _Product(graph, expected, None, summary)
 
 
 def _graph_options(request: ExportRequest, preprocessing: Preprocessing) -> GraphOptions:
@@ -197,7 +209,9 @@ def _graph_options(request: ExportRequest, preprocessing: Preprocessing) -> Grap
     )
 
 
-def _metadata(request: ExportRequest, checkpoint: Checkpoint, preprocessing: Preprocessing) -> dict[str, str]:
+def _metadata(
+    request: ExportRequest, checkpoint: Checkpoint, preprocessing: Preprocessing, extra: dict[str, Any]
+) -> dict[str, str]:
     names = request.class_names or checkpoint.class_names
     if names is not None and len(names) != checkpoint.spec.classes:
         raise DeployError(
@@ -212,7 +226,7 @@ def _metadata(request: ExportRequest, checkpoint: Checkpoint, preprocessing: Pre
         preprocessing=preprocessing,
         class_names=names,
         tools=tool_versions(),
-        extra={"classes": checkpoint.spec.classes},
+        extra={"classes": checkpoint.spec.classes, **extra},
     )
     return make_metadata(provenance)
 
@@ -226,32 +240,73 @@ def _require_fp16_range(largest: dict[str, float]) -> None:
         )
 
 
-def _compare_graph(
+def _run_and_compare(
     path: Path,
     inputs: VerificationInputs,
     preprocessing: Preprocessing,
-    expected: np.ndarray[Any, np.dtype[np.float32]],
+    expected: NDArray[np.float32],
     request: ExportRequest,
-) -> Parity:
-    model = Model(
-        path,
-        OnnxRunner(path, quick_start=True),
-        preprocessing,
-        class_names=None,
-        takes_pixels=request.uint8_input,
-        half_input=request.io is Precision.FP16,
-    )
-    images = inputs.full if request.uint8_input else normalize(inputs.full, preprocessing)
-    outputs = model.run_images(images)
+    parity: dict[str, Parity],
+) -> dict[str, Array]:
+    """The outputs of the written graph in ONNX Runtime, once they have agreed with the logits expected."""
+    runner = OnnxRunner(path, quick_start=True)
+    model = Model(path, runner, preprocessing, None, takes_pixels=request.uint8_input, half_input=_is_half(request))
+    outputs = model.run_images(_inputs_of(request, inputs, preprocessing))
     reference, candidate = comparable(expected, outputs, request.softmax)
-    parity = compare(reference, candidate)
-    require_parity("the ONNX graph", parity, MAX_RELATIVE[request.precision])
-    return parity
+    parity["onnx"] = compare(reference, candidate)
+    require_parity("the ONNX graph", parity["onnx"], MAX_RELATIVE[request.precision])
+    return outputs
 
 
-def comparable(
-    logits: np.ndarray[Any, Any], outputs: dict[str, np.ndarray[Any, Any]], as_probabilities: bool
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _is_half(request: ExportRequest) -> bool:
+    return request.io is Precision.FP16
+
+
+def _inputs_of(request: ExportRequest, inputs: VerificationInputs, preprocessing: Preprocessing) -> Array:
+    """The full-size inputs as the graph takes them."""
+    if request.uint8_input:
+        return inputs.full
+    return normalize(inputs.full, preprocessing).astype(np.float16 if _is_half(request) else np.float32, copy=False)
+
+
+def _build_and_compare(
+    staged: Path,
+    backend: Any,
+    request: ExportRequest,
+    inputs: VerificationInputs,
+    preprocessing: Preprocessing,
+    outputs: dict[str, Array],
+    parity: dict[str, Parity],
+    say: Say,
+    report: Report,
+) -> Engine:
+    """The engine in the staging folder; where a GPU can run it, its outputs have agreed with ONNX Runtime's."""
+    from repvgg_deploy.engine import build_engine
+    from repvgg_deploy.engine.gpus import find_gpus
+
+    say(f"building the engine with {backend.label}")
+
+    def advance(share: float, phase: str) -> None:
+        report(f"building: {phase}", share)
+
+    engine = build_engine(staged, backend, request.build, staged.parent, advance, say)
+    found = find_gpus()
+    if not found.gpus or request.build.strip_weights:
+        say(f"the engine was not run: {found.reason if not found.gpus else 'it holds no weights yet'}")
+        return engine
+    from repvgg_deploy.engine.checking import check_engine
+    from repvgg_deploy.runners.engine_runner import open_engine
+
+    say(f"running the engine on {found.gpus[0].name}")
+    runner = open_engine(engine.plan)
+    try:
+        parity["engine"] = check_engine(runner, _inputs_of(request, inputs, preprocessing), outputs)
+    finally:
+        runner.close()
+    return engine
+
+
+def comparable(logits: Array, outputs: dict[str, Array], as_probabilities: bool) -> tuple[Array, Array]:
     """What of the logits is to be compared with what a graph gives: all scores, or the best K of its own choice."""
     scores = softmax(logits) if as_probabilities else logits
     if "classes" not in outputs:

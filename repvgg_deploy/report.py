@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from repvgg_deploy.export_request import ExportResult
+    from repvgg_deploy.quantize.layer_report import LayerRow
 
 _PIPE_WIDTH = 160
 
@@ -41,6 +45,48 @@ def print_fields(values: Mapping[str, Any]) -> None:
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
         print(f"{name.replace('_', ' '):{width}}  {_format(value)}")
+
+
+def print_export(result: ExportResult, layers: bool) -> None:
+    """What an export wrote, and how every stage compares with the one before."""
+    rows = [
+        [stage, p.images, p.max_abs, p.relative, f"{p.cosine:.8f}", f"{p.top1_agreement:.1%}"]
+        for stage, p in result.parity.items()
+    ]
+    print_table(["stage", "images", "max abs", "relative", "cosine", "top-1 agreement"], rows)
+    if result.rounding is not None:
+        r = result.rounding
+        print(f"fp16: {r.subnormal:,} of {r.values:,} weights are subnormal, {r.flushed_to_zero:,} became zero")
+    if result.quantization is not None:
+        q = result.quantization
+        kept = [row.name for row in q.layers if row.kept_float]
+        print(f"int8: recipe {q.recipe}, {q.images} images; kept in float: {', '.join(kept) or 'nothing'}")
+        if layers:
+            print_layers(q.layers)
+    size = result.onnx.stat().st_size / 1e6
+    print(f"{result.onnx}  {size:.1f} MB, {result.arch}, {result.seconds:.1f} s")
+    if result.engine is not None:
+        plan = result.onnx.parent / result.engine.plan.name
+        print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
+
+
+def print_layers(layers: Sequence[LayerRow]) -> None:
+    """One row a quantized layer; signal-to-noise ratios in dB."""
+    columns = ["layer", "scale", "saturated", "weights dB", "activations dB", "output dB", "removed", "kept float"]
+    table = [
+        [
+            row.name,
+            "" if row.scale is None else f"{row.scale:.4g}",
+            "" if row.saturation is None else f"{row.saturation:.3%}",
+            "" if row.weights_db is None else f"{row.weights_db:.1f}",
+            "" if row.activations_db is None else f"{row.activations_db:.1f}",
+            f"{row.output_db:.1f}",
+            row.removed_columns,
+            "yes" if row.kept_float else "",
+        ]
+        for row in layers
+    ]
+    print_table(columns, table)
 
 
 def console() -> Console:

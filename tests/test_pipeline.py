@@ -13,10 +13,11 @@ from repvgg_deploy import pipeline
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.errors import DeployError, VerificationError
+from repvgg_deploy.export_request import ExportRequest
 from repvgg_deploy.model import PreprocessingOptions
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import read_metadata
-from repvgg_deploy.pipeline import ExportRequest, export
+from repvgg_deploy.pipeline import export
 
 
 @pytest.fixture
