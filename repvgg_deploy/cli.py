@@ -176,7 +176,7 @@ def fuse(ckpt: Path, output: Path, as_json: bool, **options: Any) -> None:
 @checkpoint_options
 @json_option
 def inspect(file: Path, as_json: bool, **options: Any) -> None:
-    """Say what a checkpoint or an ONNX graph is."""
+    """Say what a checkpoint, an ONNX graph or an engine is."""
     from repvgg_deploy import report
     from repvgg_deploy.inspection import inspect_file
 
@@ -243,7 +243,7 @@ def archs(as_json: bool) -> None:
 def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     """Compare the outputs of two models, and fail beyond the tolerance.
 
-    A and B are checkpoints or ONNX graphs. Both get the same images, prepared as the metadata of an exported graph
+    A and B are checkpoints, ONNX graphs or engines. Both get the same images, prepared as the metadata of an exported graph
     say, or else the architecture's card.
     """
     from repvgg_deploy import report
@@ -291,6 +291,27 @@ def eval_(
         report.print_fields({**result.to_dict(), "broken": len(result.broken) or None})
     if min_top1 is not None and result.top1 < min_top1:
         raise ThresholdError(f"top-1 is {result.top1:.2f} %, below the {min_top1:g} % asked for")
+
+
+@main.command()
+@path_argument("engine")
+@path_argument("weights")
+@json_option
+def refit(engine: Path, weights: Path, as_json: bool) -> None:
+    """Put new weights into a refittable engine, without a rebuild.
+
+    WEIGHTS is a checkpoint of the engine's architecture, or an ONNX graph that was exported from one. The plan and its
+    side file are replaced only once everything has worked.
+    """
+    from repvgg_deploy import report
+    from repvgg_deploy.engine.refit import refit_in_place
+
+    engine_files = refit_in_place(engine, weights, _say)
+    values = {"engine": str(engine), "weights": str(weights), "sha256": engine_files.side.sha256}
+    if as_json:
+        report.print_json(values)
+    else:
+        report.print_fields(values)
 
 
 @main.command()

@@ -14,7 +14,7 @@ import numpy as np
 from repvgg_deploy.artifacts import Parity
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
 from repvgg_deploy.images import BrokenImages, LabelledImages, list_images, list_labelled_images, read_batches
-from repvgg_deploy.model import Model, PreprocessingOptions, is_onnx, open_model, rank_classes
+from repvgg_deploy.model import Model, PreprocessingOptions, is_engine, is_onnx, open_model, rank_classes
 from repvgg_deploy.parity import compare, require_parity
 from repvgg_deploy.runners import Array
 from repvgg_deploy.verification import choose_pixels
@@ -160,9 +160,9 @@ def verify_models(
         VerificationError: they differ by more than `tolerance`.
         DeployError: a model cannot be opened, or they do not take the same pixels.
     """
-    graphs = [is_onnx(path) for path in (first, second)]
+    graphs = [is_onnx(path) or is_engine(path) for path in (first, second)]
     models: list[Model] = []
-    for path in sorted((first, second), key=lambda path: not is_onnx(path)):
+    for path in sorted((first, second), key=lambda path: not (is_onnx(path) or is_engine(path))):
         shared = options
         if models and graphs.count(True) == 1:
             known = models[0].preprocessing

@@ -1,4 +1,4 @@
-"""What a file is: a checkpoint or an ONNX graph, described without running it."""
+"""What a file is: a checkpoint, an ONNX graph or an engine, described without running it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from repvgg_deploy.archs import Card, match_card
 from repvgg_deploy.checkpoints import Checkpoint, load_checkpoint
 from repvgg_deploy.cost import count_flops, count_parameters
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.model import PreprocessingOptions, choose_preprocessing, is_onnx
+from repvgg_deploy.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx
 
 Description = dict[str, Any]
 
 
 def inspect_file(path: Path, arch: str | None = None, ema: bool | None = None) -> Description:
-    """Layout, form, architecture, size and provenance of a checkpoint or an ONNX graph, ready for a table or JSON.
+    """What a checkpoint, an ONNX graph or an engine consists of and comes from, ready for a table or JSON.
 
     Raises:
-        DeployError: the file is none of both, or is damaged.
+        DeployError: the file is none of these, or is damaged.
     """
+    if path.is_file() and is_engine(path):
+        from repvgg_deploy.engine.inspection import inspect_engine
+
+        return inspect_engine(path).to_dict()
     if path.is_file() and is_onnx(path):
         return _describe_graph(path)
     return _describe_checkpoint(load_checkpoint(path, arch, ema))

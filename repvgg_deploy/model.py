@@ -1,4 +1,4 @@
-"""`open_model`: a checkpoint or an ONNX graph as something that takes pixels and gives scores."""
+"""`open_model`: a checkpoint, an ONNX graph or an engine as something that takes pixels and gives scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repvgg_deploy.archs import match_card
-from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.artifacts import Preprocessing, Provenance
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.checkpoints.loading import Checkpoint
 from repvgg_deploy.errors import DeployError, GraphError
@@ -148,37 +148,67 @@ def is_onnx(path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class _Signature:
+    """The input and outputs of a graph or engine; None for a dynamic dimension."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+    outputs: dict[str, tuple[int | None, ...]]
+
+
+def is_engine(path: Path) -> bool:
+    """Whether a file is an engine, by its ending: a plan's first bytes are the library's own affair."""
+    return path.suffix in (".plan", ".engine", ".trt")
+
+
 def open_model(
     path: Path,
     options: PreprocessingOptions | None = None,
     arch: str | None = None,
     ema: bool | None = None,
 ) -> Model:
-    """The model in a checkpoint (run in torch) or an ONNX graph (run in ONNX Runtime), on the CPU.
+    """The model in a checkpoint (run in torch), an ONNX graph (in ONNX Runtime), or an engine (on the GPU).
 
     Raises:
-        DeployError: there is no such file, it is none of both, or the options contradict the graph.
+        DeployError: there is no such file, it is none of these, it cannot be run here, or the options contradict it.
     """
     options = options or PreprocessingOptions()
-    if not path.is_file() or not is_onnx(path):
-        if path.suffix in (".plan", ".engine"):
-            raise DeployError(f"{path} is an engine, and no engine backend is here", "give the ONNX graph beside it")
-        checkpoint = load_checkpoint(path, arch, ema)
-        preprocessing = choose_preprocessing(checkpoint, options)
-        classes = checkpoint.spec.classes
-        return Model(
-            path,
-            TorchRunner(build(checkpoint)),
-            preprocessing,
-            checkpoint.class_names,
-            classes,
-            checkpoint.spec.in_channels,
-        )
-    runner = OnnxRunner(path)
-    provenance = read_metadata(runner.metadata)
-    takes_pixels = runner.input_type == "tensor(uint8)"
-    height, width = runner.input_shape[1:3] if takes_pixels else runner.input_shape[2:4]
-    channels = runner.input_shape[3] if takes_pixels else runner.input_shape[1]
+    if path.is_file() and is_engine(path):
+        from repvgg_deploy.runners.engine_runner import open_engine
+
+        engine = open_engine(path)
+        outputs = {tensor.name: _dynamic(tensor.shape) for tensor in engine.outputs}
+        signature = _Signature(_dynamic(engine.input.shape), engine.input.dtype, outputs)
+        return _describe(path, engine, signature, engine.provenance, options)
+    if path.is_file() and is_onnx(path):
+        runner = OnnxRunner(path)
+        dtype = runner.input_type.removeprefix("tensor(").removesuffix(")")
+        outputs = dict(zip(runner.output_names, runner.output_shapes, strict=True))
+        signature = _Signature(runner.input_shape, dtype, outputs)
+        return _describe(path, runner, signature, read_metadata(runner.metadata), options)
+    checkpoint = load_checkpoint(path, arch, ema)
+    return Model(
+        path,
+        TorchRunner(build(checkpoint)),
+        choose_preprocessing(checkpoint, options),
+        checkpoint.class_names,
+        checkpoint.spec.classes,
+        checkpoint.spec.in_channels,
+    )
+
+
+def _dynamic(shape: tuple[int, ...]) -> tuple[int | None, ...]:
+    return tuple(size if size >= 0 else None for size in shape)
+
+
+def _describe(
+    path: Path, runner: Runner, signature: _Signature, provenance: Provenance | None, options: PreprocessingOptions
+) -> Model:
+    """A graph or an engine as a model; its shapes and its provenance say how pixels become its input."""
+    takes_pixels = signature.dtype == "uint8"
+    height, width = signature.shape[1:3] if takes_pixels else signature.shape[2:4]
+    channels = signature.shape[3] if takes_pixels else signature.shape[1]
     base = provenance.preprocessing if provenance is not None else None
     preprocessing = options.apply(base or _from_shape(height, width))
     if (height, width) != (None, None) and (height, width) != (preprocessing.height, preprocessing.width):
@@ -187,26 +217,26 @@ def open_model(
             "leave --size out, or export for that size",
         )
     _require_channels(preprocessing, channels)
-    if any(len(shape) != 2 for shape in runner.output_shapes):
+    if any(len(shape) != 2 for shape in signature.outputs.values()):
         raise GraphError(f"{path} does not give one score a class", "an image classifier has one output N,classes")
-    class_names = provenance.class_names if provenance is not None else None
     return Model(
         path,
         runner,
         preprocessing,
-        class_names,
-        _classes(runner),
+        provenance.class_names if provenance is not None else None,
+        _classes(signature, provenance),
         channels,
         takes_pixels,
-        runner.input_type == "tensor(float16)",
+        half_input=signature.dtype == "float16",
     )
 
 
-def _classes(runner: OnnxRunner) -> int | None:
-    """The classes of a graph; a top-k graph says in its metadata."""
-    if "classes" in runner.output_names:
-        return int(runner.metadata["repvgg_deploy.classes"]) if "repvgg_deploy.classes" in runner.metadata else None
-    return runner.output_shapes[0][-1]
+def _classes(signature: _Signature, provenance: Provenance | None) -> int | None:
+    """How many classes there are; a top-k graph says so in its metadata."""
+    if "classes" not in signature.outputs:
+        return next(iter(signature.outputs.values()))[-1]
+    known = provenance.extra.get("classes") if provenance is not None else None
+    return int(known) if known is not None else None
 
 
 def _from_shape(height: int | None, width: int | None) -> Preprocessing:

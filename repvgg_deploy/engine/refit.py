@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from repvgg_deploy.engine.onnx_header import read_onnx_metadata
 from repvgg_deploy.engine.side_file import SideFile, hash_file, side_path
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.onnx_export import GraphOptions, read_metadata
+from repvgg_deploy.staging import stage_files
 
 _REBUILD = "build the engine with --refittable: `repvgg-deploy export CHECKPOINT --refittable`"
 
@@ -175,3 +177,19 @@ def _serialize(loaded: LoadedEngine) -> Any:
         if content is None:
             raise explain_failure(loaded.backend, "writing the refitted engine", messages)
     return content
+
+
+def refit_in_place(plan: Path, weights: Path, say: Callable[[str], None] = lambda _: None) -> Engine:
+    """Replace the plan and its side file by those with the weights of a checkpoint, or of an ONNX graph.
+
+    Raises:
+        DeployError: as `refit_engine`, and as `export` for a checkpoint; the files are as they were then.
+    """
+    from repvgg_deploy.model import is_onnx
+
+    side = require_refittable(plan)
+    with tempfile.TemporaryDirectory() as scratch:
+        onnx = weights if is_onnx(weights) else export_for_refit(side, weights, Path(scratch), say)
+        with stage_files(plan.absolute().parent) as staging:
+            engine = refit_engine(plan, onnx, staging)
+    return Engine(plan, engine.side)
