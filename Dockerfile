@@ -1,0 +1,45 @@
+# Two targets.
+#   docker build --target cpu -t repvgg-deploy:cpu .
+#   docker build --target gpu --build-arg GPU_BASE=nvcr.io/nvidia/tensorrt:25.10-py3 -t repvgg-deploy:gpu .
+# CI pipelines run it as one command, on files mounted at /work:
+#   docker run --rm -v "$PWD:/work" repvgg-deploy:cpu export net.pth -o out
+
+ARG GPU_BASE=nvcr.io/nvidia/tensorrt:25.10-py3
+ARG CPU_BASE=python:3.12-slim
+
+# The wheel is built once, so that neither image holds sources or build tools.
+FROM ${CPU_BASE} AS wheel
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY repvgg_deploy repvgg_deploy
+COPY models models
+COPY calibration calibration
+RUN pip wheel --no-cache-dir --no-deps -w /wheels .
+
+FROM ${CPU_BASE} AS cpu
+# Where PyTorch's CPU builds are to be had: without it pip takes the default build, gigabytes of CUDA libraries.
+ARG TORCH_INDEX=""
+ARG TORCH=2.13.0
+COPY --from=wheel /wheels /wheels
+COPY constraints.txt /wheels/
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "torch==${TORCH}" \
+    && pip install --no-cache-dir -c /wheels/constraints.txt "$(echo /wheels/*.whl)[cpu]" \
+    && rm -rf /wheels \
+    && useradd --create-home deploy
+USER deploy
+WORKDIR /work
+ENTRYPOINT ["repvgg-deploy"]
+CMD ["--help"]
+
+# The base brings CUDA and TensorRT with its Python bindings; torch brings its own CUDA.
+FROM ${GPU_BASE} AS gpu
+ARG TORCH=2.13.0
+COPY --from=wheel /wheels /wheels
+RUN pip install --no-cache-dir "torch==${TORCH}" \
+    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu]" cuda-python \
+    && rm -rf /wheels \
+    && useradd --create-home deploy
+USER deploy
+WORKDIR /work
+ENTRYPOINT ["repvgg-deploy"]
+CMD ["--help"]
