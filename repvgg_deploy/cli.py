@@ -289,7 +289,7 @@ def eval_(
         report.print_json(result.to_dict())
     else:
         report.print_fields({**result.to_dict(), "broken": len(result.broken) or None})
-    if min_top1 is not None and result.top1 < min_top1:
+    if min_top1 is not None and not result.top1 >= min_top1:
         raise ThresholdError(f"top-1 is {result.top1:.2f} %, below the {min_top1:g} % asked for")
 
 

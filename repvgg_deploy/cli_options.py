@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ class Channels(ChannelsType):
         try:
             numbers = tuple(float(part) for part in re.split(r"[,\s]+", str(value).strip()))
         except ValueError:
+            numbers = (math.nan,)
+        if not all(map(math.isfinite, numbers)):
             self.fail(f"{value!r} is not one number a channel, as 0.485,0.456,0.406", param, ctx)
         return numbers
 
