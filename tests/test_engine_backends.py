@@ -12,7 +12,7 @@ from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, Unavailable, build_engine, find_backend
 from repvgg_deploy.engine.backends import Backend, Capabilities, has, import_backend, release, unsupported_gpu
 from repvgg_deploy.engine.gpus import Gpu, find_gpus
-from repvgg_deploy.engine.refit import export_for_refit, graph_options, refit_engine, require_same_net
+from repvgg_deploy.engine.refit import _check_refitted, export_for_refit, graph_options, refit_engine, require_same_net
 from repvgg_deploy.engine.side_file import SideFile, read_side_file
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.export_request import ExportRequest
@@ -159,6 +159,21 @@ def test_a_checkpoint_becomes_the_graph_that_fits_the_engine(tmp_path: Path) -> 
     folder = tmp_path / "again"
     again = export_for_refit(engine.side, demo, folder, print)
     assert again.read_bytes() == first.read_bytes()
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    "options",
+    [GraphOptions(32, 32), GraphOptions(32, 48, batch=2, uint8_input=provenance(Precision.FP16).preprocessing)],
+)
+def test_a_refitted_engine_is_compared_with_its_graph_or_said_to_be_unverified(
+    tmp_path: Path, options: GraphOptions
+) -> None:
+    onnx = small_onnx(tmp_path, options=options)
+    engine = build_engine(onnx, rtx_backend(), NO_CACHE, tmp_path)
+    said: list[str] = []
+    _check_refitted(engine, onnx, said.append)
+    assert said == [f"note: the engine was built, and not run: {find_gpus().reason}"]
 
 
 def test_an_int8_engine_takes_no_float_checkpoint(tmp_path: Path) -> None:

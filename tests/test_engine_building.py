@@ -110,6 +110,16 @@ def test_options_reach_the_builder(tmp_path: Path) -> None:
     assert read_side_file(engine.plan).options == options
 
 
+@pytest.mark.parametrize("targets", [("7.5",), ("8.9", "12.0")])
+def test_a_plan_is_built_for_the_gpus_that_were_named(targets: tuple[str, ...], tmp_path: Path) -> None:
+    options = replace(NO_CACHE, compute_capabilities=targets)
+    onnx, backend = small_onnx(tmp_path, Precision.FP16), rtx_backend()
+    everywhere = build_engine(onnx, backend, NO_CACHE, tmp_path).plan.read_bytes()
+    engine = build_engine(onnx, backend, options, tmp_path)
+    assert read_side_file(engine.plan).options.compute_capabilities == targets
+    assert engine.plan.read_bytes() != everywhere
+
+
 def test_a_failed_build_leaves_nothing_in_the_output_folder(tmp_path: Path) -> None:
     backend = rtx_backend()
     onnx = small_onnx(tmp_path, declared=Precision.INT8)
@@ -146,6 +156,7 @@ def test_a_batch_range_out_of_order_is_refused(tmp_path: Path) -> None:
     [
         (BuildOptions(version_compatible=True), "no version-compatible plans"),
         (BuildOptions(hardware_compatibility="ampere+"), "no hardware compatibility levels"),
+        (BuildOptions(compute_capabilities=("9.0",)), "build for compute capability 9.0"),
         (BuildOptions(optimization_level=6), "no optimization level 6"),
         (BuildOptions(workspace_bytes=-1), "cannot be negative"),
     ],

@@ -92,6 +92,14 @@ def test_refittable_engines_need_a_gpu_and_the_error_says_so(option: str, tmp_pa
 
 
 @without_gpu
+def test_the_cause_is_told_not_the_missing_driver_that_is_logged_beside_it(tmp_path: Path) -> None:
+    options = replace(NO_CACHE, compute_capabilities=("7.5",))
+    with pytest.raises(DeployError, match="no FP32 classifier for compute capability") as raised:
+        build_engine(small_onnx(tmp_path), rtx_backend(), options, tmp_path)
+    assert "--fp16" in raised.value.hint
+
+
+@without_gpu
 @pytest.mark.parametrize(
     ("logged", "said"),
     [

@@ -190,6 +190,16 @@ def test_an_ampere_plan_does_not_run_on_an_older_gpu(plan: Path) -> None:
         require_same_gpu(plan, make_side(gpu=L40, hardware_compatibility="ampere+"), turing, TENSORRT)
 
 
+def test_a_tensorrt_rtx_plan_runs_on_what_it_was_built_for(plan: Path) -> None:
+    turing = Gpu("NVIDIA T4", "7.5", 16 << 30)
+    require_same_gpu(plan, make_side(compute_capabilities=("7.5",)), turing, RTX)
+    with pytest.raises(DeployError, match=r"8\.0 and later, this GPU has 7\.5 \(NVIDIA T4\)") as raised:
+        require_same_gpu(plan, make_side(), turing, RTX)
+    assert "--compute-capability 7.5" in raised.value.hint
+    with pytest.raises(DeployError, match=r"compute capability 7\.5, this GPU has 8\.9"):
+        require_same_gpu(plan, make_side(compute_capabilities=("7.5",)), L40, RTX)
+
+
 def test_a_plan_without_weights_says_how_to_put_them_in(plan: Path) -> None:
     change(plan, has_weights=False)
     with pytest.raises(DeployError, match="built without weights") as raised:

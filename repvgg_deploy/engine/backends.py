@@ -21,7 +21,15 @@ LABELS: dict[BackendName, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "Tenso
 OLDEST: dict[BackendName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 7)}
 
 # Attributes that not every supported release has; `has` is the only way to them.
-OPTIONAL = frozenset({"ComputeCapability", "IExecutionContext.is_stream_capturable", "SerializationFlag.INCLUDE_REFIT"})
+OPTIONAL = frozenset(
+    {
+        "ComputeCapability",
+        "IBuilderConfig.num_compute_capabilities",
+        "IBuilderConfig.set_compute_capability",
+        "IExecutionContext.is_stream_capturable",
+        "SerializationFlag.INCLUDE_REFIT",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from repvgg_deploy.artifacts import Provenance
-from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.engine.backends import Backend, has
 from repvgg_deploy.engine.cancellation import Cancellation, Progress, make_monitor, run_cancellable
 from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.engine.messages import Messages, collect_messages, explain_failure
@@ -165,9 +165,19 @@ def _configure(backend: Backend, parsed: ParsedNetwork, options: BuildOptions) -
     }
     for flag in (flag for flag, wanted in flags.items() if wanted):
         config.set_flag(flag)
+    _set_targets(trt, config, options)
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     return config, _add_profile(parsed, config, options)
+
+
+def _set_targets(trt: Any, config: Any, options: BuildOptions) -> None:
+    """Name the GPUs that the plan is for, where the library can be told; by default it takes its own choice."""
+    settable = has(trt, "IBuilderConfig.num_compute_capabilities") and has(trt, "IBuilderConfig.set_compute_capability")
+    if options.compute_capabilities and settable:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, target in enumerate(options.compute_capabilities):
+            config.set_compute_capability(trt.ComputeCapability.__members__["SM" + target.replace(".", "")], index)
 
 
 def _add_profile(parsed: ParsedNetwork, config: Any, options: BuildOptions) -> tuple[int, int, int]:

@@ -55,7 +55,7 @@ def _ask_cuda() -> FoundGpus | None:
     gpus = []
     for index in range(count):
         _, properties = runtime.cudaGetDeviceProperties(index)
-        name = properties.name.decode(errors="replace").rstrip("\0")
+        name = properties.name.split(b"\0")[0].decode(errors="replace")
         gpus.append(Gpu(name, f"{properties.major}.{properties.minor}", int(properties.totalGlobalMem)))
     return FoundGpus(tuple(gpus), "" if gpus else "CUDA sees no GPU", cuda=cuda)
 

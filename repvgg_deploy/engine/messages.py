@@ -94,6 +94,11 @@ _MEANINGS = (
         "export again on this machine",
     ),
     _Meaning(
+        ("check_turing_op_compatibility",),
+        "the library has no FP32 classifier for compute capability 7.5",
+        "--fp16, or --int8 with the rest in FP16",
+    ),
+    _Meaning(
         ("Could not find any implementation",),
         "the library has no kernel for one of the layers",
         "a larger workspace, or another precision",
@@ -103,10 +108,11 @@ _MEANINGS = (
 
 def explain_failure(backend: Backend, doing: str, messages: Messages, refittable: bool = False) -> DeployError:
     """The error that says what the library could not do, from what it logged while `doing`."""
-    text = "\n".join(messages.errors)
     found = find_gpus()
+    errors = _causes(messages.errors)
+    text = "\n".join(errors)
     if found.gpus and not backend.supports(found.gpus[0]):
-        hint = f"use TensorRT on this GPU: --engine tensorrt; the library said: {first_line(messages.errors)}"
+        hint = f"use TensorRT on this GPU: --engine tensorrt; the library said: {first_line(errors)}"
         return DeployError(f"{doing} failed: {unsupported_gpu(backend, found.gpus[0])}", hint)
     if refittable and not found.gpus:
         return DeployError(
@@ -116,8 +122,14 @@ def explain_failure(backend: Backend, doing: str, messages: Messages, refittable
         )
     for meaning in _MEANINGS:
         if any(said in text for said in meaning.said):
-            return DeployError(f"{doing} failed: {meaning.message}", f"{meaning.hint}; {first_line(messages.errors)}")
-    return DeployError(f"{doing} failed in {backend.label}: {first_line(messages.errors)}", _rest(messages.errors))
+            return DeployError(f"{doing} failed: {meaning.message}", f"{meaning.hint}; {first_line(errors)}")
+    return DeployError(f"{doing} failed in {backend.label}: {first_line(errors)}", _rest(errors))
+
+
+def _causes(errors: list[str]) -> list[str]:
+    """The errors without the remark that there is no driver, which a build without a GPU adds to any failure."""
+    causes = [text for text in errors if "cudaError 35" not in text]
+    return causes or errors
 
 
 def first_line(errors: list[str]) -> str:

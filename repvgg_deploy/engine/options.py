@@ -23,6 +23,8 @@ class BuildOptions:
         optimization_level: 0 (quick build) to 5 (long search); None for the library's default, 3.
         timing_cache: keep the measured times of kernels between builds.
         hardware_compatibility: for which GPUs besides the builder's own.
+        compute_capabilities: of the GPUs that a TensorRT-RTX plan is for, such as `7.5`; empty for its default, all
+            that it supports from 8.0 on.
         version_compatible: the plan also runs on later releases of the same major version.
         refittable: new weights can be put into the engine later.
         strip_weights: the plan holds no weights, and cannot run before `refit`; implies refittable.
@@ -34,6 +36,7 @@ class BuildOptions:
     optimization_level: int | None = None
     timing_cache: bool = True
     hardware_compatibility: HardwareCompatibility = "none"
+    compute_capabilities: tuple[str, ...] = ()
     version_compatible: bool = False
     refittable: bool = False
     strip_weights: bool = False
@@ -64,6 +67,13 @@ class BuildOptions:
             raise DeployError(
                 f"{backend.label} has no hardware compatibility levels: its plans run on every GPU that it supports",
                 "leave --hardware-compatibility out",
+            )
+        known = capabilities.compute_capabilities
+        unknown = [target for target in self.compute_capabilities if known is None or target not in known]
+        if unknown:
+            raise DeployError(
+                f"{backend.label} cannot be told to build for compute capability {unknown[0]}",
+                f"one of: {', '.join(known)}" if known else "it builds for the GPU of this machine",
             )
         if self.version_compatible and not capabilities.version_compatible:
             raise DeployError(

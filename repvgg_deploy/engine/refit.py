@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy.artifacts import Precision, Provenance
+import numpy as np
+
+from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
 from repvgg_deploy.engine.backends import has
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
@@ -192,4 +194,28 @@ def refit_in_place(plan: Path, weights: Path, say: Callable[[str], None] = lambd
         onnx = weights if is_onnx(weights) else export_for_refit(side, weights, Path(scratch), say)
         with stage_files(plan.absolute().parent) as staging:
             engine = refit_engine(plan, onnx, staging)
+            _check_refitted(engine, onnx, say)
     return Engine(plan, engine.side)
+
+
+def _check_refitted(engine: Engine, onnx: Path, say: Callable[[str], None]) -> None:
+    """The comparison that follows every build, on drawn pictures, or on noise where the net takes no RGB."""
+    from repvgg_deploy.drawn import draw_images
+    from repvgg_deploy.engine.checking import check_where_possible
+    from repvgg_deploy.images import normalize
+    from repvgg_deploy.runners.onnx_runner import OnnxRunner
+
+    side, images = engine.side, engine.side.inputs[0]
+    takes_pixels = images.dtype == "uint8"
+    batch, *rest = images.shape
+    height, width, channels = rest if takes_pixels else (rest[1], rest[2], rest[0])
+    count = batch if batch > 0 else 4
+    taken: Any = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+    if channels == 3:
+        taken = draw_images(count, seed=0, size=max(height, width, 8))[0][:, :height, :width]
+    if not takes_pixels:
+        known = side.provenance.preprocessing if side.provenance is not None else None
+        half = (0.5,) * channels
+        taken = normalize(taken, known or Preprocessing(height, width, max(height, width), half, half))
+        taken = taken.astype(images.dtype)
+    check_where_possible(engine, taken, OnnxRunner(onnx).run(taken), say)

@@ -112,11 +112,15 @@ def _from_values(values: dict[str, Any]) -> SideFile:
             "profile": (smallest, best, largest),
             "inputs": tuple(_tensor(item) for item in values["inputs"]),
             "outputs": tuple(_tensor(item) for item in values["outputs"]),
-            "options": BuildOptions(**{**options, "batch_range": tuple(options["batch_range"])}),
+            "options": BuildOptions(**{key: _as_tuple(value) for key, value in options.items()}),
             "provenance": _provenance(values["provenance"]),
             "warnings": tuple(values["warnings"]),
         }
     )
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _tensor(values: dict[str, Any]) -> Tensor:
@@ -195,7 +199,10 @@ def require_same_gpu(plan: Path, side: SideFile, gpu: Gpu, backend: Backend) -> 
     Raises:
         DeployError: it was built for another GPU architecture.
     """
-    if side.gpu is None or backend.capabilities.portable or side.gpu.compute_capability == gpu.compute_capability:
+    if backend.capabilities.portable:
+        _require_target(plan, side, gpu)
+        return
+    if side.gpu is None or side.gpu.compute_capability == gpu.compute_capability:
         return
     major = int(gpu.compute_capability.split(".")[0])
     # TensorRT's level "ampere+": every architecture from 8.0 on.
@@ -206,3 +213,15 @@ def require_same_gpu(plan: Path, side: SideFile, gpu: Gpu, backend: Backend) -> 
         f"this GPU has {gpu.compute_capability} ({gpu.name})",
         f"{_REBUILD}, or for several GPUs with --hardware-compatibility ampere+",
     )
+
+
+def _require_target(plan: Path, side: SideFile, gpu: Gpu) -> None:
+    # NVIDIA's "CPU-Only AOT and TensorRT-RTX Engines": by default 8.0 and later; 7.5 must be asked for.
+    targets = side.options.compute_capabilities
+    too_old = not targets and float(gpu.compute_capability) < 8
+    if too_old or (targets and gpu.compute_capability not in targets):
+        raise DeployError(
+            f"{plan} was built for compute capability {', '.join(targets) or '8.0 and later'}, "
+            f"this GPU has {gpu.compute_capability} ({gpu.name})",
+            f"build it for this GPU: --compute-capability {gpu.compute_capability}",
+        )
