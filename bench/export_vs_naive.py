@@ -41,22 +41,14 @@ onnx.save(simplified, target)
 
 
 def make_checkpoint(arch: str, path: Path) -> None:
-    """A training-form checkpoint in the official layout, with seeded weights and BN statistics."""
+    """A training-form checkpoint in the official layout, with seeded weights."""
     import torch
 
     from repvgg_deploy.archs import find_card
     from repvgg_deploy.checkpoints.writing import name_state_dict
-    from repvgg_deploy.nets.repvgg import RepVGG
+    from repvgg_deploy.seeded import seeded_repvgg
 
-    torch.manual_seed(0)
-    net = RepVGG(find_card(arch).spec())
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.running_mean, 0, 0.3)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
-            torch.nn.init.uniform_(module.weight, 0.3, 0.8)
-            torch.nn.init.normal_(module.bias, 0, 0.2)
-    torch.save(name_state_dict(net, "official"), path)
+    torch.save(name_state_dict(seeded_repvgg(find_card(arch)), "official"), path)
 
 
 def run(command: list[str]) -> dict[str, float]:
@@ -88,7 +80,7 @@ def main() -> None:
         script.write_text(NAIVE, encoding="utf-8")
         for _ in range(arguments.rounds):
             samples["naive"].append(run([str(script), str(checkpoint), str(folder / "naive.onnx"), "224"]))
-            ours = ["-m", "repvgg_deploy", "export", str(checkpoint), "-o", str(folder / "out")]
+            ours = ["-m", "repvgg_deploy", "export", str(checkpoint), "-o", str(folder / "out"), "--engine", "none"]
             samples["repvgg-deploy"].append(run(ours))
             print({name: round(runs[-1]["seconds"], 1) for name, runs in samples.items()}, file=sys.stderr)
     ratio = {

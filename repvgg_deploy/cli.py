@@ -243,8 +243,8 @@ def archs(as_json: bool) -> None:
 def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     """Compare the outputs of two models, and fail beyond the tolerance.
 
-    A and B are checkpoints, ONNX graphs or engines. Both get the same images, prepared as the metadata of an exported graph
-    say, or else the architecture's card.
+    A and B are checkpoints, ONNX graphs or engines. Both get the same images, prepared as the metadata of an exported
+    graph say, or else the architecture's card.
     """
     from repvgg_deploy import report
     from repvgg_deploy.evaluate import Tolerance, verify_models
