@@ -21,7 +21,7 @@ from repvgg_deploy.cost import count_parameters
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.model import PreprocessingOptions
-from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.pipeline import ExportRequest, export
 
 GOLDEN = [
@@ -75,6 +75,7 @@ def test_golden_file_gives_its_logits_in_float64(golden: Golden) -> None:
 
 def test_golden_file_fused_in_float64_gives_its_logits(golden: Golden) -> None:
     fused = fuse(build(load_checkpoint(golden.path)), torch.float64)
+    assert all(isinstance(block, FusedBlock) for block in fused.blocks())
     assert golden.error(fused(torch.from_numpy(golden.images).double()).detach().numpy()) < golden.tolerance
 
 
