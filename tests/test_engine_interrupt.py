@@ -13,6 +13,8 @@ import pytest
 from engine_graphs import rtx_backend, small_onnx
 
 from repvgg_deploy.engine import BuildOptions, build_engine
+from repvgg_deploy.engine.messages import get_logger
+from repvgg_deploy.engine.network import parse_onnx
 from repvgg_deploy.staging import stage_files
 
 NO_CACHE = BuildOptions(timing_cache=False)
@@ -33,6 +35,26 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/*.plan*"))
     # The library still builds after a build that was ended.
     assert build_engine(onnx, backend, NO_CACHE, tmp_path).plan.is_file()
+
+
+def test_ctrl_c_while_the_graph_is_parsed_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The library's logger is called while it parses; what is raised there never reaches Python's caller.
+    backend = rtx_backend()
+    onnx = small_onnx(tmp_path)
+    logger = type(get_logger(backend))
+    log = logger.log
+    pressed: list[str] = []
+
+    def press(self: object, severity: object, text: str) -> None:
+        if not pressed:
+            pressed.append(text)
+            os.kill(os.getpid(), signal.SIGINT)
+        log(self, severity, text)
+
+    monkeypatch.setattr(logger, "log", press)
+    with pytest.raises(KeyboardInterrupt):
+        parse_onnx(backend, onnx)
+    assert pressed
 
 
 def test_ctrl_c_in_a_process_of_its_own_ends_it_by_the_signal(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from repvgg_deploy.engine.backends import Backend
 
@@ -134,19 +134,22 @@ def _wait_regardless(over: threading.Event) -> None:
             over.wait()
 
 
-def run_cancellable(call: Callable[[], Result], cancellation: Cancellation) -> Result | None:
+def run_cancellable(call: Callable[[], Result], cancellation: Cancellation | None = None) -> Result:
     """The result of `call`, run in a thread; Ctrl-C asks it to stop, waits for it, and then is raised.
 
-    Python handles signals between bytecodes of the main thread only; inside the library's C++ there are none.
+    Python handles signals between bytecodes of the main thread only. Inside the library's C++ there are none but those
+    of the logger and the monitor, and an exception that is raised there is lost. So nothing that takes long runs in
+    the main thread, also where it cannot be stopped.
     """
     task = _Task(call)
     try:
         task.start()
         task.is_over.wait()
     except KeyboardInterrupt:
-        cancellation.cancel()
+        if cancellation is not None:
+            cancellation.cancel()
         _wait_regardless(task.is_over)
         raise
     if task.error is not None:
         raise task.error
-    return task.result
+    return cast(Result, task.result)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.engine.backends import MODULES, Backend, BackendName, Unavailable, import_backend
+from repvgg_deploy.engine.cancellation import run_cancellable
 from repvgg_deploy.engine.cuda import Cuda, open_cuda
 from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.engine.messages import collect_messages, explain_failure, get_logger
@@ -110,7 +111,7 @@ def _deserialize(backend: Backend, plan: Path, content: bytes, side: SideFile | 
         if side is not None and side.options.version_compatible:
             # Such a plan carries the runtime of its own version, which is code for the host.
             runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(content)
+        engine = run_cancellable(lambda: runtime.deserialize_cuda_engine(content))
         if engine is None:
             raise explain_failure(backend, f"loading {plan}", messages)
     return runtime, engine

@@ -9,6 +9,7 @@ from typing import Any
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.engine.cancellation import run_cancellable
 from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.engine.messages import collect_messages, first_line, get_logger
 from repvgg_deploy.errors import DeployError, GraphError
@@ -85,7 +86,7 @@ def parse_onnx(backend: Backend, path: Path) -> ParsedNetwork:
         # TensorRT 11 knows no other networks; 10 and TensorRT-RTX want the flag.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, get_logger(backend))
-        if not parser.parse_from_file(str(path)):
+        if not run_cancellable(lambda: parser.parse_from_file(str(path))):
             raise _refused(backend, path, [parser.get_error(i) for i in range(parser.num_errors)], messages.errors)
     inputs = tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs))
     outputs = tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs))

@@ -14,6 +14,7 @@ import numpy as np
 from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
 from repvgg_deploy.engine.backends import has
 from repvgg_deploy.engine.building import Engine
+from repvgg_deploy.engine.cancellation import run_cancellable
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
 from repvgg_deploy.engine.messages import collect_messages, explain_failure, get_logger
 from repvgg_deploy.engine.onnx_header import read_onnx_metadata
@@ -153,7 +154,7 @@ def _put_weights(loaded: LoadedEngine, onnx: Path) -> None:
     with collect_messages(loaded.backend) as messages:
         refitter = trt.Refitter(loaded.engine, logger)
         parser = trt.OnnxParserRefitter(refitter, logger)
-        if not parser.refit_from_file(str(onnx)):
+        if not run_cancellable(lambda: parser.refit_from_file(str(onnx))):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             messages.errors[:0] = errors
             raise explain_failure(loaded.backend, f"taking the weights of {onnx.name}", messages)
@@ -163,7 +164,7 @@ def _put_weights(loaded: LoadedEngine, onnx: Path) -> None:
                 f"{onnx.name} lacks {len(missing)} weights of the engine, {missing[0]} the first of them",
                 "give a graph of the same architecture and options",
             )
-        if not refitter.refit_cuda_engine():
+        if not run_cancellable(lambda: refitter.refit_cuda_engine()):
             raise explain_failure(loaded.backend, f"refitting {loaded.plan}", messages)
 
 
