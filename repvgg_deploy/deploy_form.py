@@ -20,7 +20,7 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.parity import compare, require_parity
 from repvgg_deploy.reference import run_fused, run_in_float64
 from repvgg_deploy.staging import stage_files
-from repvgg_deploy.verification import choose_inputs
+from repvgg_deploy.verification import choose_small_pixels
 
 _MAX_RELATIVE = 1e-4
 
@@ -64,7 +64,7 @@ def write_fused(
     net = build(checkpoint)
     fused = cast(RepVGG, fuse(net, torch.float32))
     preprocessing = choose_preprocessing(checkpoint, PreprocessingOptions())
-    images = normalize(choose_inputs(checkpoint.spec, preprocessing).small, preprocessing)
+    images = normalize(choose_small_pixels(checkpoint.spec, preprocessing), preprocessing)
     reference = run_in_float64(net, images)
     with stage_files(target.absolute().parent) as staging:
         written = staging / target.name

@@ -90,8 +90,7 @@ def crop_image(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     if longer > _LONG * short:
         return _resize_inside(image, size, box)
     if size != image.size:
-        gap = None if preprocessing.resize > 0.2 * short else 3.0
-        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=gap)
+        image = image.resize(size, Image.Resampling.BILINEAR)
     return image if box == (0, 0, *image.size) else image.crop(box)
 
 

@@ -277,19 +277,26 @@ def make_metadata(provenance: Provenance) -> dict[str, str]:
 
 
 def read_metadata(properties: Mapping[str, str]) -> Provenance | None:
-    """The inverse of `make_metadata`; None for a graph that this tool did not make."""
+    """The inverse of `make_metadata`; None for a graph that this tool did not make.
+
+    Raises:
+        GraphError: the metadata are this tool's, and damaged.
+    """
     values = {k.removeprefix(METADATA_PREFIX): v for k, v in properties.items() if k.startswith(METADATA_PREFIX)}
     known = {"version", "sha256", "arch", "layout", "form", "precision", "tools", "preprocessing", "class_names"}
     if not {"sha256", "arch", "precision"} <= values.keys():
         return None
-    return Provenance(
-        sha256=values["sha256"],
-        arch=values["arch"],
-        layout=values.get("layout", ""),
-        form=values.get("form", ""),
-        precision=Precision(values["precision"]),
-        preprocessing=Preprocessing.from_json(values["preprocessing"]) if "preprocessing" in values else None,
-        class_names=tuple(json.loads(values["class_names"])) if "class_names" in values else None,
-        tools=json.loads(values.get("tools", "{}")),
-        extra={key: json.loads(value) for key, value in values.items() if key not in known},
-    )
+    try:
+        return Provenance(
+            sha256=values["sha256"],
+            arch=values["arch"],
+            layout=values.get("layout", ""),
+            form=values.get("form", ""),
+            precision=Precision(values["precision"]),
+            preprocessing=Preprocessing.from_json(values["preprocessing"]) if "preprocessing" in values else None,
+            class_names=tuple(json.loads(values["class_names"])) if "class_names" in values else None,
+            tools=json.loads(values.get("tools", "{}")),
+            extra={key: json.loads(value) for key, value in values.items() if key not in known},
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise GraphError(f"the graph's metadata are damaged ({error})", "export it again") from error

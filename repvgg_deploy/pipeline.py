@@ -254,7 +254,7 @@ def _run_and_compare(
     outputs = model.run_images(_inputs_of(request, inputs, preprocessing))
     reference, candidate = comparable(expected, outputs, request.softmax)
     parity["onnx"] = compare(reference, candidate)
-    require_parity("the ONNX graph", parity["onnx"], MAX_RELATIVE[request.precision])
+    require_parity("the ONNX graph", parity["onnx"], max(MAX_RELATIVE[request.precision], MAX_RELATIVE[request.io]))
     return outputs
 
 

@@ -15,7 +15,7 @@ from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images import BrokenImages, Pixels, list_images, read_batches
 
 # Multiply-adds that a stage may cost. Float64 runs at about a twentieth of a float32 convolution's speed.
-_FLOAT64_BUDGET = 8e9
+_FLOAT64_BUDGET = 3e9
 _FLOAT32_BUDGET = 40e9
 _MOST_IMAGES = 8
 _FULL_IMAGES = 16
@@ -42,22 +42,28 @@ def choose_inputs(
 
     With `full` both comparisons take 16 images at the size of the graph.
     """
-    height, width = preprocessing.height, preprocessing.width
     if full:
         pixels = choose_pixels(preprocessing, spec.in_channels, _FULL_IMAGES, data)
         return VerificationInputs(pixels, pixels)
-    count = 4
-    scale = min(1.0, (_FLOAT64_BUDGET / (count * count_flops(spec, height, width))) ** 0.5)
-    if scale < 1.0:
-        # Multiples of 32, the stride of the whole net, and at least one of its output pixels.
-        height, width = (max(min(size, 32), int(size * scale) // 32 * 32) for size in (height, width))
-    small = replace(preprocessing, height=height, width=width, resize=max(height, width))
     per_image = count_flops(spec, preprocessing.height, preprocessing.width)
     affordable = int(min(_MOST_IMAGES, max(1, _FLOAT32_BUDGET // per_image)))
     return VerificationInputs(
-        choose_pixels(small, spec.in_channels, count, data),
+        choose_small_pixels(spec, preprocessing, data),
         choose_pixels(preprocessing, spec.in_channels, affordable, data),
     )
+
+
+def choose_small_pixels(spec: ArchSpec, preprocessing: Preprocessing, data: Path | None = None) -> Pixels:
+    """Four images, or two of a large net, of a size that training form in float64 can afford."""
+    height, width = preprocessing.height, preprocessing.width
+    scale = min(1.0, (_FLOAT64_BUDGET / (4 * count_flops(spec, height, width))) ** 0.5)
+    if scale < 1.0:
+        # Multiples of 32, the stride of the whole net. On a map of one pixel a 3x3 kernel's outer taps see nothing but
+        # padding; from 64 pixels on, every tap of every block has a part in the logits.
+        height, width = (max(min(size, 64), int(size * scale) // 32 * 32) for size in (height, width))
+    small = replace(preprocessing, height=height, width=width, resize=max(height, width))
+    count = 4 if 4 * count_flops(spec, height, width) <= 2 * _FLOAT64_BUDGET else 2
+    return choose_pixels(small, spec.in_channels, count, data)
 
 
 def choose_pixels(preprocessing: Preprocessing, channels: int, count: int, data: Path | None = None) -> Pixels:

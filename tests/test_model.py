@@ -117,6 +117,7 @@ VARIANTS = [
     {"batch": 2},
     {"uint8_input": True},
     {"uint8_input": True, "batch": 2},
+    {"io": Precision.FP16},
     {"precision": Precision.FP16},
     {"precision": Precision.FP16, "io": Precision.FP16},
     {"precision": Precision.FP16, "uint8_input": True},

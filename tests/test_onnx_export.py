@@ -248,3 +248,11 @@ def test_metadata_comes_back_as_it_was_written(tmp_path) -> None:
 
 def test_a_graph_of_another_tool_has_no_provenance() -> None:
     assert read_metadata({"author": "somebody"}) is None
+
+
+@pytest.mark.parametrize("damage", [{"precision": "int3"}, {"tools": "{"}, {"preprocessing": '{"height": 1}'}])
+def test_damaged_metadata_are_named(damage) -> None:
+    provenance = Provenance("ab", "RepVGG-A0", "timm", "train", Precision.FP32, PREPROCESSING, None)
+    properties = make_metadata(provenance) | {f"repvgg_deploy.{key}": value for key, value in damage.items()}
+    with pytest.raises(GraphError, match="metadata are damaged"):
+        read_metadata(properties)

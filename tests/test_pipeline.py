@@ -10,14 +10,19 @@ import torch
 from test_fuse import narrow, randomize
 
 from repvgg_deploy import pipeline
-from repvgg_deploy.artifacts import Precision
+from repvgg_deploy.archs import find_card
+from repvgg_deploy.artifacts import Precision, Preprocessing
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.export_request import ExportRequest
+from repvgg_deploy.images import normalize
 from repvgg_deploy.model import PreprocessingOptions
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import read_metadata
+from repvgg_deploy.parity import compare
 from repvgg_deploy.pipeline import export
+from repvgg_deploy.reference import run_fused
+from repvgg_deploy.verification import choose_small_pixels
 
 
 @pytest.fixture
@@ -53,6 +58,7 @@ def test_export_writes_one_verified_file_named_after_stem_and_precision(checkpoi
         {"topk": 1, "io": Precision.FP16, "precision": Precision.FP16},
         {"batch": 3},
         {"opset": 13},
+        {"io": Precision.FP16},
         {"verify_full": True},
     ],
     ids=str,
@@ -125,6 +131,21 @@ def test_a_fused_net_that_differs_is_not_exported(checkpoint, monkeypatch) -> No
     with pytest.raises(VerificationError, match="fusing"):
         export(request(checkpoint))
     assert not (checkpoint.parent / "out").exists()
+
+
+@pytest.mark.parametrize("tap", [(i, j) for i in range(3) for j in range(3)])
+@pytest.mark.parametrize("arch", ["A0", "B3"])
+def test_every_tap_of_the_last_kernel_has_a_part_in_the_verification(tap, arch) -> None:
+    """Checked at the size that the full-width net would be verified at: too small a map shows padding only."""
+    preprocessing = Preprocessing()
+    pixels = choose_small_pixels(find_card(arch).spec(), preprocessing)
+    net = randomize(RepVGG(narrow(arch).spec(7)))
+    fused = pipeline.fuse(net)
+    images = normalize(pixels, preprocessing)
+    before, _ = run_fused(fused, images)
+    fused.stages[4][0].conv.weight.data[:, :, tap[0], tap[1]] *= 1.01
+    after, _ = run_fused(fused, images)
+    assert compare(before, after).relative > pipeline.MAX_RELATIVE[Precision.FP32]
 
 
 def test_activations_beyond_fp16_fail(checkpoint) -> None:
