@@ -44,8 +44,8 @@ class LayerRow:
 
 def signal_to_noise_db(signal: Tensor, noisy: Tensor) -> float:
     """10·log₁₀ of the signal's energy over that of the difference; infinite where there is none."""
-    noise = float((noisy - signal).double().square().sum())
-    power = float(signal.double().square().sum())
+    noise = float((noisy - signal).detach().double().square().sum())
+    power = float(signal.detach().double().square().sum())
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(power / noise) if power > 0 else -math.inf

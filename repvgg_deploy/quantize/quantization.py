@@ -6,8 +6,6 @@ import copy
 import warnings
 from collections.abc import Callable, Collection
 
-import torch
-
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs, remove_dead_inputs
@@ -78,14 +76,7 @@ def quantize(
 
 
 def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> dict[str, RemovedInputs]:
-    """The steps that leave the net's function (nearly) as it is: dead inputs, equalization. Changes `net`.
-
-    Raises:
-        DeployError: the statistics are not finite.
-    """
-    for name, edge in statistics.edges.items():
-        if not torch.isfinite(torch.as_tensor(edge.mean_square)).all():
-            raise DeployError(f"the activations in front of {name} are not finite", "look at the checkpoint: inspect")
+    """The steps that leave the net's function (nearly) as it is: dead inputs, equalization. Changes `net`."""
     removed = {}
     if recipe.dead_inputs is not None:
         removed = remove_dead_inputs(net, statistics, recipe.dead_inputs)

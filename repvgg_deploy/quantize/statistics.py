@@ -96,10 +96,13 @@ class _EdgeObserver:
         self.limit = 2.0**-60
         self.signed = False
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor) -> bool:
+        """Take the values of some images (N, C, …); False, and nothing taken, where one is not finite."""
         flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
         size = flat.abs()
         largest = size.amax((0, 2))
+        if not torch.isfinite(largest).all():
+            return False
         mean, square = flat.double().mean(2).sum(0), (flat * flat).double().mean(2).sum(0)
         if self.largest is None:
             self.largest, self.sum, self.square = largest, mean, square
@@ -109,6 +112,7 @@ class _EdgeObserver:
         self.signed = self.signed or bool(flat.amin() < 0)
         self.images += len(x)
         self._count(size, float(largest.max()))
+        return True
 
     def _count(self, size: Tensor, largest: float) -> None:
         # The limit only doubles, and then two bins become one exactly: so the order of the images does not matter.
@@ -139,7 +143,7 @@ def collect_statistics(
         progress: called with the number of images after each step.
 
     Raises:
-        DeployError: there is no image.
+        DeployError: there is no image, or a value somewhere is not finite.
     """
     observers = {name: _EdgeObserver() for name in edge_names(net)}
     digest = hashlib.sha256()
@@ -147,7 +151,10 @@ def collect_statistics(
     for batch in rebatch(images, device):
         digest.update(batch.cpu().contiguous().numpy().tobytes())
         for name, x in walk(net, batch):
-            observers[name].add(x)
+            if not observers[name].add(x):
+                raise DeployError(
+                    f"the activations in front of {name} are not finite", "look at the images, and at the checkpoint"
+                )
         if progress is not None:
             progress(len(batch))
     count = next(iter(observers.values())).images

@@ -1,0 +1,182 @@
+"""`quantize` and the net it returns: rounding, reconstruction, learning, mixed precision, the torch forward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_quantize_preparation import SHAPES, draw_images, fused_net, in_batches, kill_channel
+
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.quantize import Recipe, collect_statistics, load_recipe, quantize
+from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
+from repvgg_deploy.quantize.layer_report import signal_to_noise_db
+from repvgg_deploy.quantize.recipe import LearningOptions, RoundingOptions, ScaleOptions
+from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
+
+QUICK = Recipe("quick", rounding=RoundingOptions(images=40, samples=2048))
+NAIVE = Recipe(
+    "naive",
+    dead_inputs=None,
+    equalize=None,
+    scales=ScaleOptions("minmax"),
+    rounding=RoundingOptions("nearest", compensate=False, correct_bias=False),
+)
+
+
+def test_the_scale_of_each_filter_is_better_than_that_of_its_largest_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 200, generator=generator)
+    weight[:, 0] = 8.0
+    chosen, plain = choose_weight_scales(weight), weight.abs().amax(1) / 127
+
+    def error(scales: torch.Tensor) -> torch.Tensor:
+        return (round_weights(weight, scales) * scales[:, None] - weight).square().sum(1)
+
+    assert (error(chosen) <= error(plain)).all()
+
+
+def test_feedback_leaves_less_output_error_than_the_nearest_integers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4000, 60, generator=generator) @ torch.randn(60, 60, generator=generator)
+    covariance = inputs.t() @ inputs / len(inputs)
+    weight = torch.randn(24, 60, generator=generator)
+    scales = choose_weight_scales(weight) * 8
+    exact = inputs @ weight.t()
+    outputs = [
+        inputs @ (integers * scales[:, None]).t()
+        for integers in (round_weights(weight, scales), round_with_feedback(weight, scales, covariance))
+    ]
+    nearest, feedback = (float((out - exact).square().mean()) for out in outputs)
+    assert feedback < 0.7 * nearest
+
+
+def test_feedback_with_independent_inputs_is_the_nearest_integer() -> None:
+    weight = torch.randn(8, 30, generator=torch.Generator().manual_seed(1))
+    scales = torch.full((8,), 0.05)
+    assert torch.equal(round_with_feedback(weight, scales, torch.eye(30)), round_weights(weight, scales))
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_every_layer_becomes_int8_and_the_logits_stay_near(shape: str) -> None:
+    net, images = fused_net(shape), draw_images(64)
+    quantized = quantize(net, in_batches(images, 16), QUICK)
+    assert quantized.float_layers() == ()
+    assert all(layer.weight.dtype == torch.int8 for layer in quantized.integers().values())
+    test_images = draw_images(64, seed=9)
+    assert signal_to_noise_db(net(test_images), quantized(test_images)) > 20.0
+
+
+def test_the_result_does_not_depend_on_the_batches_of_the_images() -> None:
+    net, images = fused_net(), draw_images(64)
+    first = quantize(net, in_batches(images, 16), QUICK).integers()
+    second = quantize(net, [batch.numpy() for batch in in_batches(images, 50)], QUICK).integers()
+    for name, layer in first.items():
+        assert torch.equal(layer.weight, second[name].weight)
+        assert torch.equal(layer.bias, second[name].bias)
+        assert layer.input_scale == second[name].input_scale
+
+
+def test_known_statistics_give_the_same_net() -> None:
+    net, images = fused_net(), [draw_images(32)]
+    with_them = quantize(net, images, QUICK, statistics=collect_statistics(net, images))
+    without = quantize(net, images, QUICK)
+    x = draw_images(4, seed=5)
+    assert torch.equal(with_them(x), without(x))
+
+
+def test_the_given_net_is_not_changed() -> None:
+    net = fused_net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    quantize(net, [draw_images(32)], QUICK)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_dead_channel_with_an_enormous_weight_costs_nothing() -> None:
+    net, images, test_images = fused_net(), [draw_images(64)], draw_images(64, seed=9)
+    healthy = signal_to_noise_db(net(test_images), quantize(net, images, QUICK)(test_images))
+    kill_channel(net, 1, 2, 1500.0)
+    exact = net(test_images)
+    ours, naive = (signal_to_noise_db(exact, quantize(net, images, recipe)(test_images)) for recipe in (QUICK, NAIVE))
+    assert ours > healthy - 1.0
+    assert naive < ours - 3.0
+
+
+def test_layers_kept_float_are_the_ones_named_and_help() -> None:
+    net, images, test_images = fused_net(), [draw_images(64)], draw_images(64, seed=9)
+    names = ("stages.0.0", "stages.3.1", "classifier")
+    mixed = quantize(net, images, QUICK, keep_float=names)
+    assert mixed.float_layers() == names
+    everything = quantize(net, images, QUICK, keep_float=quantize(net, images, QUICK).integers())
+    assert signal_to_noise_db(net(test_images), everything(test_images)) > 100.0
+    assert mixed.summary is not None
+    assert [row.name for row in mixed.summary.layers if row.kept_float] == list(names)
+
+
+def test_a_layer_of_another_name_is_refused() -> None:
+    with pytest.raises(DeployError, match=r"stages\.9\.9"):
+        quantize(fused_net(), [draw_images(32)], QUICK, keep_float=["stages.9.9"])
+
+
+def test_few_images_are_a_warning() -> None:
+    with pytest.warns(UserWarning, match="8 calibration images"):
+        quantize(fused_net(), [draw_images(8)], QUICK)
+
+
+def test_images_that_are_not_finite_are_refused() -> None:
+    images = draw_images(32)
+    images[3, 0, 0, 0] = torch.inf
+    with pytest.raises(DeployError, match="not finite"):
+        quantize(fused_net(), [images], QUICK)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "entropy", "mse"])
+def test_every_observer_gives_a_net(observer: str) -> None:
+    net, images = fused_net(), [draw_images(32)]
+    recipe = replace(QUICK, scales=ScaleOptions(observer))  # type: ignore[arg-type]
+    assert signal_to_noise_db(net(images[0]), quantize(net, images, recipe)(images[0])) > 15.0
+
+
+@pytest.mark.slow
+def test_learning_lowers_the_error_and_is_repeatable() -> None:
+    net, images = fused_net(), [draw_images(128)]
+    recipe = replace(NAIVE, learning=LearningOptions(steps=60, batch=16, rate=0.05))
+    learned, again = (quantize(net, images, recipe) for _ in range(2))
+    exact = net(images[0])
+    before = signal_to_noise_db(exact, quantize(net, images, NAIVE)(images[0]))
+    assert signal_to_noise_db(exact, learned(images[0])) > before + 0.5
+    assert torch.equal(learned(images[0]), again(images[0]))
+
+
+def test_the_report_has_a_row_for_each_layer_and_the_pool() -> None:
+    quantized = quantize(fused_net(), [draw_images(32)], QUICK)
+    assert quantized.summary is not None
+    rows = quantized.summary.layers
+    assert [row.name for row in rows] == [*list(quantized.integers())[:-1], "pool", "classifier"]
+    assert all(np.isfinite(row.output_db) and row.saturation is not None and row.saturation < 0.1 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["fast", "accurate", "thorough"])
+def test_recipes_load_by_name(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def test_a_recipe_is_a_file_of_known_keys(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("equalize = false\n[scales]\nobserver = 'mse'\n")
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.equalize is None
+    assert recipe.scales.observer == "mse"
+    path.write_text("[rounding]\nmethode = 'nearest'\n")
+    with pytest.raises(DeployError, match="methode"):
+        load_recipe(path)
+    path.write_text("[rounding]\nmethod = 'up'\n")
+    with pytest.raises(DeployError, match=r"rounding\.method"):
+        load_recipe(path)
+    with pytest.raises(DeployError, match="no recipe nonsense"):
+        load_recipe("nonsense")

@@ -1,0 +1,163 @@
+"""The Q/DQ graph: where its pairs stand, its types and size, and that ONNX Runtime computes what torch does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from test_quantize_net import QUICK
+from test_quantize_preparation import SHAPES, draw_images, fused_net
+
+from repvgg_deploy.errors import GraphError
+from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
+from repvgg_deploy.quantize import QuantizedNet, quantize
+from repvgg_deploy.quantize.qdq import Placement, to_qdq_onnx, with_fp16_scales
+
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+OPTIONS = GraphOptions(32, 32)
+
+
+@pytest.fixture(scope="module", params=sorted(SHAPES))
+def shape(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def quantized(shape: str) -> QuantizedNet:
+    return quantize(fused_net(shape), [draw_images(64)], QUICK)
+
+
+def run(model: onnx.ModelProto, images: torch.Tensor, optimized: Path | None = None) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, {"images": images.numpy()}))
+
+
+def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+@pytest.mark.parametrize("placement", list(Placement))
+def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(
+    quantized: QuantizedNet, placement: Placement
+) -> None:
+    model = to_qdq_onnx(quantized, OPTIONS, {}, placement=placement).to_proto()
+    made = producers(model)
+    weights = {item.name: item for item in model.graph.initializer}
+    checked = 0
+    for node in model.graph.node:
+        pooled = node.op_type == "GlobalAveragePool" and node.name == "pool"
+        squeeze = ".se_" in node.name
+        if squeeze or not (pooled or node.op_type in ("Conv", "Gemm")):
+            continue
+        dequantize = made[node.input[0]]
+        # A Flatten may stand between the classifier and its pair.
+        while dequantize.op_type == "Flatten":
+            dequantize = made[dequantize.input[0]]
+        assert dequantize.op_type == "DequantizeLinear", node.name
+        assert made[dequantize.input[0]].op_type == "QuantizeLinear"
+        assert weights[dequantize.input[1]].dims == []
+        assert onnx.numpy_helper.to_array(weights[dequantize.input[2]]).item() == 0
+        if not pooled:
+            kernel = made[node.input[1]]
+            assert kernel.op_type == "DequantizeLinear"
+            assert weights[kernel.input[0]].data_type == onnx.TensorProto.INT8
+            assert list(weights[kernel.input[1]].dims) == [weights[kernel.input[0]].dims[0]]
+            assert kernel.attribute[0].i == 0
+            assert weights[node.input[2]].data_type == onnx.TensorProto.FLOAT
+        checked += 1
+    assert checked == len(quantized.integers()) + 1
+
+
+def test_a_pair_stands_on_both_sides_of_a_relu_without_a_squeeze_excite(quantized: QuantizedNet, shape: str) -> None:
+    model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
+    made = producers(model)
+    relus = [node for node in model.graph.node if node.op_type == "Relu" and ".se_" not in node.name]
+    before = {made[node.input[0]].op_type for node in relus}
+    expected = {
+        "plain": {"DequantizeLinear"},
+        "grouped": {"DequantizeLinear"},
+        "se before": {"Mul"},
+        "se after": {"Conv"},
+    }
+    assert before == expected[shape]
+    after = to_qdq_onnx(quantized, OPTIONS, {}, placement=Placement.AFTER_RELU).to_proto()
+    assert "DequantizeLinear" not in {
+        producers(after)[n.input[0]].op_type for n in after.graph.node if n.op_type == "Relu"
+    }
+
+
+@pytest.mark.parametrize("placement", list(Placement))
+def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: QuantizedNet, placement: Placement) -> None:
+    images = draw_images(32, seed=11)
+    model = to_qdq_onnx(quantized, OPTIONS, {}, placement=placement).to_proto()
+    edges = quantized.edge_integers(images)
+    names = {edge: f"{edge}.input.quantized" for edge in edges}
+    for name in names.values():
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None))
+    logits, *integers = run(model, images)
+    equal = [np.asarray(a).ravel() == edges[e].numpy().ravel() for e, a in zip(names, integers, strict=True)]
+    assert np.concatenate(equal).mean() >= 0.999
+    np.testing.assert_allclose(logits, quantized(images), atol=0.03 * float(quantized(images).abs().max()))
+
+
+def test_onnx_runtime_makes_every_convolution_an_integer_one(tmp_path: Path) -> None:
+    quantized = quantize(fused_net("grouped"), [draw_images(32)], QUICK)
+    model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
+    images = draw_images(16, seed=2)
+    (logits,) = run(model, images, tmp_path / "optimized.onnx")
+    ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert ops["QLinearConv"] == len(quantized.integers()) - 1
+    assert ops["Conv"] == ops["FusedConv"] == 0
+    np.testing.assert_allclose(logits, quantized(images), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_kept_float_have_float_weights_and_no_pair() -> None:
+    quantized = quantize(fused_net(), [draw_images(32)], QUICK, keep_float=["stages.3.1", "classifier"])
+    model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
+    made = producers(model)
+    conv = next(node for node in model.graph.node if node.name == "stages.3.1.conv")
+    gemm = next(node for node in model.graph.node if node.op_type == "Gemm")
+    assert made[conv.input[0]].op_type == "Relu"
+    assert conv.input[1] not in made
+    assert gemm.input[1] not in made
+    images = draw_images(8, seed=2)
+    np.testing.assert_allclose(run(model, images)[0], quantized(images), rtol=1e-3, atol=1e-3)
+
+
+def size_of(graph: OnnxGraph, path: Path) -> int:
+    write_graph(graph, path)
+    return path.stat().st_size
+
+
+def test_the_weights_take_a_quarter_of_the_space(quantized: QuantizedNet) -> None:
+    graph = to_qdq_onnx(quantized, OPTIONS, {})
+    kernels = sum(layer.weight.numel() for layer in quantized.integers().values())
+    assert sum(a.nbytes for a in graph.weights.values() if a.dtype == np.int8 and a.ndim > 1) == kernels
+    full = to_onnx(quantized.float_net, FloatLayers(), OPTIONS, {})
+    assert graph.weight_bytes < 0.45 * full.weight_bytes
+
+
+def test_float16_scales_need_opset_19_and_give_nearly_the_same_answer(quantized: QuantizedNet) -> None:
+    half = np.dtype(np.float16)
+    with pytest.raises(GraphError, match="float16 scales"):
+        to_qdq_onnx(quantized, GraphOptions(32, 32, opset=17), {}, half)
+    model = to_qdq_onnx(quantized, OPTIONS, {}, half).to_proto()
+    images = draw_images(16, seed=2)
+    expected = with_fp16_scales(quantized)(images).numpy()
+    (logits,) = run(model, images)
+    assert np.linalg.norm(logits - expected) < 0.05 * np.linalg.norm(expected)
+
+
+def test_the_same_net_gives_the_same_file(quantized: QuantizedNet, tmp_path: Path) -> None:
+    for name in ("a.onnx", "b.onnx"):
+        write_graph(to_qdq_onnx(quantized, OPTIONS, {"k": "v"}), tmp_path / name)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
