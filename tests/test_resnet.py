@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from small_nets import logits_of, randomize, relative
@@ -18,7 +19,7 @@ from repvgg_deploy.nets.vgg import Vgg, VggSpec
 from repvgg_deploy.onnx_baseline import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.onnx_export import GraphOptions
 from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.runners.onnx_runner import OnnxRunner
+from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
 from repvgg_deploy.seeded import seed_weights
 
 # Parameters as torchvision's documentation has them.
@@ -32,7 +33,7 @@ PARAMETERS = {
 SMALL = [
     ResNetSpec((1, 2, 1, 1), bottleneck=False, classes=7),
     ResNetSpec((1, 2, 1, 1), bottleneck=True, classes=7),
-    VggSpec((1, 1, 1, 1, 1), size=64, classes=7),
+    VggSpec((1, 1, 1, 1, 1), size=64, classes=7, hidden=64),
 ]
 
 
@@ -134,6 +135,23 @@ def test_the_int8_graph_is_near_and_all_its_convolutions_are_int8(
     logits = OnnxRunner(path).run(pictures)["logits"]
     # A net of random weights enlarges the rounding; a wrong scale or axis would give an error above 1.
     assert relative(torch.from_numpy(logits), logits_of(net, torch.from_numpy(pictures))) < 0.3
+
+
+@pytest.mark.parametrize("spec", SMALL, ids=["basic", "bottleneck", "vgg"])
+def test_onnx_runtime_runs_all_convolutions_of_the_int8_graph_as_integers(
+    spec: ResNetSpec | VggSpec, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    net = make(spec)
+    graph = to_baseline_onnx(net, BaselineIntegers(find_ranges(net, pictures)), GraphOptions(64, 64), {})
+    write_graph(graph, tmp_path / "net.onnx")
+    runtime = import_onnxruntime()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    runtime.InferenceSession(str(tmp_path / "net.onnx"), options, providers=["CPUExecutionProvider"])
+    ops = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert "Conv" not in ops
+    assert ops.count("QLinearConv") == graph.op_histogram()["Conv"]
 
 
 def test_the_graph_has_no_norms_left() -> None:

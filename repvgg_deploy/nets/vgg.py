@@ -16,12 +16,16 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 @dataclass(frozen=True)
 class VggSpec:
-    """Convolutions of the five stages; the input's sides are `size` pixels, which the first linear layer depends on."""
+    """Convolutions of the five stages, and the width of the two hidden linear layers.
+
+    The input's sides are `size` pixels, which the first linear layer depends on.
+    """
 
     blocks: tuple[int, int, int, int, int]
     size: int = 224
     classes: int = 1000
     in_channels: int = 3
+    hidden: int = 4096
 
 
 class Vgg(nn.Module):
@@ -43,7 +47,11 @@ class Vgg(nn.Module):
         self.pool = nn.MaxPool2d(2)
         side = spec.size // 32
         self.classifier = nn.ModuleList(
-            [nn.Linear(channels * side * side, 4096), nn.Linear(4096, 4096), nn.Linear(4096, spec.classes)]
+            [
+                nn.Linear(channels * side * side, spec.hidden),
+                nn.Linear(spec.hidden, spec.hidden),
+                nn.Linear(spec.hidden, spec.classes),
+            ]
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,210 @@
+"""The story of a benchmark: entries are opened, measured side by side batch by batch, compared, and recorded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from repvgg_deploy.baselines import find_baseline
+from repvgg_deploy.bench_record import (
+    SCHEMA_NAME,
+    SCHEMA_VERSION,
+    Record,
+    check_record,
+    describe_measurement,
+    describe_ratio,
+)
+from repvgg_deploy.contestants import Contestant, Entry, open_entry
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.machine import finish_machine, record_machine
+from repvgg_deploy.measure import Measurement, MeasureOptions, measure
+from repvgg_deploy.roofline import ELEMENT_BYTES, Ceiling, RooflinePoint, measure_ceiling
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is measured side by side: entries at one batch size, and the baseline that each is compared with."""
+
+    key: str
+    entries: tuple[Entry, ...]
+    batch: int
+    baseline: str | None = None
+
+    def all_entries(self) -> tuple[Entry, ...]:
+        """The entries with the baseline: once for each way in which one of them runs."""
+        if self.baseline is None:
+            return self.entries
+        twins = [replace(entry, model=self.baseline, form="deploy") for entry in self.entries]
+        return tuple(dict.fromkeys((*self.entries, *twins)))
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """All that a benchmark is asked for; `roofline` has the machine's ceilings measured as well."""
+
+    name: str
+    groups: tuple[Group, ...]
+    options: MeasureOptions = field(default_factory=MeasureOptions)
+    roofline: bool = False
+
+
+def run_benchmark(
+    request: BenchRequest,
+    say: Say = lambda _: None,
+    progress: Callable[[float], None] = lambda _share: None,
+    earlier: Record | None = None,
+    save: Callable[[Record], None] = lambda _: None,
+) -> Record:
+    """The record of all groups of a request.
+
+    Args:
+        request: what is measured.
+        say: told what is going on.
+        progress: called with the share of the present group that is done.
+        earlier: the record of a run that was stopped; its groups are not measured again.
+        save: given the record after every group, so that a stopped run loses one group at most.
+
+    Raises:
+        DeployError: whatever the user can mend.
+    """
+    record = earlier if earlier is not None else _new_record(request)
+    if earlier is not None and earlier["method"] != _method(request):
+        raise DeployError("the earlier result was measured with other options", "write to another file with -o")
+    done = {result["group"] for result in record["results"]}
+    ceilings = {key: Ceiling(**values) for key, values in record["ceilings"].items()}
+    with _opened_contestants(say) as open_all:
+        for number, group in enumerate(request.groups, 1):
+            if group.key in done:
+                say(f"{group.key}: measured before")
+                continue
+            contestants = open_all(_with_precisions(group, open_all))
+            say(f"[{number}/{len(request.groups)}] {group.key}: {len(contestants)} models at batch {group.batch}")
+            subjects = [contestant.at_batch(group.batch) for contestant in contestants]
+            measurements = measure(subjects, request.options, progress)
+            if request.roofline:
+                _add_ceilings(ceilings, contestants, say)
+            record = _add_group(record, group, contestants, measurements, ceilings)
+            save(record)
+    return check_record(record)
+
+
+def _new_record(request: BenchRequest) -> Record:
+    return {
+        "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
+        "name": request.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": record_machine(),
+        "method": _method(request),
+        "ceilings": {},
+        "results": [],
+        "ratios": [],
+    }
+
+
+def _method(request: BenchRequest) -> dict[str, Any]:
+    return asdict(request.options)
+
+
+def _with_precisions(group: Group, open_all: Callable[[Sequence[Entry]], list[Contestant]]) -> tuple[Entry, ...]:
+    """All entries of the group; the baseline's are run as the models turn out to run once they are open."""
+    if group.baseline is None:
+        return group.entries
+    known = []
+    for entry, contestant in zip(group.entries, open_all(group.entries), strict=True):
+        label = contestant.label
+        if label.precision == "unknown":
+            raise DeployError(
+                f"{entry.model} does not say its precision, so no baseline can have the same",
+                "give --precision, or leave --baseline out",
+            )
+        known.append(replace(entry, backend=label.backend, precision=label.precision))
+    twins = replace(group, entries=tuple(known)).all_entries()[len(dict.fromkeys(known)) :]
+    return (*group.entries, *(twin for twin in twins if twin not in known))
+
+
+@contextmanager
+def _opened_contestants(say: Say) -> Iterator[Callable[[Sequence[Entry]], list[Contestant]]]:
+    """A function that opens entries, and closes those that the next group does not have."""
+    opened: dict[Entry, Contestant] = {}
+    with tempfile.TemporaryDirectory(prefix="repvgg-deploy-bench-") as folder:
+
+        def open_all(entries: Sequence[Entry]) -> list[Contestant]:
+            for entry in [entry for entry in opened if entry not in entries]:
+                opened.pop(entry).close()
+            for entry in entries:
+                if entry not in opened:
+                    say(f"opening {entry.model} {entry.form} {entry.precision or ''} {entry.backend or ''}".rstrip())
+                    opened[entry] = open_entry(entry, Path(folder))
+            return [opened[entry] for entry in entries]
+
+        try:
+            yield open_all
+        finally:
+            for contestant in opened.values():
+                contestant.close()
+
+
+def _device(contestant: Contestant) -> str:
+    return "cpu" if contestant.label.backend.endswith("-cpu") else "cuda"
+
+
+def _add_ceilings(ceilings: dict[str, Ceiling], contestants: Sequence[Contestant], say: Say) -> None:
+    for contestant in contestants:
+        precision, device = contestant.label.precision, _device(contestant)
+        if precision in ELEMENT_BYTES and f"{device} {precision}" not in ceilings:
+            say(f"measuring the ceiling of {device} {precision}")
+            ceilings[f"{device} {precision}"] = measure_ceiling(precision, device)
+
+
+def _add_group(
+    record: Record,
+    group: Group,
+    contestants: Sequence[Contestant],
+    measurements: Sequence[Measurement],
+    ceilings: dict[str, Ceiling],
+) -> Record:
+    results: list[Record] = []
+    ratios: list[Record] = []
+    for contestant, measurement in zip(contestants, measurements, strict=True):
+        point = _roofline(contestant, measurement, ceilings)
+        results.append(describe_measurement(measurement, group.key, contestant.parameters, contestant.top1, point))
+        ratios += [
+            describe_ratio(measurement, other, measurement.ratio_to(other), group.key)
+            for other in measurements
+            if _is_baseline(group, measurement, other)
+        ]
+    return {
+        **record,
+        "machine": finish_machine(record["machine"]),
+        "ceilings": {key: asdict(ceiling) for key, ceiling in ceilings.items()},
+        "results": [*record["results"], *results],
+        "ratios": [*record["ratios"], *ratios],
+    }
+
+
+def _is_baseline(group: Group, measurement: Measurement, other: Measurement) -> bool:
+    """Whether `measurement` is compared with `other`: its own training form, or the group's baseline."""
+    mine, theirs = measurement.label, other.label
+    if mine.conditions != theirs.conditions:
+        return False
+    if mine.model == theirs.model:
+        return mine.form == "deploy" and theirs.form == "training"
+    baseline = find_baseline(group.baseline) if group.baseline is not None else None
+    return theirs.model == (baseline.name if baseline is not None else group.baseline)
+
+
+def _roofline(
+    contestant: Contestant, measurement: Measurement, ceilings: dict[str, Ceiling]
+) -> dict[str, float | str] | None:
+    ceiling = ceilings.get(f"{_device(contestant)} {contestant.label.precision}")
+    if ceiling is None or contestant.cost is None:
+        return None
+    seconds = measurement.compute.p50 / 1e3
+    return RooflinePoint.of(contestant.cost(measurement.label.batch), seconds, ceiling).to_dict()

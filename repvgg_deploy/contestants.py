@@ -1,0 +1,250 @@
+"""What a benchmark runs: a file or an architecture, opened on one backend in one precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+import onnx
+import torch
+
+from repvgg_deploy.archs import find_card
+from repvgg_deploy.artifacts import Precision
+from repvgg_deploy.baselines import find_baseline, fold_batch_norms
+from repvgg_deploy.bench_export import NamedNet, write_net
+from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.fuse import fuse
+from repvgg_deploy.measure import Label, Subject
+from repvgg_deploy.model import is_onnx
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.roofline import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
+from repvgg_deploy.runners import Array
+from repvgg_deploy.runners.onnx_runner import OnnxRunner
+from repvgg_deploy.runners.torch_runner import TorchEvents, TorchLane, TorchOptions, TorchPrecision, TorchRunner
+from repvgg_deploy.seeded import seeded_baseline, seeded_repvgg
+from repvgg_deploy.subjects import BlockingSubject, StreamSubject
+
+PROVIDERS = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+ENGINES = ("tensorrt", "tensorrt-rtx")
+BACKENDS = (*PROVIDERS, "torch-cpu", "torch-cuda", *ENGINES)
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is to be opened.
+
+    Attributes:
+        model: a checkpoint, an ONNX graph, an engine, or the name of an architecture, which gets seeded weights.
+        backend: one of `BACKENDS`; None for the natural one of the file.
+        precision: fp32, fp16, int8; on torch also bf16, tf32. None for the file's own, else fp32.
+        form: `deploy`, or `training` for a RepVGG with all its branches.
+        mode, channels_last: see `TorchOptions`.
+        threads: of the CPU; 0 for the backend's choice.
+        transfers: whether the copies to and from a GPU are part of a query.
+        streams: of an engine.
+        size: of the input in pixels, for an architecture.
+    """
+
+    model: str
+    backend: str | None = None
+    precision: str | None = None
+    form: str = "deploy"
+    mode: str = "eager"
+    channels_last: bool = False
+    threads: int = 0
+    transfers: bool = False
+    streams: int = 1
+    size: int | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `model` is a file that is there."""
+        return Path(self.model).is_file()
+
+
+@dataclass
+class Contestant:
+    """An opened model.
+
+    Attributes:
+        label: with batch 0.
+        at_batch: the subject for one batch size.
+        cost: of one batch; None where nothing tells what the model computes.
+        parameters, top1: of the architecture, the accuracy as published; None where it has no card.
+    """
+
+    label: Label
+    at_batch: Callable[[int], Subject]
+    cost: Callable[[int], Cost] | None = None
+    parameters: int | None = None
+    top1: float | None = None
+    cleanup: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        self.cleanup.close()
+
+
+def open_entry(entry: Entry, folder: Path) -> Contestant:
+    """The model of an entry, ready to run; what has to be exported or built for that goes to `folder`.
+
+    Raises:
+        DeployError: there is no such file or architecture, or the backend cannot run it here.
+    """
+    if entry.backend is not None and entry.backend not in BACKENDS:
+        raise DeployError(f"no backend is called {entry.backend!r}", f"one of: {', '.join(BACKENDS)}")
+    if entry.is_file and Path(entry.model).suffix in (".plan", ".engine"):
+        return _open_plan(entry, Path(entry.model), Path(entry.model).name)
+    if entry.is_file and is_onnx(Path(entry.model)):
+        return _open_graph(entry, Path(entry.model), Path(entry.model).name)
+    net = _find_net(entry)
+    backend = entry.backend or "torch-cpu"
+    entry = replace(entry, backend=backend, precision=entry.precision or "fp32")
+    if backend.startswith("torch-"):
+        return _open_torch(entry, net)
+    return _open_exported(entry, net, folder)
+
+
+def _find_net(entry: Entry) -> NamedNet:
+    """The net of a checkpoint or of an architecture, in the form that the entry asks for."""
+    path = Path(entry.model)
+    if entry.is_file:
+        checkpoint = load_checkpoint(path)
+        name, net = path.name, build(checkpoint)
+        size, top1 = entry.size or 224, None
+    else:
+        baseline = find_baseline(entry.model)
+        if baseline is not None:
+            if entry.form != "deploy":
+                raise DeployError(f"{baseline.name} has one form only", "the training form is for RepVGGs")
+            folded = fold_batch_norms(seeded_baseline(baseline))
+            return NamedNet(baseline.name, folded, entry.size or baseline.preprocessing.height, baseline.top1)
+        if path.suffix or "/" in entry.model:
+            raise DeployError(
+                f"there is no file {entry.model}", "give a checkpoint, an ONNX graph, an engine, or a name"
+            )
+        card = find_card(entry.model)
+        name, net = card.name, seeded_repvgg(card)
+        size, top1 = entry.size or card.preprocessing.height, card.published.top1
+    if entry.form == "deploy":
+        net = cast(RepVGG, fuse(net, torch.float32))
+    elif net.spec.form == "deploy":
+        raise DeployError(f"{entry.model} is fused already, its training form is gone", "leave --form out")
+    return NamedNet(name, net, size, top1)
+
+
+def _label(entry: Entry, name: str, version: str, mode: str = "") -> Label:
+    return Label(name, cast(str, entry.backend), version, cast(str, entry.precision), 0, entry.form, mode)
+
+
+def _noise(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+    """Inputs of the range that normalized images, or pixels, have."""
+    generator = np.random.default_rng(0)
+    if dtype == np.uint8:
+        return generator.integers(0, 256, shape, dtype=np.uint8)
+    return generator.standard_normal(shape, dtype=np.float32).astype(dtype, copy=False)
+
+
+def _open_torch(entry: Entry, named: NamedNet) -> Contestant:
+    precision = cast(str, entry.precision)
+    if precision not in get_args(TorchPrecision):
+        raise DeployError(f"torch does not run {precision} here", f"one of: {', '.join(get_args(TorchPrecision))}")
+    device = cast(str, entry.backend).removeprefix("torch-")
+    options = TorchOptions(device, cast(TorchPrecision, precision), cast(Any, entry.mode), entry.channels_last)
+    if device == "cpu" and entry.threads:
+        torch.set_num_threads(entry.threads)
+    runner = TorchRunner(named.net, options)
+    label = _label(entry, named.name, runner.backend_version, options.label)
+
+    def at_batch(batch: int) -> Subject:
+        images = _noise((batch, named.in_channels, named.size, named.size))
+        here = replace(label, batch=batch)
+        if device == "cuda":
+            return StreamSubject(here, [TorchLane(runner, images)], TorchEvents(), entry.transfers)
+        placed = runner.place(images)
+        return BlockingSubject(here, lambda: runner.forward(placed))
+
+    shape = (named.in_channels, named.size, named.size)
+    # A CPU's copy of the net; its tensors are not touched.
+    cost = lambda batch: total_cost(net_costs(named.net, batch, shape, precision))  # noqa: E731
+    return Contestant(label, at_batch, cost, named.parameters, named.top1)
+
+
+def _open_exported(entry: Entry, named: NamedNet, folder: Path) -> Contestant:
+    """Through the same export as every other graph, into `folder`."""
+    precision = cast(str, entry.precision)
+    if precision not in [str(known) for known in Precision]:
+        raise DeployError(f"a graph has no precision {precision!r}", "fp32, fp16 or int8")
+    path = write_net(named, Precision(precision), entry.form, folder, for_engine=entry.backend in ENGINES)
+    if entry.backend in ENGINES:
+        opened = _open_plan(entry, _build_plan(entry, path, folder), named.name)
+    else:
+        opened = _open_graph(entry, path, named.name)
+    return replace(opened, parameters=named.parameters, top1=named.top1)
+
+
+def _build_plan(entry: Entry, graph: Path, folder: Path) -> Path:
+    from repvgg_deploy.engine import BuildOptions, Unavailable, build_engine, find_backend
+    from repvgg_deploy.staging import stage_files
+
+    backend = find_backend(cast(str, entry.backend))
+    if isinstance(backend, Unavailable):
+        raise DeployError(backend.reason, backend.hint)
+    with stage_files(folder) as staging:
+        built = build_engine(graph, backend, BuildOptions(), staging)
+    return folder / built.plan.name
+
+
+def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
+    backend = entry.backend or "onnxruntime-cpu"
+    if backend not in PROVIDERS:
+        raise DeployError(f"{path} is an ONNX graph, and {backend} does not run it", f"one of: {', '.join(PROVIDERS)}")
+    runner = OnnxRunner(path, PROVIDERS[backend], entry.threads)
+    if entry.precision is not None and runner.precision not in ("unknown", entry.precision):
+        raise DeployError(f"{path} is {runner.precision}, not {entry.precision}", "leave --precision out")
+    form = "training" if runner.metadata.get("repvgg_deploy.form") == "train" and entry.form == "training" else "deploy"
+    known = replace(entry, backend=backend, precision=runner.precision, form=form)
+    label = _label(known, name, runner.backend_version)
+    dtype = _NUMPY_TYPES.get(runner.input_type)
+    if dtype is None or None in runner.input_shape[1:]:
+        raise DeployError(f"{path} takes {runner.input_type} of {runner.input_shape}", "export it with a fixed size")
+
+    def at_batch(batch: int) -> Subject:
+        if runner.batch not in (None, batch):
+            raise DeployError(f"{path} takes batches of {runner.batch}, not {batch}", "export it without --batch")
+        images = _noise((batch, *cast("tuple[int, ...]", runner.input_shape[1:])), dtype)
+        return BlockingSubject(replace(label, batch=batch), lambda: runner.run(images))
+
+    model = onnx.load(path, load_external_data=False)
+    for item in model.graph.initializer:
+        # Shapes are all that is needed.
+        item.ClearField("raw_data")
+    precision = runner.precision if runner.precision in ELEMENT_BYTES else "fp32"
+    return Contestant(label, at_batch, lambda batch: total_cost(graph_costs(model, batch, precision)))
+
+
+def _open_plan(entry: Entry, path: Path, name: str) -> Contestant:
+    from repvgg_deploy.runners.engine_runner import open_engine
+
+    runner = open_engine(path, backend=entry.backend, streams=entry.streams)
+    cleanup = ExitStack()
+    cleanup.callback(runner.close)
+    known = replace(entry, backend=runner.backend, precision=runner.precision)
+    mode = "" if entry.streams == 1 else f"{entry.streams} streams"
+    label = _label(known, name, runner.backend_version, mode)
+
+    def at_batch(batch: int) -> Subject:
+        images = _noise((batch, *runner.input.shape[1:]), np.dtype(runner.input.dtype))
+        return StreamSubject(replace(label, batch=batch), runner.batch_lanes(images), runner.cuda, entry.transfers)
+
+    return Contestant(label, at_batch, cleanup=cleanup)

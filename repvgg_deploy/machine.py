@@ -1,0 +1,186 @@
+"""The machine that a measurement was made on: CPU, GPU and its clocks, versions, and the commit of this tool."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import repvgg_deploy
+
+# What decides how fast a CPU multiplies; the whole list is a page long and says no more.
+_TELLING_FLAGS = (
+    "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+_LIBRARIES = ("numpy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings")
+
+# NVML's clocks-event reasons (nvml.h); idle is no throttling.
+_THROTTLE_REASONS = {
+    0x2: "application clocks setting",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+    0x100: "display clock setting",
+}
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """One GPU at one moment; None where the driver does not tell.
+
+    `throttle_reasons` are those that hold the clocks down right now.
+    """
+
+    name: str
+    sm_clock_mhz: int | None
+    max_sm_clock_mhz: int | None
+    power_w: float | None
+    power_limit_w: float | None
+    temperature_c: int | None
+    throttle_reasons: tuple[str, ...]
+    memory_used_bytes: int | None
+    memory_total_bytes: int | None
+
+
+def record_machine() -> dict[str, Any]:
+    """CPU, memory, operating system, versions, and the GPUs as they are before the measurement; ready for JSON."""
+    return {
+        "cpu": _describe_cpu(),
+        "memory_bytes": _memory_bytes(),
+        "os": f"{platform.system()} {platform.machine()}",
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "tool": {"version": repvgg_deploy.__version__, "commit": _commit()},
+        "gpus": [asdict(state) for state in read_gpus()],
+        "driver": _driver(),
+    }
+
+
+def finish_machine(machine: dict[str, Any]) -> dict[str, Any]:
+    """`machine` with the load and the GPUs as they are after the measurement, under `after`."""
+    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    return {**machine, "after": {"load_average": load, "gpus": [asdict(state) for state in read_gpus()]}}
+
+
+def _describe_cpu() -> dict[str, Any]:
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "family_model_stepping": [fields.get(key) for key in ("cpu family", "model", "stepping")],
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "flags": [flag for flag in _TELLING_FLAGS if flag in flags],
+        "governor": _first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+    }
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, with `+` where files differ from it; None for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+            ).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "repvgg_deploy"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changes.strip() else "")
+
+
+def _open_nvml() -> Any:
+    """NVIDIA's management library, initialized; None where it or a GPU is not here."""
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception:
+        # Not installed, no driver library, or no GPU: pynvml has an exception class for each.
+        return None
+    return nvml
+
+
+def _driver() -> str | None:
+    nvml = _open_nvml()
+    if nvml is None:
+        return None
+    version: Any = _ask(nvml, "nvmlSystemGetDriverVersion")
+    return version.decode() if isinstance(version, bytes) else version
+
+
+def read_gpus(nvml: Any = None) -> list[GpuState]:
+    """The state of every GPU, from NVML (`pip install nvidia-ml-py`); empty where there is none."""
+    nvml = nvml or _open_nvml()
+    if nvml is None:
+        return []
+    return [_read_gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount())]
+
+
+def _read_gpu(nvml: Any, gpu: Any) -> GpuState:
+    name = nvml.nvmlDeviceGetName(gpu)
+    power, limit = _ask(nvml, "nvmlDeviceGetPowerUsage", gpu), _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", gpu)
+    reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", gpu) or 0
+    memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", gpu)
+    return GpuState(
+        name=name.decode() if isinstance(name, bytes) else name,
+        sm_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
+        max_sm_clock_mhz=_ask(nvml, "nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_SM),
+        # NVML counts in milliwatts.
+        power_w=None if power is None else power / 1e3,
+        power_limit_w=None if limit is None else limit / 1e3,
+        temperature_c=_ask(nvml, "nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU),
+        throttle_reasons=tuple(text for bit, text in _THROTTLE_REASONS.items() if reasons & bit),
+        memory_used_bytes=None if memory is None else int(memory.used),
+        memory_total_bytes=None if memory is None else int(memory.total),
+    )
+
+
+def _ask(nvml: Any, function: str, *arguments: Any) -> Any:
+    """What an NVML function says; None where this GPU or driver does not answer it."""
+    try:
+        return getattr(nvml, function)(*arguments)
+    except (nvml.NVMLError, AttributeError):
+        return None
