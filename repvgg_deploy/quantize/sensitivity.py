@@ -1,0 +1,129 @@
+"""Which layers to keep in float: the error that each one's rounding alone makes, against what it costs in MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.edges import BATCH, CLASSIFIER, Images, fused_blocks
+from repvgg_deploy.quantize.quantization import quantize
+from repvgg_deploy.quantize.quantized_net import QuantizedNet
+from repvgg_deploy.quantize.recipe import Recipe
+from repvgg_deploy.quantize.reconstruct import Reconstruction
+from repvgg_deploy.quantize.statistics import CalibrationStatistics
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One layer: `error` is the energy of the logits' error in shares of theirs where it alone is int8.
+
+    `macs_share` is its share of the net's multiply-adds.
+    """
+
+    name: str
+    error: float
+    macs_share: float
+
+    @property
+    def gain(self) -> float:
+        """Error removed per multiply-add that returns to float."""
+        return self.error / self.macs_share
+
+
+@torch.no_grad()
+def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ...]:
+    """The quantized layers of `net`, the one worth most to keep float first, measured on `images` (N, C, H, W)."""
+    macs = count_macs(net.float_net, images[:1])
+    total = sum(macs.values())
+    exact = _run(net.float_net, images)
+    found = []
+    for name, integers in net.integers().items():
+        pool = None if net.pool_scale is None or name != CLASSIFIER else float(net.pool_scale)
+        alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool))
+        error = float((_run(alone, images) - exact).square().sum() / exact.square().sum())
+        found.append(LayerSensitivity(name, error, macs[name] / total))
+    return tuple(sorted(found, key=lambda layer: -layer.gain))
+
+
+def _run(net: torch.nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([net(batch) for batch in torch.split(images, BATCH)])
+
+
+@torch.no_grad()
+def count_macs(net: RepVGG, image: Tensor) -> dict[str, int]:
+    """Multiply-adds of each layer for one image (1, C, H, W); squeeze-excites are not counted."""
+    macs: dict[str, int] = {}
+    x = image
+    for name, block in fused_blocks(net):
+        out = block.conv(x)
+        macs[name] = block.conv.weight[0].numel() * out.numel()
+        x = block(x)
+    macs[CLASSIFIER] = net.classifier.weight.numel()
+    return macs
+
+
+def layers_within(ranking: tuple[LayerSensitivity, ...], share: float) -> tuple[str, ...]:
+    """The first layers of `ranking` whose MACs together stay within `share`; one that is too large is passed over."""
+    chosen, used = [], 0.0
+    for layer in ranking:
+        if used + layer.macs_share <= share:
+            chosen.append(layer.name)
+            used += layer.macs_share
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """A quantized net within a limit: what stays float, its share of the MACs, and the drop that was measured."""
+
+    net: QuantizedNet
+    kept_float: tuple[str, ...]
+    macs_share: float
+    drop: float
+
+
+def quantize_within(
+    fused: RepVGG,
+    images: Images,
+    recipe: Recipe,
+    measure_drop: Callable[[QuantizedNet], float],
+    max_drop: float,
+    statistics: CalibrationStatistics | None = None,
+    sample: Tensor | None = None,
+) -> MixedPrecision:
+    """The net with the fewest float layers, taken in the order of `rank_layers`, whose drop is at most `max_drop`.
+
+    The number of layers is found by bisection, and each candidate is quantized anew with its float layers. If no
+    candidate is good enough the best one that was seen comes back; compare its `drop`.
+
+    Args:
+        fused: see `quantize`.
+        images: see `quantize`.
+        recipe: see `quantize`.
+        measure_drop: what a candidate loses, in the caller's unit (points of top-1).
+        max_drop: in the same unit.
+        statistics: see `quantize`.
+        sample: images (N, C, H, W) to rank the layers on; by default the first batch of `images`.
+    """
+    net = quantize(fused, images, recipe, statistics)
+    ranking = rank_layers(net, torch.as_tensor(next(iter(images))) if sample is None else sample)
+    shares = {layer.name: layer.macs_share for layer in ranking}
+    best = MixedPrecision(net, (), 0.0, measure_drop(net))
+    if best.drop <= max_drop:
+        return best
+    low, high = 0, len(ranking)
+    while high - low > 1:
+        middle = (low + high) // 2
+        names = tuple(layer.name for layer in ranking[:middle])
+        candidate = quantize(fused, images, recipe, statistics, keep_float=names)
+        mixed = MixedPrecision(candidate, names, sum(shares[name] for name in names), measure_drop(candidate))
+        if mixed.drop <= max_drop:
+            high, best = middle, mixed
+        else:
+            low = middle
+            best = min(best, mixed, key=lambda found: found.drop) if best.drop > max_drop else best
+    return best

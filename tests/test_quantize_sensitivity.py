@@ -1,0 +1,55 @@
+"""Mixed precision: the ranking of layers, and the smallest set kept float within a limit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_quantize_net import QUICK
+from test_quantize_preparation import draw_images, fused_net
+
+from repvgg_deploy.quantize import QuantizedNet, quantize
+from repvgg_deploy.quantize.layer_report import signal_to_noise_db
+from repvgg_deploy.quantize.sensitivity import LayerSensitivity, layers_within, quantize_within, rank_layers
+
+
+def test_the_ranking_holds_every_layer_once_by_error_per_mac() -> None:
+    net, images = fused_net(), draw_images(64)
+    quantized = quantize(net, [images], QUICK)
+    ranking = rank_layers(quantized, images)
+    assert {layer.name for layer in ranking} == set(quantized.integers())
+    assert [layer.gain for layer in ranking] == sorted((layer.gain for layer in ranking), reverse=True)
+    assert sum(layer.macs_share for layer in ranking) == pytest.approx(1.0)
+    assert all(layer.error > 0 for layer in ranking)
+
+
+def test_layers_are_taken_until_the_share_is_used_up() -> None:
+    ranking = tuple(LayerSensitivity(n, e, s) for n, e, s in [("a", 3.0, 0.2), ("b", 2.0, 0.5), ("c", 0.1, 0.1)])
+    assert layers_within(ranking, 0.0) == ()
+    assert layers_within(ranking, 0.35) == ("a", "c")
+    assert layers_within(ranking, 1.0) == ("a", "b", "c")
+
+
+def test_a_limit_that_int8_keeps_leaves_nothing_float() -> None:
+    found = quantize_within(fused_net(), [draw_images(32)], QUICK, lambda _: 0.1, 0.5)
+    assert found.kept_float == ()
+    assert found.macs_share == 0.0
+
+
+def test_the_smallest_set_within_the_limit_is_kept_float() -> None:
+    net, images = fused_net(), draw_images(64)
+    exact = net(images)
+
+    def noise(candidate: QuantizedNet) -> float:
+        return -signal_to_noise_db(exact, candidate(images))
+
+    everything = noise(quantize(net, [images], QUICK))
+    found = quantize_within(net, [images], QUICK, noise, everything - 2.0)
+    assert found.drop <= everything - 2.0
+    assert 0 < len(found.kept_float) < len(found.net.integers()) + len(found.kept_float)
+    assert found.net.float_layers() == tuple(n for n in _order(found.net) if n in found.kept_float)
+    assert 0 < found.macs_share < 1
+    assert torch.isfinite(found.net(images)).all()
+
+
+def _order(net: QuantizedNet) -> list[str]:
+    return [*(name for name, _ in net.float_net.named_blocks()), "classifier"]
