@@ -169,7 +169,8 @@ def check_record(record: Any, name: str = "the result") -> Record:
         _check_fields(result, _RESULT, where)
         _check_fields(result["latency_ms"], dict.fromkeys(_LATENCY, _NUMBER), f"{where}.latency_ms")
         samples = result["samples"]
-        if sum(samples.get("round_queries", ())) != result["iterations"] == len(samples.get("latency_ms", ())):
+        counts = {sum(samples.get("round_queries", ())), len(samples.get("latency_ms", ()))}
+        if counts != {result["iterations"]}:
             raise DeployError(f"{where} has not a sample for each of its {result['iterations']} iterations")
     for index, ratio in enumerate(record["ratios"]):
         _check_fields(ratio, _RATIO, f"{name}: ratios[{index}]")

@@ -20,6 +20,7 @@ from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _SUFFIX = "_kernel_time"
+_COSTLY = ("Conv", "FusedConv", "QLinearConv", "Gemm", "QGemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,16 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
     images = np.random.default_rng(0).random(shape, dtype=np.float32).astype(dtype)
     events = _run_profiled(path, plain.input_name, images, threads, seconds)
     precision = plain.precision if plain.precision in ELEMENT_BYTES else "fp32"
-    costs = graph_costs(onnx.load(path, load_external_data=False), batch, precision)
+    model = onnx.load(path, load_external_data=False)
+    costs = _with_fused_names(model, graph_costs(model, batch, precision))
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         times[event["name"].removesuffix(_SUFFIX), event["args"]["op_name"]].append(event["dur"] / 1e3)
     medians = {key: statistics.median(values) for key, values in times.items()}
     total = sum(medians.values())
     layers = [
-        LayerTime(name, operator, ms, ms / total, _cost_of(name, costs)) for (name, operator), ms in medians.items()
+        LayerTime(name, operator, ms, ms / total, _cost_of(name, costs) if operator in _COSTLY else None)
+        for (name, operator), ms in medians.items()
     ]
     layers.sort(key=lambda layer: -layer.milliseconds)
     runs = max(map(len, times.values()))
@@ -107,6 +110,17 @@ def _run_profiled(path: Path, name: str, images: Any, threads: int, seconds: flo
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX)]
     return nodes[len(nodes) * warmup // (runs + warmup) :]
+
+
+def _with_fused_names(model: onnx.ModelProto, costs: dict[str, Cost]) -> dict[str, Cost]:
+    """`costs`, also under the names of the additions and ReLUs behind a layer: the fused node has the last one's."""
+    by_tensor = {node.output[0]: costs[node.name] for node in model.graph.node if node.name in costs}
+    named = dict(costs)
+    for node in model.graph.node:
+        behind = next((by_tensor[name] for name in node.input if name in by_tensor), None)
+        if node.op_type in ("Add", "Relu") and behind is not None:
+            named[node.name] = by_tensor[node.output[0]] = behind
+    return named
 
 
 def _cost_of(name: str, costs: dict[str, Cost]) -> Cost | None:

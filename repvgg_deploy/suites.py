@@ -32,8 +32,8 @@ def load_suite(path: Path) -> BenchRequest:
 
     A file has a `name`, the table `measure` (see `MeasureOptions`), `threads`, `roofline`, and any number of
     `[[group]]`: every combination of its `models`, `backends`, `precisions`, `forms`, `modes` and `channels_last` is
-    an entry. With `together = "all"` (the default) all entries of one batch size are measured side by side, with `"model"` only those
-    of one model.
+    an entry. With `together = "all"` (the default) all entries of one batch size are measured side by side, with
+    `"model"` only those of one model.
 
     Raises:
         DeployError: the file cannot be read, or has a key or value that is not known.

@@ -1,0 +1,138 @@
+"""Plots, page and Markdown table, from results that are made up here so that their figures are known."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repvgg_deploy.bench_record import SCHEMA_NAME, SCHEMA_VERSION, check_record, describe_measurement, describe_ratio
+from repvgg_deploy.html_report import paper_rows, ratio_rows, render_markdown, render_page, result_rows
+from repvgg_deploy.machine import record_machine
+from repvgg_deploy.measure import Label, Measurement, Query, Slice
+from repvgg_deploy.plots import draw_plots, family_of
+
+SPEEDS = {
+    "RepVGG-A0": (4.0, 72.41),
+    "RepVGG-A2": (15.0, 76.48),
+    "RepVGG-B1g4": (21.0, 77.58),
+    "ResNet-50": (12.0, 76.31),
+}
+
+
+def make_measurement(
+    model: str, ms: float, batch: int, form: str = "deploy", backend: str = "torch-cpu"
+) -> Measurement:
+    label = Label(model, backend, "1.0", "fp32", batch, form)
+    generator = np.random.default_rng(len(model) + batch)
+    times = ms * batch * generator.uniform(0.99, 1.01, 12)
+    return Measurement(label, tuple(Slice((Query(n, n + t / 1e3, t),)) for n, t in enumerate(times)))
+
+
+def make_record() -> dict[str, Any]:
+    results, ratios = [], []
+    for batch in (1, 8):
+        group = f"batch {batch}"
+        measured = {model: make_measurement(model, ms, batch) for model, (ms, _) in SPEEDS.items()}
+        training = make_measurement("RepVGG-A0", 7.0, batch, "training")
+        point = {
+            "tflops": 0.1 * batch,
+            "flops_per_byte": 50.0 * batch,
+            "attainable_tflops": 1.0,
+            "share": 0.1,
+            "bound": "compute",
+        }
+        for model, measurement in measured.items():
+            results.append(describe_measurement(measurement, group, 1000, SPEEDS[model][1], point))
+            baseline = measured["ResNet-50"]
+            ratios.append(describe_ratio(measurement, baseline, measurement.ratio_to(baseline), group))
+        results.append(describe_measurement(training, group, 1200, 72.41, None))
+        fused = measured["RepVGG-A0"]
+        ratios.append(describe_ratio(fused, training, fused.ratio_to(training), group))
+    return {
+        "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
+        "name": "made <up>",
+        "created": "2026-01-02T03:04:05+00:00",
+        "machine": record_machine(),
+        "method": {"warmup_s": 0.2},
+        "ceilings": {"cpu fp32": {"flops_per_sec": 1e12, "bytes_per_sec": 2e10, "source": ""}},
+        "results": results,
+        "ratios": ratios,
+    }
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    return check_record(make_record())
+
+
+def test_every_kind_of_plot_is_drawn(record: dict[str, Any]) -> None:
+    names = {plot.name for plot in draw_plots([record])}
+    assert names == {
+        "accuracy_torch-cpu_fp32_b1",
+        "accuracy_torch-cpu_fp32_b8",
+        "throughput_torch-cpu_fp32",
+        "latency_torch-cpu_fp32",
+        "ratio_torch-cpu",
+        "fused_over_training",
+        "roofline_cpu_fp32",
+    }
+
+
+def test_plots_are_pictures_that_name_the_models(record: dict[str, Any]) -> None:
+    for plot in draw_plots([record]):
+        with Image.open(io.BytesIO(plot.png)) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert min(pixels.shape) > 500
+        # Something is drawn, and most of the page stays white.
+        assert 0.005 < (pixels < 200).mean() < 0.3
+        assert plot.svg.startswith("<?xml")
+        assert "A2" in plot.svg or plot.name == "fused_over_training"
+
+
+def test_the_same_results_give_the_same_files(record: dict[str, Any]) -> None:
+    first, second = (draw_plots([record]) for _ in range(2))
+    assert first == second
+
+
+def test_the_page_has_every_result_and_escapes_names(record: dict[str, Any]) -> None:
+    page = render_page([record], draw_plots([record]), "ResNet-50")
+    assert "made &lt;up&gt;" in page
+    assert "made <up>" not in page
+    assert page.count("<img") == page.count("data:image/png;base64,") == 7
+    for row in result_rows(record):
+        assert all(f"<td>{cell}</td>" in page for cell in row if "&" not in cell)
+
+
+def test_ratios_of_the_baseline_to_itself_are_left_out(record: dict[str, Any]) -> None:
+    rows = ratio_rows(record)
+    assert rows
+    assert not any(row[0].split()[0] == row[1].split()[0] == "ResNet-50" for row in rows)
+
+
+def test_the_markdown_table_has_speeds_and_ratios(record: dict[str, Any]) -> None:
+    table = render_markdown([record], "ResNet-50").splitlines()
+    assert table[0] == "| model | torch-cpu fp32, batch 1 | torch-cpu fp32, batch 8 |"
+    assert len({line.count("|") for line in table[:6]}) == 1
+    a0 = next(line for line in table if line.startswith("| RepVGG-A0"))
+    speed, ratio = (float(x) for x in re.search(r"\| ([\d.]+) \(([\d.]+),", a0).groups())  # type: ignore[union-attr]
+    assert speed == pytest.approx(250, rel=0.02)
+    assert ratio == pytest.approx(3.0, rel=0.02)
+
+
+def test_the_papers_column_stands_beside_torchs_speed(record: dict[str, Any]) -> None:
+    rows = paper_rows(record)
+    assert [row[0] for row in rows] == ["RepVGG-A0", "ResNet-50", "RepVGG-A2", "RepVGG-B1g4"]
+    assert rows[0][3:] == ["3,256", "4.53"]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [("RepVGG-B1g4", "RepVGG-B"), ("RepVGG-A0", "RepVGG-A"), ("ResNet-50", "ResNet"), ("x.onnx", "x.onnx")],
+)
+def test_models_are_told_apart_by_family(model: str, family: str) -> None:
+    assert family_of(model) == family
