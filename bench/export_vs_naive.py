@@ -3,8 +3,9 @@
     python bench/export_vs_naive.py --arch B3 --rounds 3 -o bench/results
 
 The naive flow is what the conversion scripts in the field do: build the training net, load the checkpoint, fuse every
-block, `torch.onnx.export` the whole net, `onnxsim.simplify` the whole graph, save. It verifies nothing. Both run as
-processes of their own, in turn, so that a noisy machine is noisy for both; the figures are those of the whole process.
+block in float32 in a copy of the net, `torch.onnx.export` the whole net, `onnxsim.simplify` the whole graph, save. It
+verifies nothing. Both run as processes of their own, in turn, so that a noisy machine is noisy for both; the figures
+are those of the whole process.
 """
 
 from __future__ import annotations
@@ -20,19 +21,48 @@ import time
 from pathlib import Path
 
 NAIVE = """
-import sys, warnings
+import copy, sys, warnings
 warnings.simplefilter("ignore")
 import onnx, onnxsim, torch
-from repvgg_deploy.checkpoints import build, load_checkpoint
-from repvgg_deploy.fuse import fuse
+from torch.nn.functional import pad
+from repvgg_deploy.archs import find_card
+from repvgg_deploy.checkpoints.official import LAYOUT
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
-source, target, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-net = build(load_checkpoint(source))
-deploy = fuse(net).eval()
-images = torch.randn(1, 3, size, size)
+arch, source, target = sys.argv[1:]
+net = RepVGG(find_card(arch).spec()).eval()
+state = torch.load(source, map_location="cpu", weights_only=True)
+names = LAYOUT.name_keys(state).names
+net.load_state_dict({names[key]: value for key, value in state.items()})
+
+def affine(bn):
+    t = bn.weight / (bn.running_var + bn.eps).sqrt()
+    return t.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * bn.weight / (bn.running_var + bn.eps).sqrt()
+
+def fuse(block):
+    spec = block.spec
+    t, b = affine(block.branch_3x3.bn)
+    kernel, bias = block.branch_3x3.conv.weight * t, b
+    t, b = affine(block.branch_1x1.bn)
+    kernel, bias = kernel + pad(block.branch_1x1.conv.weight * t, [1, 1, 1, 1]), bias + b
+    if hasattr(block, "branch_identity"):
+        t, b = affine(block.branch_identity.bn)
+        identity = torch.zeros_like(kernel)
+        for i in range(spec.out_channels):
+            identity[i, i % identity.shape[1], 1, 1] = 1
+        kernel, bias = kernel + identity * t, bias + b
+    fused = FusedBlock.from_spec(spec.fused())
+    fused.conv.weight.data, fused.conv.bias.data = kernel.detach(), bias.detach()
+    fused.se_before, fused.se_after = block.se_before, block.se_after
+    return fused
+
+deploy = copy.deepcopy(net)
+for stage in deploy.stages:
+    for i, block in enumerate(stage):
+        stage[i] = fuse(block)
 torch.onnx.export(
-    deploy, (images,), target, input_names=["images"], output_names=["logits"], opset_version=17, dynamo=False,
-    dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+    deploy, (torch.randn(1, 3, 224, 224),), target, input_names=["images"], output_names=["logits"], opset_version=17,
+    dynamo=False, dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
 )
 simplified, ok = onnxsim.simplify(onnx.load(target))
 assert ok
@@ -79,7 +109,7 @@ def main() -> None:
         make_checkpoint(arguments.arch, checkpoint)
         script.write_text(NAIVE, encoding="utf-8")
         for _ in range(arguments.rounds):
-            samples["naive"].append(run([str(script), str(checkpoint), str(folder / "naive.onnx"), "224"]))
+            samples["naive"].append(run([str(script), arguments.arch, str(checkpoint), str(folder / "naive.onnx")]))
             ours = ["-m", "repvgg_deploy", "export", str(checkpoint), "-o", str(folder / "out"), "--engine", "none"]
             samples["repvgg-deploy"].append(run(ours))
             print({name: round(runs[-1]["seconds"], 1) for name, runs in samples.items()}, file=sys.stderr)

@@ -22,6 +22,7 @@ from repvgg_deploy.cli_options import (
     take_build,
     take_int8,
     take_preprocessing,
+    trust_option,
 )
 from repvgg_deploy.errors import DeployError, ThresholdError
 
@@ -239,6 +240,7 @@ def archs(as_json: bool) -> None:
 @click.option("--max-disagreement", type=float, metavar="P", help="Fail beyond P percent other top-1 classes.")
 @checkpoint_options
 @preprocessing_options
+@trust_option
 @json_option
 def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     """Compare the outputs of two models, and fail beyond the tolerance.
@@ -267,6 +269,7 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @click.option("--min-top1", type=float, metavar="P", help="Fail below P percent.")
 @checkpoint_options
 @preprocessing_options
+@trust_option
 @json_option
 def eval_(
     model: Path, data: Path, batch: int, strict: bool, min_top1: float | None, as_json: bool, **options: Any

@@ -133,6 +133,12 @@ def engine_options(command: F) -> F:
             default="none",
             help="GPUs besides the builder's own.",
         ),
+        click.option(
+            "--compute-capability",
+            multiple=True,
+            metavar="X.Y",
+            help="GPUs to build for, where none is here (TensorRT-RTX); repeatable.",
+        ),
         click.option("--version-compatible", is_flag=True, help="Also for later releases of the major version."),
         click.option("--timing-cache/--no-timing-cache", default=True, help="Keep kernel times between builds."),
         click.option("--tf32/--no-tf32", default=True, help="Let FP32 convolutions use TF32."),
@@ -170,6 +176,7 @@ def take_build(values: dict[str, Any]) -> BuildOptions:
     workspace = values.pop("workspace")
     return BuildOptions(
         batch_range=values.pop("batch_range") or BuildOptions.batch_range,
+        compute_capabilities=tuple(values.pop("compute_capability")),
         workspace_bytes=None if workspace is None else workspace << 20,
         **{
             name: values.pop(name)
@@ -189,6 +196,13 @@ def take_build(values: dict[str, Any]) -> BuildOptions:
 def json_option(command: F) -> F:
     """JSON on stdout."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def trust_option(command: F) -> F:
+    """Whether an engine without a matching side file is run."""
+    return click.option("--trust", is_flag=True, help="Run an engine whose side file is missing or does not match.")(
+        command
+    )
 
 
 def path_argument(name: str, **options: Any) -> Callable[[F], F]:

@@ -151,6 +151,7 @@ def verify_models(
     count: int | None = None,
     arch: str | None = None,
     ema: bool | None = None,
+    trust: bool = False,
 ) -> Parity:
     """How the outputs of model `second` differ from those of `first`, on the images of `data` or on drawn ones.
 
@@ -168,7 +169,7 @@ def verify_models(
         if models and graphs.count(True) == 1:
             known = models[0].preprocessing
             shared = PreprocessingOptions((known.height, known.width), known.resize, known.mean, known.std)
-        models.append(open_model(path, shared, arch, ema))
+        models.append(open_model(path, shared, arch, ema, trust))
     if models[0].path != first:
         models.reverse()
     a, b = models

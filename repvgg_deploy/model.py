@@ -167,6 +167,7 @@ def open_model(
     options: PreprocessingOptions | None = None,
     arch: str | None = None,
     ema: bool | None = None,
+    trust: bool = False,
 ) -> Model:
     """The model in a checkpoint (run in torch), an ONNX graph (in ONNX Runtime), or an engine (on the GPU).
 
@@ -177,7 +178,7 @@ def open_model(
     if path.is_file() and is_engine(path):
         from repvgg_deploy.runners.engine_runner import open_engine
 
-        engine = open_engine(path)
+        engine = open_engine(path, trust)
         outputs = {tensor.name: _dynamic(tensor.shape) for tensor in engine.outputs}
         signature = _Signature(_dynamic(engine.input.shape), engine.input.dtype, outputs)
         return _describe(path, engine, signature, engine.provenance, options)

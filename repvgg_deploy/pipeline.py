@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -51,10 +53,10 @@ MAX_RELATIVE = {Precision.FP32: 1e-4, Precision.FP16: 3e-2, Precision.INT8: 1e-1
 
 @dataclass(frozen=True)
 class _Product:
-    """A graph ready to be written, and the logits that it must give on the full-size inputs."""
+    """A graph ready to be written, and `run`, which gives the logits that it must give on the full-size inputs."""
 
     graph: OnnxGraph
-    expected: NDArray[np.float32]
+    run: Callable[[], NDArray[np.float32]]
     rounding: Fp16Rounding | None = None
     quantization: QuantizationSummary | None = None
 
@@ -69,6 +71,8 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
         DeployError: whatever the user can mend; nothing is written then.
     """
     start = time.perf_counter()
+    # Imported while the checkpoint is hashed and fused, which needs no interpreter.
+    Thread(target=import_module, args=("onnxsim",), daemon=True).start()
     backend = _find_backend(request.engine, say)
     say(f"reading {request.checkpoint}")
     checkpoint = load_checkpoint(request.checkpoint, request.arch, request.ema, request.bn_eps)
@@ -99,18 +103,19 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
         seconds=0.0,
         peak_bytes=0,
     )
-    expected = product.expected
-    with stage_files(request.output) as staging:
+    with stage_files(request.output) as staging, ThreadPoolExecutor(1) as pool:
         staged = staging / result.onnx.name
-        write_graph(product.graph, staged)
-        # The weights are in the file now; ONNX Runtime brings its own copy.
+        # The disk and ONNX Runtime take the file while the processor computes what it must give.
+        opened = pool.submit(_write_and_open, product.graph, staged)
+        expected = product.run()
+        runner = opened.result()
+        # The weights are in the file now, and ONNX Runtime has its own copy.
         del fused, product
         say("running the graph in ONNX Runtime")
-        with ThreadPoolExecutor(1) as pool:
-            # The disk takes the file while the processor verifies it.
-            flushed = pool.submit(flush_files, staging)
-            outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
-            flushed.result()
+        flushed = pool.submit(flush_files, staging)
+        outputs = _run_and_compare(runner, staged, inputs, preprocessing, expected, request, parity)
+        flushed.result()
+        del runner
         engine = None
         if backend is not None:
             engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, say, report)
@@ -156,10 +161,14 @@ def _make_float_graph(
     layers = FloatLayers(np.dtype(np.float16 if half else np.float32))
     metadata = _metadata(request, checkpoint, preprocessing, {})
     graph = to_onnx(fused, layers, _graph_options(request, preprocessing), metadata)
-    expected, largest = run_fused(fused, normalize(inputs.full, preprocessing))
-    if half:
-        _require_fp16_range(largest)
-    return _Product(graph, expected, layers.rounding if half else None)
+
+    def run() -> NDArray[np.float32]:
+        logits, largest = run_fused(fused, normalize(inputs.full, preprocessing))
+        if half:
+            _require_fp16_range(largest)
+        return logits
+
+    return _Product(graph, run, layers.rounding if half else None)
 
 
 def _make_int8_graph(
@@ -181,7 +190,7 @@ def _make_int8_graph(
     reference, _ = run_fused(fused, images)
     quantized, summary = quantize_for_export(fused, request.int8, preprocessing, checkpoint.sha256, say, report)
     with torch.inference_mode():
-        expected = quantized(torch.from_numpy(images)).numpy()
+        expected: NDArray[np.float32] = quantized(torch.from_numpy(images)).numpy()
     parity["quantized"] = compare(reference, expected)
     about = {
         "recipe": summary.recipe,
@@ -193,7 +202,7 @@ def _make_int8_graph(
     metadata = _metadata(request, checkpoint, preprocessing, {"quantization": about})
     dtype = np.dtype(np.float16 if request.int8.rest is Precision.FP16 else np.float32)
     graph = to_qdq_onnx(quantized, _graph_options(request, preprocessing), metadata, dtype)
-    return _Product(graph, expected, None, summary)
+    return _Product(graph, lambda: expected, None, summary)
 
 
 def _graph_options(request: ExportRequest, preprocessing: Preprocessing) -> GraphOptions:
@@ -240,7 +249,13 @@ def _require_fp16_range(largest: dict[str, float]) -> None:
         )
 
 
+def _write_and_open(graph: OnnxGraph, path: Path) -> OnnxRunner:
+    write_graph(graph, path)
+    return OnnxRunner(path, quick_start=True)
+
+
 def _run_and_compare(
+    runner: OnnxRunner,
     path: Path,
     inputs: VerificationInputs,
     preprocessing: Preprocessing,
@@ -249,7 +264,6 @@ def _run_and_compare(
     parity: dict[str, Parity],
 ) -> dict[str, Array]:
     """The outputs of the written graph in ONNX Runtime, once they have agreed with the logits expected."""
-    runner = OnnxRunner(path, quick_start=True)
     model = Model(path, runner, preprocessing, None, takes_pixels=request.uint8_input, half_input=_is_half(request))
     outputs = model.run_images(_inputs_of(request, inputs, preprocessing))
     reference, candidate = comparable(expected, outputs, request.softmax)
@@ -282,7 +296,7 @@ def _build_and_compare(
 ) -> Engine:
     """The engine in the staging folder; where a GPU can run it, its outputs have agreed with ONNX Runtime's."""
     from repvgg_deploy.engine import build_engine
-    from repvgg_deploy.engine.gpus import find_gpus
+    from repvgg_deploy.engine.checking import check_where_possible
 
     say(f"building the engine with {backend.label}")
 
@@ -290,19 +304,10 @@ def _build_and_compare(
         report(f"building: {phase}", share)
 
     engine = build_engine(staged, backend, request.build, staged.parent, advance, say)
-    found = find_gpus()
-    if not found.gpus or request.build.strip_weights:
-        say(f"the engine was not run: {found.reason if not found.gpus else 'it holds no weights yet'}")
-        return engine
-    from repvgg_deploy.engine.checking import check_engine
-    from repvgg_deploy.runners.engine_runner import open_engine
-
-    say(f"running the engine on {found.gpus[0].name}")
-    runner = open_engine(engine.plan)
-    try:
-        parity["engine"] = check_engine(runner, _inputs_of(request, inputs, preprocessing), outputs)
-    finally:
-        runner.close()
+    images = _inputs_of(request, inputs, preprocessing)
+    compared = check_where_possible(engine, images, outputs, say)
+    if compared is not None:
+        parity["engine"] = compared
     return engine
 
 
