@@ -1,0 +1,193 @@
+"""`export --int8` and `export --engine` from the command line, on the embedded model and drawn images."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto
+from test_fuse import narrow, randomize
+
+from repvgg_deploy.checkpoints.writing import name_state_dict
+from repvgg_deploy.cli import main
+from repvgg_deploy.drawn import write_image_folder
+from repvgg_deploy.locate import data_folder
+from repvgg_deploy.nets.repvgg import RepVGG
+
+DEMO = str(data_folder("models") / "demo.safetensors")
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "images"
+    write_image_folder(folder, 96, seed=11, size=64)
+    return folder
+
+
+def export(*arguments: str | Path, code: int = 0):
+    result = CliRunner().invoke(main, ["export", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def int8(images: Path, out: Path, *more: str | Path, code: int = 0):
+    return export(
+        DEMO, "--int8", "--calib", images, "--recipe", "fast", "--engine", "none", "-o", out, *more, code=code
+    )
+
+
+def test_int8_is_one_command(images, tmp_path) -> None:
+    values = json.loads(int8(images, tmp_path, "--json").stdout)
+    assert list(values["parity"]) == ["fused", "quantized", "onnx"]
+    assert values["parity"]["onnx"]["top1_agreement"] == 1.0
+    assert values["quantization"]["images"] == 96
+    assert values["quantization"]["kept_float"] == []
+    assert [p.name for p in tmp_path.iterdir()] == ["demo.int8.onnx"]
+
+
+def test_every_kernel_is_int8_and_the_file_a_quarter_of_fp32(images, tmp_path) -> None:
+    int8(images, tmp_path)
+    export(DEMO, "--engine", "none", "-o", tmp_path)
+    graph = onnx.load(tmp_path / "demo.int8.onnx").graph
+    kernels = {w.name: w.data_type for w in graph.initializer if len(w.dims) in (2, 4)}
+    assert len(kernels) == 11
+    assert set(kernels.values()) == {TensorProto.INT8}
+    sizes = [(tmp_path / f"demo.{p}.onnx").stat().st_size for p in ("int8", "fp32")]
+    assert sizes[0] < 0.3 * sizes[1]
+
+
+def test_accuracy_on_unseen_images_survives(images, tmp_path) -> None:
+    int8(images, tmp_path)
+    write_image_folder(tmp_path / "val", 600, seed=12, size=64)
+    accuracy = {}
+    for model in (DEMO, tmp_path / "demo.int8.onnx"):
+        result = CliRunner().invoke(main, ["eval", str(model), "--data", str(tmp_path / "val"), "--json"])
+        accuracy[str(model)] = json.loads(result.stdout)["top1"]
+    trained, quantized = accuracy.values()
+    assert quantized >= trained - 1.0
+
+
+def test_the_metadata_name_recipe_images_and_seed(images, tmp_path) -> None:
+    int8(images, tmp_path)
+    properties = {p.key: p.value for p in onnx.load(tmp_path / "demo.int8.onnx").metadata_props}
+    about = json.loads(properties["repvgg_deploy.quantization"])
+    assert about["recipe"] == "fast"
+    assert about["images"] == 96
+    assert len(about["images_sha256"]) == 64
+    assert about["seed"] == 0
+
+
+def test_the_same_images_give_the_same_file(images, tmp_path) -> None:
+    int8(images, tmp_path / "a")
+    int8(images, tmp_path / "b")
+    assert (tmp_path / "a" / "demo.int8.onnx").read_bytes() == (tmp_path / "b" / "demo.int8.onnx").read_bytes()
+
+
+def test_a_list_of_files_calibrates_like_the_folder(images, tmp_path) -> None:
+    paths = sorted(images.rglob("*.png"))
+    (tmp_path / "list.txt").write_text("\n".join(map(str, paths)), encoding="utf-8")
+    int8(images, tmp_path / "a")
+    int8(tmp_path / "list.txt", tmp_path / "b")
+    assert (tmp_path / "a" / "demo.int8.onnx").read_bytes() == (tmp_path / "b" / "demo.int8.onnx").read_bytes()
+
+
+def test_few_images_are_warned_of_and_none_is_an_error(images, tmp_path) -> None:
+    result = int8(images, tmp_path / "few", "--calib-count", "8")
+    assert "warning: 8 calibration images are few" in result.stderr
+    (tmp_path / "empty").mkdir()
+    result = int8(tmp_path / "empty", tmp_path / "none", code=1)
+    assert "error: there is no image" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_broken_calibration_images_are_named_and_left_out(images, tmp_path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, path in enumerate(sorted(images.rglob("*.png"))[:40]):
+        (folder / f"{index}.png").write_bytes(path.read_bytes() if index else b"no image")
+    values = int8(folder, tmp_path / "out", "--json")
+    assert json.loads(values.stdout)["quantization"]["images"] == 39
+    assert "0.png" in values.stderr
+
+
+def test_the_statistics_cache_belongs_to_one_checkpoint(images, tmp_path) -> None:
+    cache = tmp_path / "demo.npz"
+    int8(images, tmp_path / "a", "--calib-cache", cache)
+    written = cache.read_bytes()
+    int8(images, tmp_path / "b", "--calib-cache", cache)
+    assert (tmp_path / "a" / "demo.int8.onnx").read_bytes() == (tmp_path / "b" / "demo.int8.onnx").read_bytes()
+    torch.save(name_state_dict(randomize(RepVGG(narrow("A0").spec(7))), "official"), tmp_path / "other.pth")
+    arguments = ("--int8", "--calib", images, "--calib-cache", cache, "--size", "32", "--engine", "none")
+    result = export(tmp_path / "other.pth", *arguments, "-o", tmp_path / "c", code=1)
+    assert "another checkpoint" in result.stderr
+    assert cache.read_bytes() == written
+
+
+def test_a_layer_that_is_named_stays_float(images, tmp_path) -> None:
+    values = json.loads(int8(images, tmp_path, "--keep-float", "stages.1.1", "--json").stdout)
+    assert values["quantization"]["kept_float"] == ["stages.1.1"]
+    kernels = {w.name: w.data_type for w in onnx.load(tmp_path / "demo.int8.onnx").graph.initializer}
+    assert kernels["stages.1.1.conv.weight"] == TensorProto.FLOAT
+    assert "no layer is called" in int8(images, tmp_path / "x", "--keep-float", "stages.9.9", code=1).stderr
+
+
+def test_what_stays_float_can_be_fp16(images, tmp_path) -> None:
+    int8(images, tmp_path, "--rest", "fp16")
+    types = {w.data_type for w in onnx.load(tmp_path / "demo.int8.onnx").graph.initializer}
+    assert types == {TensorProto.INT8, TensorProto.FLOAT16}
+
+
+def test_the_layer_table_has_a_row_a_layer(images, tmp_path) -> None:
+    lines = int8(images, tmp_path, "--layers").stdout.splitlines()
+    assert sum(line.startswith(("stages.", "classifier")) for line in lines) == 11
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--int8",),
+        ("--calib", "x"),
+        ("--fp16", "--int8", "--calib", "x"),
+        ("--int8", "--calib", "x", "--max-drop", "1"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_contradict_each_other_are_wrong_usage(arguments, tmp_path) -> None:
+    export(DEMO, *arguments, "-o", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_export_ends_with_an_engine(precision, images, tmp_path) -> None:
+    options = {"fp32": (), "fp16": ("--fp16",), "int8": ("--int8", "--calib", images, "--recipe", "fast")}[precision]
+    arguments = (*options, "--engine", "tensorrt-rtx", "--batch-range", "1", "4", "8", "-o", tmp_path, "--json")
+    values = json.loads(export(DEMO, *arguments).stdout)
+    assert Path(values["engine"]) == tmp_path / f"demo.{precision}.plan"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"demo.{precision}.{e}" for e in ("onnx", "plan", "plan.json")
+    ]
+    side = json.loads((tmp_path / f"demo.{precision}.plan.json").read_text(encoding="utf-8"))
+    assert side["profile"] == [1, 4, 8]
+    assert side["convolutions"] == {precision: 10}
+
+
+def test_a_missing_backend_is_an_error_before_any_work(tmp_path) -> None:
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed here")
+    result = export(tmp_path / "no such checkpoint.pth", "--engine", "tensorrt", "-o", tmp_path / "out", code=1)
+    assert "error: TensorRT is not installed" in result.stderr
+    assert "hint: " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_quantized_logits_are_those_of_onnx_runtime(images, tmp_path) -> None:
+    parity = json.loads(int8(images, tmp_path, "--json", "--uint8-input").stdout)["parity"]
+    assert parity["onnx"]["relative"] < 1e-5
+    assert 0.001 < parity["quantized"]["relative"] < 0.2
+    assert np.isfinite(parity["quantized"]["cosine"])
