@@ -214,7 +214,8 @@ def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
         raise DeployError(f"{path} is {runner.precision}, not {entry.precision}", "leave --precision out")
     form = "training" if runner.metadata.get("repvgg_deploy.form") == "train" and entry.form == "training" else "deploy"
     known = replace(entry, backend=backend, precision=runner.precision, form=form)
-    label = _label(known, name, runner.backend_version)
+    # On a GPU ONNX Runtime copies from and to the host within the call.
+    label = _label(known, name, runner.backend_version, "" if backend == "onnxruntime-cpu" else "with copies")
     dtype = _NUMPY_TYPES.get(runner.input_type)
     if dtype is None or None in runner.input_shape[1:]:
         raise DeployError(f"{path} takes {runner.input_type} of {runner.input_shape}", "export it with a fixed size")
