@@ -59,6 +59,7 @@ def record_machine() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "os": f"{platform.system()} {platform.machine()}",
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "threads": _threads(),
         "python": platform.python_version(),
         "versions": _versions(),
         "tool": {"version": repvgg_deploy.__version__, "commit": _commit()},
@@ -105,6 +106,14 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def _threads() -> dict[str, Any]:
+    """Torch's threads, and what the environment says to OpenMP; ONNX Runtime takes all usable cores by itself."""
+    import torch
+
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    return {"torch": torch.get_num_threads(), **{name: os.environ[name] for name in names if name in os.environ}}
 
 
 def _versions() -> dict[str, str]:

@@ -83,7 +83,7 @@ def compare_rates(
 
 
 def _expanded_tail(confidence: float, rounds: int) -> float:
-    """The share to cut off at each end: less than (1 − confidence) / 2, as Student's t has wider tails than a normal."""
+    """The share to cut off at each end: less than (1 − confidence) / 2, as Student's t has wider tails."""
     tail = (1 - confidence) / 2
     if rounds < 3:
         return tail

@@ -15,6 +15,7 @@ def test_the_record_is_json_and_names_the_cpu_and_the_versions() -> None:
     assert machine["cpu"]["model"]
     assert machine["cpu"]["usable_cores"] >= 1
     assert {"torch", "onnx", "numpy"} <= machine["versions"].keys()
+    assert machine["threads"]["torch"] >= 1
     assert machine["tool"]["version"]
     assert machine["after"].keys() == {"load_average", "gpus"}
 
