@@ -52,7 +52,7 @@ def test_statistics_do_not_depend_on_the_batch_size(size: int) -> None:
     assert other.images == 40
     assert other.images_sha256 == reference.images_sha256
     for name, edge in reference.edges.items():
-        for key in ("largest", "mean", "mean_square", "histogram"):
+        for key in ("lowest", "highest", "mean", "mean_square", "usual", "histogram"):
             np.testing.assert_array_equal(getattr(other.edges[name], key), getattr(edge, key), err_msg=f"{name} {key}")
 
 
@@ -97,7 +97,8 @@ def test_rebatching_keeps_all_images_in_order(sizes: list[int], wanted: int) -> 
 def edge_of(values: np.ndarray) -> EdgeStatistics:
     limit = 2.0 ** np.ceil(np.log2(values.max() * 1.001))
     histogram = np.histogram(values, 2048, (0, limit))[0].astype(np.int64)
-    return EdgeStatistics(np.array([values.max()]), np.array([0.0]), np.array([0.0]), histogram, limit, False)
+    zero = np.array([0.0])
+    return EdgeStatistics(zero, np.array([values.max()]), zero, zero, zero, histogram, limit)
 
 
 def test_thresholds_clip_an_outlier_and_keep_a_uniform_range() -> None:
@@ -155,7 +156,7 @@ def test_columns_of_dead_inputs_are_removed_and_the_net_computes_the_same() -> N
     name, block = fused_blocks(net)[2]
     assert removed[name].channels == 1
     assert removed[name].bound == 0.0
-    assert float(block.conv.weight[:, 2].abs().max()) == 0.0
+    assert float(block.conv.weight[2, 2, 1, 1]) == 0.0
     assert torch.equal(logits_of(net, images), before)
 
 
@@ -175,6 +176,21 @@ def test_the_stated_bound_holds_for_nearly_dead_inputs() -> None:
     x = dict(walk(kept, images))[name].double()
     old, new = (b.conv.double()(x) for b in (fused_blocks(kept)[2][1], block))
     assert float((old - new).abs().max()) <= removed[name].bound * float(old.square().mean((0, 2, 3)).sqrt().max()) * 2
+
+
+def test_an_enormous_weight_on_a_constant_input_becomes_a_bias() -> None:
+    net, images = fused_net(), draw_images()
+    blocks = fused_blocks(net)
+    with torch.no_grad():
+        blocks[1][1].conv.weight[2] = 0
+        blocks[1][1].conv.bias[2] = 0.5
+        blocks[2][1].conv.weight[2, 2, 1, 1] = 316.0
+        blocks[2][1].conv.bias[2] -= 158.0
+    before = logits_of(net, images)
+    removed = remove_dead_inputs(net, collect_statistics(net, [images]), 1e-3)
+    assert removed[blocks[2][0]].columns == 1
+    assert float(blocks[2][1].conv.weight[2, 2, 1, 1]) == 0.0
+    assert relative(logits_of(net, images), before) < 1e-5
 
 
 def test_without_a_dead_input_nothing_is_removed() -> None:

@@ -25,17 +25,22 @@ def output_error(streams: Streams, layer: nn.Module, scale: float) -> float:
         difference = run_layer(layer, rounded - exact, layer.weight, None)
     else:
         difference = (rounded - exact).mean((2, 3))
-    axes = [axis for axis in range(difference.dim()) if axis != 1]
+    weights = streams.image_weights()[:, None]
+    flat = difference.flatten(2) if difference.dim() > 2 else difference.unsqueeze(2)
     # The mean is what bias correction removes.
-    return float((difference - difference.mean(axes, keepdim=True)).double().square().sum())
+    mean = (flat.mean(2) * weights).sum(0) / weights.sum()
+    return float(((flat - mean[:, None]).square().sum((1, 2)) * weights[:, 0]).double().sum())
 
 
 def scale_by_output(streams: Streams, layer: nn.Module, thresholds: tuple[float, ...]) -> float:
-    """The scale with the least output error; `thresholds` are shares of the largest input, largest error first wins.
+    """The scale with the least output error; `thresholds` are shares of the largest input that images usually have.
+
+    The usual one is the largest of those images that count in full (see `Streams.image_weights`).
 
     A signed input (the images) is never clipped: its values are bounded, and as frequent at the border as elsewhere.
     """
-    largest = float(streams.rounded.abs().amax())
+    usual = streams.image_weights() >= 1.0
+    largest = float(streams.rounded[usual].abs().amax())
     if largest == 0.0:
         return 1.0 / HIGHEST
     if float(streams.rounded.amin()) < 0:

@@ -182,5 +182,7 @@ def _distance(
 
 
 def _relative_error(values: Tensor, target: Tensor) -> Tensor:
-    energy = target.detach().square().sum().clamp_min(torch.finfo(target.dtype).tiny)
-    return (values - target.detach()).square().sum() / energy
+    # Image by image, so that one with enormous activations does not count for all the others.
+    energy = target.detach().flatten(1).square().sum(1)
+    energy = torch.maximum(energy, energy.median()).clamp_min(torch.finfo(target.dtype).tiny)
+    return ((values - target.detach()).flatten(1).square().sum(1) / energy).mean()

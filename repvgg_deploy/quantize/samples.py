@@ -15,6 +15,10 @@ MEMORY_BYTES = 1 << 30
 """What the kept activations may take, of the widest edge and both streams together."""
 
 
+_USUAL = 4.0
+"""How many times the median energy an image may have and still count in full."""
+
+
 @dataclass
 class Streams:
     """The same images at the same place of both nets: `exact` in the float net, `rounded` in the quantized one."""
@@ -26,6 +30,15 @@ class Streams:
         """Both in step, `size` images at a time."""
         yield from zip(torch.split(self.exact, size), torch.split(self.rounded, size), strict=True)
 
+    def image_weights(self) -> Tensor:
+        """What each image counts (N), at most 1: less, where its activations are much stronger than usual.
+
+        A few images may drive a net to activations a hundred times the usual ones. In a sum of squares they would
+        decide alone, and every other image would pay for them.
+        """
+        energy = self.exact.flatten(1).double().square().mean(1)
+        return (_USUAL * energy.median() / energy.clamp_min(1e-300)).clamp(max=1.0).square().to(self.exact.dtype)
+
     def thinned(self, count: int) -> Streams:
         """About `count` images of them, evenly spaced."""
         step = max(1, len(self.exact) // count)
@@ -34,7 +47,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class Moments:
-    """Means and covariances of one group's inputs over sampled pixels.
+    """Means and covariances of one group's inputs over sampled pixels, images weighted by `image_weights`.
 
     `covariance` is that of the rounded inputs with themselves, `cross` of the exact with the rounded ones; both
     (columns, columns), with `samples` pixels behind them.
@@ -54,26 +67,30 @@ def input_moments(streams: Streams, layer: nn.Conv2d | nn.Linear, samples: int, 
     each = -(-samples // len(streams.exact))
     sums: list[list[Tensor]] = []
     count = 0
-    for exact, rounded in streams.batches():
+    weights = streams.image_weights()
+    mass = 0.0
+    for (exact, rounded), weight in zip(streams.batches(), torch.split(weights, BATCH), strict=True):
         a, b = _patches(exact, layer), _patches(rounded, layer)
         if each < a.shape[2]:
             pixels = torch.randperm(a.shape[2], generator=generator)[:each].to(a.device)
             a, b = a[:, :, pixels], b[:, :, pixels]
         count += a.shape[0] * a.shape[2]
+        mass += float(weight.sum()) * a.shape[2]
+        repeated = weight.repeat_interleave(a.shape[2])[:, None]
         for group, (x, y) in enumerate(zip(_rows(a, groups), _rows(b, groups), strict=True)):
-            parts = [x.sum(0), y.sum(0), y.t() @ y, x.t() @ y]
+            z = y * repeated
+            parts = [(x * repeated).sum(0), z.sum(0), z.t() @ y, x.t() @ z]
             if len(sums) <= group:
                 sums.append(parts)
             else:
                 for total, part in zip(sums[group], parts, strict=True):
                     total += part
-    return [_moments(parts, count) for parts in sums]
+    return [_moments(parts, mass, count) for parts in sums]
 
 
-def _moments(sums: list[Tensor], count: int) -> Moments:
-    exact, rounded, square, cross = sums
-    a, b = exact / count, rounded / count
-    return Moments(a, b, square / count - torch.outer(b, b), cross / count - torch.outer(a, b), count)
+def _moments(sums: list[Tensor], mass: float, count: int) -> Moments:
+    exact, rounded, square, cross = (part / mass for part in sums)
+    return Moments(exact, rounded, square - torch.outer(rounded, rounded), cross - torch.outer(exact, rounded), count)
 
 
 def _patches(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:

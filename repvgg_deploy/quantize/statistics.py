@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -19,21 +19,32 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.edges import Images, edge_names, rebatch, walk
 
 BINS = 2048
+_PEAKS = 8
+_PER_CHANNEL = ("lowest", "highest", "mean", "mean_square", "usual")
 
 
 @dataclass(frozen=True)
 class EdgeStatistics:
-    """One edge. Per channel (C): `largest` absolute value, `mean`, `mean_square`; over all values a histogram.
+    """One edge. Per channel (C): `lowest` and `highest` value, `mean`, `mean_square`; over all values a histogram.
+
+    `usual` (C) is the largest absolute value without the one image in 128 (at most 7) that reaches highest: a single
+    image can drive a net to activations a hundred times those of all others.
 
     `histogram` (BINS) counts absolute values in equal bins from 0 to `limit`, a power of two.
     """
 
-    largest: NDArray[np.float64]
+    lowest: NDArray[np.float64]
+    highest: NDArray[np.float64]
     mean: NDArray[np.float64]
     mean_square: NDArray[np.float64]
+    usual: NDArray[np.float64]
     histogram: NDArray[np.int64]
     limit: float
-    signed: bool
+
+    @property
+    def largest(self) -> NDArray[np.float64]:
+        """Per channel (C) the largest absolute value."""
+        return np.maximum(np.abs(self.lowest), np.abs(self.highest))
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,9 @@ class CalibrationStatistics:
         """Write everything to an `.npz` file at `path`."""
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, edge in self.edges.items():
-            for key in ("largest", "mean", "mean_square", "histogram"):
+            for key in (*_PER_CHANNEL, "histogram"):
                 arrays[f"{name}/{key}"] = getattr(edge, key)
-            arrays[f"{name}/rest"] = np.array([edge.limit, float(edge.signed)])
+            arrays[f"{name}/limit"] = np.array(edge.limit)
         about = {"images": self.images, "sha256": self.sha256, "images_sha256": self.images_sha256}
         with path.open("wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
@@ -79,9 +90,11 @@ class CalibrationStatistics:
 
 
 def _read_edge(file: Mapping[str, NDArray[np.generic]], name: str) -> EdgeStatistics:
-    limit, signed = cast("list[float]", file[f"{name}/rest"].tolist())
-    largest, mean, square = (file[f"{name}/{key}"].astype(np.float64) for key in ("largest", "mean", "mean_square"))
-    return EdgeStatistics(largest, mean, square, file[f"{name}/histogram"].astype(np.int64), limit, bool(signed))
+    lowest, highest, mean, square, usual = (file[f"{name}/{key}"].astype(np.float64) for key in _PER_CHANNEL)
+    histogram = file[f"{name}/histogram"].astype(np.int64)
+    return EdgeStatistics(
+        lowest, highest, mean, square, usual, histogram, float(file[f"{name}/limit"].astype(np.float64))
+    )
 
 
 class _EdgeObserver:
@@ -89,29 +102,33 @@ class _EdgeObserver:
 
     def __init__(self) -> None:
         self.images = 0
-        self.largest: Tensor | None = None
+        self.lowest: Tensor | None = None
+        self.highest: Tensor
         self.sum: Tensor
         self.square: Tensor
+        self.peaks: Tensor
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
         self.limit = 2.0**-60
-        self.signed = False
 
     def add(self, x: Tensor) -> bool:
         """Take the values of some images (N, C, …); False, and nothing taken, where one is not finite."""
         flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        size = flat.abs()
-        largest = size.amax((0, 2))
-        if not torch.isfinite(largest).all():
+        lowest, highest = flat.amin((0, 2)), flat.amax((0, 2))
+        largest = float(torch.maximum(lowest.abs(), highest.abs()).max())
+        if not math.isfinite(largest):
             return False
         mean, square = flat.double().mean(2).sum(0), (flat * flat).double().mean(2).sum(0)
-        if self.largest is None:
-            self.largest, self.sum, self.square = largest, mean, square
+        peaks = flat.abs().amax(2)
+        if self.lowest is None:
+            self.lowest, self.highest, self.sum, self.square = lowest, highest, mean, square
         else:
-            self.largest = torch.maximum(self.largest, largest)
+            self.lowest, self.highest = torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest)
             self.sum, self.square = self.sum + mean, self.square + square
-        self.signed = self.signed or bool(flat.amin() < 0)
+            peaks = torch.cat([self.peaks, peaks])
+        # The highest few images of each channel are all that is kept.
+        self.peaks = peaks.topk(min(len(peaks), _PEAKS), dim=0).values
         self.images += len(x)
-        self._count(size, float(largest.max()))
+        self._count(flat.abs(), largest)
         return True
 
     def _count(self, size: Tensor, largest: float) -> None:
@@ -121,13 +138,14 @@ class _EdgeObserver:
             self.histogram = torch.cat([pairs, torch.zeros_like(pairs)])
             self.limit *= 2
         bins = (size.flatten() * (BINS / self.limit)).to(torch.int64)
-        self.histogram += torch.bincount(bins, minlength=BINS).to(self.histogram.device)
+        self.histogram += torch.bincount(bins, minlength=BINS).cpu()
 
     def result(self) -> EdgeStatistics:
-        assert self.largest is not None
-        mean, square = self.sum / self.images, self.square / self.images
-        peak, first, second = (v.double().cpu().numpy() for v in (self.largest, mean, square))
-        return EdgeStatistics(peak, first, second, self.histogram.numpy(), self.limit, self.signed)
+        assert self.lowest is not None
+        peaks = self.peaks[min(self.images // 128, _PEAKS - 1)]
+        values = (self.lowest, self.highest, self.sum / self.images, self.square / self.images, peaks)
+        lowest, highest, mean, square, usual = (value.double().cpu().numpy() for value in values)
+        return EdgeStatistics(lowest, highest, mean, square, usual, self.histogram.numpy(), self.limit)
 
 
 @torch.no_grad()

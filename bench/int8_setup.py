@@ -1,0 +1,144 @@
+"""What the INT8 benchmarks share: the net, the images, the figures, the records. No script of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.fuse import fuse
+from repvgg_deploy.images import BrokenImages, list_images, list_labelled_images, normalize, read_batches
+from repvgg_deploy.nets.repvgg import RepVGG
+
+Floats = NDArray[np.float32]
+PIXELS = 64
+PREPROCESSING = Preprocessing(PIXELS, PIXELS, PIXELS)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a candidate's logits stand against the float net's: percent, percent, dB; `top1_fp32` for the drop."""
+
+    top1: float
+    top1_fp32: float
+    agreement: float
+    sqnr_db: float
+    images: int
+
+
+def load_fused(path: Path) -> RepVGG:
+    """The fused float32 net of a checkpoint, without gradients."""
+    net = fuse(build(load_checkpoint(path)), torch.float32)
+    assert isinstance(net, RepVGG)
+    return net.eval().requires_grad_(False)
+
+
+def read_validation(folder: Path) -> tuple[Floats, NDArray[np.int64]]:
+    """All images of `folder`/<class>/…, normalized, and their labels."""
+    images = list_labelled_images(folder)
+    return _read(images.paths), np.asarray(images.labels)
+
+
+def read_calibration(folder: Path, count: int, seed: int = 0) -> Floats:
+    """`count` images of a folder, chosen by `seed`."""
+    paths = list_images(folder)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:count])
+    return _read([paths[index] for index in chosen])
+
+
+def _read(paths: Any) -> Floats:
+    broken = BrokenImages()
+    batches = read_batches(list(paths), PREPROCESSING, 256, broken)
+    images = np.concatenate([normalize(pixels, PREPROCESSING) for pixels, _ in batches])
+    assert not broken.reasons
+    return images
+
+
+def in_batches(images: Floats, size: int = 64) -> list[Floats]:
+    """`images` cut into batches."""
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+@torch.no_grad()
+def run_torch(net: torch.nn.Module, images: Floats) -> Floats:
+    """The logits of a torch net."""
+    parts = [net(torch.from_numpy(np.ascontiguousarray(batch))).numpy() for batch in in_batches(images, 200)]
+    return np.concatenate(parts)
+
+
+def open_session(model: str | bytes) -> ort.InferenceSession:
+    """An ONNX Runtime session on two CPU threads."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(path: Path, images: Floats) -> Floats:
+    """The logits of an ONNX file in ONNX Runtime on the CPU."""
+    session = open_session(str(path))
+    name = session.get_inputs()[0].name
+    parts = [session.run(None, {name: np.ascontiguousarray(batch)})[0] for batch in in_batches(images, 200)]
+    return np.concatenate(parts)
+
+
+def compare(logits: Floats, exact: Floats, labels: NDArray[np.int64]) -> Figures:
+    """The figures of `logits` against those of the float net."""
+    best, wanted = logits.argmax(1), exact.argmax(1)
+    wide = exact.astype(np.float64)
+    noise = float(((logits - wide) ** 2).sum())
+    sqnr = 10 * float(np.log10((wide**2).sum() / max(noise, 1e-300)))
+    return Figures(
+        round(float((best == labels).mean()) * 100, 2),
+        round(float((wanted == labels).mean()) * 100, 2),
+        round(float((best == wanted).mean()) * 100, 2),
+        round(sqnr, 2),
+        len(logits),
+    )
+
+
+def write_record(folder: Path, what: str, results: Any, **more: Any) -> Path:
+    """Write a JSON record named after the backend, its version and the day."""
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    record = {
+        "kind": what,
+        "machine": {"cpu": processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "date": date,
+        "backend": "onnxruntime",
+        "backend_version": ort.__version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        **more,
+        "results": results,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"cpu-onnxruntime-{ort.__version__}-{date}-{what}.json"
+    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What `function` returns, and the wall seconds it took."""
+    start = time.perf_counter()
+    result = function()
+    return result, round(time.perf_counter() - start, 1)
