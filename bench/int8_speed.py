@@ -1,0 +1,82 @@
+"""Speed of the INT8 graphs in ONNX Runtime on the CPU: fp32, ONNX Runtime's own Q/DQ, ours; interleaved rounds.
+
+python bench/int8_speed.py --arch A0 --size 64 -o bench/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from int8_peers import quantize_onnxruntime
+from int8_setup import open_session, write_record
+
+from repvgg_deploy.archs import find_card
+from repvgg_deploy.fuse import fuse
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.onnx_graph import write_graph
+from repvgg_deploy.quantize import load_recipe, quantize
+from repvgg_deploy.quantize.qdq import to_qdq_onnx
+from repvgg_deploy.seeded import seeded_repvgg
+
+
+def write_models(arch: str, size: int, folder: Path) -> dict[str, Path]:
+    """The three graphs of a seeded net; speed does not depend on the weights."""
+    net = fuse(seeded_repvgg(find_card(arch)), torch.float32).eval().requires_grad_(False)
+    assert isinstance(net, RepVGG)
+    images = np.random.default_rng(0).standard_normal((32, 3, size, size)).astype(np.float32)
+    paths = {name: folder / f"{name}.onnx" for name in ("fp32", "onnxruntime", "repvgg-deploy")}
+    options = GraphOptions(size, size)
+    write_graph(to_onnx(net, FloatLayers(), options, {}), paths["fp32"])
+    quantize_onnxruntime(paths["fp32"], "minmax", True, images, paths["onnxruntime"])
+    write_graph(to_qdq_onnx(quantize(net, [images], load_recipe("fast")), options, {}), paths["repvgg-deploy"])
+    return paths
+
+
+def time_once(session: ort.InferenceSession, images: np.ndarray, runs: int) -> float:
+    """Milliseconds a run, over `runs` of them."""
+    start = time.perf_counter()
+    for _ in range(runs):
+        session.run(None, {"images": images})
+    return (time.perf_counter() - start) * 1000 / runs
+
+
+def main() -> None:
+    """Time the graphs in turn; print and record medians and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--arch", default="A0")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
+    arguments = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = write_models(arguments.arch, arguments.size, Path(scratch))
+        sessions = {name: open_session(str(path)) for name, path in paths.items()}
+        for batch in arguments.batches:
+            shape = (batch, 3, arguments.size, arguments.size)
+            images = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+            times: dict[str, list[float]] = {name: [] for name in sessions}
+            for number in range(arguments.rounds + 2):
+                for name, session in sessions.items():
+                    elapsed = time_once(session, images, max(1, 16 // batch))
+                    # The first two rounds warm up.
+                    times[name] += [elapsed] if number >= 2 else []
+            row = {name: round(statistics.median(values), 3) for name, values in times.items()}
+            speedup = {name: round(row["fp32"] / value, 2) for name, value in row.items()}
+            results.append({"arch": arguments.arch, "size": arguments.size, "batch": batch, "ms": row, "x": speedup})
+            print(results[-1], flush=True)
+    what = f"int8-speed-{arguments.arch}-{arguments.size}"
+    print(f"written {write_record(arguments.output, what, results, rounds=arguments.rounds)}")
+
+
+if __name__ == "__main__":
+    main()
