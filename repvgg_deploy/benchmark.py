@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy.baselines import find_baseline
+from repvgg_deploy.baselines import require_baseline
 from repvgg_deploy.bench_record import (
     SCHEMA_NAME,
     SCHEMA_VERSION,
@@ -74,6 +74,9 @@ def run_benchmark(
     Raises:
         DeployError: whatever the user can mend.
     """
+    for group in request.groups:
+        if group.baseline is not None:
+            require_baseline(group.baseline)
     record = earlier if earlier is not None else _new_record(request)
     if earlier is not None and earlier["method"] != _method(request):
         raise DeployError("the earlier result was measured with other options", "write to another file with -o")
@@ -196,8 +199,7 @@ def _is_baseline(group: Group, measurement: Measurement, other: Measurement) -> 
         return False
     if mine.model == theirs.model:
         return mine.form == "deploy" and theirs.form == "training"
-    baseline = find_baseline(group.baseline) if group.baseline is not None else None
-    return theirs.model == (baseline.name if baseline is not None else group.baseline)
+    return group.baseline is not None and theirs.model == require_baseline(group.baseline).name
 
 
 def _roofline(

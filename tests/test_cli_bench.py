@@ -129,6 +129,7 @@ def test_a_limit_fails_the_command(option: str, limit: float, status: int, graph
         (["A0", "--backend", "abacus"], "no backend is called"),
         (["A0", "--precision", "int4"], "does not run int4"),
         (["resnet18", "--form", "training"], "one form only"),
+        (["A0", "--baseline", "resnet9"], "no baseline is called"),
     ],
 )
 def test_what_cannot_run_is_an_error(arguments: list[str], message: str) -> None:
