@@ -236,11 +236,11 @@ def _bench_files(models: Sequence[str], folder: Path, options: dict[str, Any], a
     if as_json:
         report.print_json({"end_to_end": [result.to_dict() for result in found]})
         return
-    columns = ["model", "input", "batch", "images/s", "decode", "resize", "prepare", "inference", "limit"]
+    columns = ["model", "input", "batch", "images/s", "decode", "resize", "prepare", "transfer", "inference", "limit"]
     rows = [
         [
             r.model, r.input_type, r.batch, _digits(r.images_per_sec),
-            *(_digits(r.stages[name]) for name in ("decode", "resize", "prepare", "inference")), r.limit,
+            *(_digits(r.stages[name]) if name in r.stages else "–" for name in columns[4:-1]), r.limit,
         ]
         for r in found
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.measure import Label, Subject
-from repvgg_deploy.model import is_onnx
+from repvgg_deploy.model import is_engine, is_onnx
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.roofline import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
 from repvgg_deploy.runners import Array
@@ -103,7 +103,7 @@ def open_entry(entry: Entry, folder: Path) -> Contestant:
     """
     if entry.backend is not None and entry.backend not in BACKENDS:
         raise DeployError(f"no backend is called {entry.backend!r}", f"one of: {', '.join(BACKENDS)}")
-    if entry.is_file and Path(entry.model).suffix in (".plan", ".engine"):
+    if entry.is_file and is_engine(Path(entry.model)):
         return _open_plan(entry, Path(entry.model), Path(entry.model).name)
     if entry.is_file and is_onnx(Path(entry.model)):
         return _open_graph(entry, Path(entry.model), Path(entry.model).name)

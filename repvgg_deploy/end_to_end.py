@@ -25,9 +25,9 @@ _SAMPLE = 64
 class EndToEnd:
     """Images a second of the whole, and of every stage by itself on all cores.
 
-    `stages` has `decode`, `resize`, `prepare` (stacking, and normalizing where the graph does not) and `inference`,
-    which on a GPU includes the copies. `limit` is the slowest of them: on a CPU the stages share the cores, so the
-    whole is slower still.
+    `stages` has `decode`, `resize`, `prepare` (stacking, and normalizing where the graph does not), for an engine
+    `transfer` (to the GPU), and `inference`. `limit` is the slowest of them: on a CPU the stages share the cores, so
+    the whole is slower still.
     """
 
     model: str
@@ -80,7 +80,7 @@ def _time_stages(model: Model, sample: list[Path], batch: int, seconds: float) -
 
     inputs = prepare()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return {
+        stages = {
             "decode": _rate(lambda: list(pool.map(decode_image, sample)), len(sample), seconds),
             "resize": _rate(
                 lambda: list(pool.map(lambda image: crop_image(image, model.preprocessing).load(), decoded)),
@@ -88,8 +88,16 @@ def _time_stages(model: Model, sample: list[Path], batch: int, seconds: float) -
                 seconds,
             ),
             "prepare": _rate(prepare, len(pixels), seconds),
-            "inference": _rate(lambda: model.run_images(inputs), len(pixels), seconds),
         }
+    runner: Any = model.runner
+    if not hasattr(runner, "batch_lanes"):
+        return {**stages, "inference": _rate(lambda: model.run_images(inputs), len(pixels), seconds)}
+    lane = runner.batch_lanes(inputs)[0]
+    return {
+        **stages,
+        "transfer": _rate(lambda: (lane.upload(), lane.synchronize()), len(pixels), seconds),
+        "inference": _rate(lambda: (lane.enqueue(), lane.synchronize()), len(pixels), seconds),
+    }
 
 
 def _rate(call: Callable[[], object], images: int, seconds: float) -> float:
