@@ -52,7 +52,7 @@ def _progress() -> Iterator[Callable[[float], None]]:
 @click.option("--duration", type=float, default=3.0, show_default=True, metavar="S", help="Seconds each at least.")
 @click.option("--iterations", type=click.IntRange(min=1), default=10, show_default=True, help="Runs each at least.")
 @click.option("--roofline", is_flag=True, help="Measure the machine's ceilings, and the share that is reached.")
-@click.option("--profile", is_flag=True, help="Time every layer, in ONNX Runtime.")
+@click.option("--profile", is_flag=True, help="Time every layer of a graph or an engine.")
 @click.option("--input", "source", type=(click.Choice(["jpeg"]), click.Path(path_type=Path)), metavar="jpeg DIR",
               help="Measure from the files in DIR on, stage by stage.")  # fmt: skip
 @click.option("--suite", type=click.Path(path_type=Path), metavar="FILE", help="A sweep; see bench/suites.")
@@ -201,12 +201,16 @@ def _require(record: Record, min_images_per_sec: float | None, min_ratio: float 
 
 def _profile(models: Sequence[str], options: dict[str, Any], as_json: bool) -> None:
     from repvgg_deploy import report
-    from repvgg_deploy.layer_profile import profile_graph
+    from repvgg_deploy.layer_profile import profile_engine, profile_graph
+    from repvgg_deploy.model import is_engine
 
     if options["suite"] is not None or len(models) != 1 or len(options["batches"]) > 1:
         raise click.UsageError("--profile takes one model and one batch size")
     path, batch = Path(models[0]), (options["batches"] or (1,))[0]
-    profiled = profile_graph(path, batch, options["threads"], options["duration"])
+    if is_engine(path):
+        profiled = profile_engine(path, batch, options["duration"])
+    else:
+        profiled = profile_graph(path, batch, options["threads"], options["duration"])
     if as_json:
         report.print_json(profiled.to_dict())
         return

@@ -1,4 +1,4 @@
-"""The time of every layer, as ONNX Runtime's own profiler sees it."""
+"""The time of every layer, as the backend's own profiler sees it: ONNX Runtime's, or TensorRT's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.model import is_onnx
 from repvgg_deploy.roofline import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
 
@@ -23,9 +24,13 @@ _SUFFIX = "_kernel_time"
 _COSTLY = ("Conv", "FusedConv", "QLinearConv", "Gemm", "QGemm", "MatMul")
 
 
+LayerTimes = dict[tuple[str, str], list[float]]
+"""Milliseconds of every run by name and operator; TensorRT does not tell the operator."""
+
+
 @dataclass(frozen=True)
 class LayerTime:
-    """One node of the graph as ONNX Runtime runs it: the median time, its share of all, and what it has to do.
+    """One layer as the backend runs it: the median time, its share of all, and what it has to do.
 
     `cost` is None for what is no convolution or linear layer.
     """
@@ -61,8 +66,8 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
     Raises:
         DeployError: the file is no graph of a fixed input size.
     """
-    if path.suffix != ".onnx":
-        raise DeployError(f"{path} is no ONNX graph", "--profile is for graphs: `export` writes one")
+    if not is_onnx(path):
+        raise DeployError(f"{path} is no ONNX graph", "--profile is for graphs and engines: `export` writes them")
     plain = OnnxRunner(path, quick_start=True)
     dtype = _TYPES.get(plain.input_type)
     if dtype is None or None in plain.input_shape[1:]:
@@ -75,18 +80,68 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
     precision = plain.precision if plain.precision in ELEMENT_BYTES else "fp32"
     model = onnx.load(path, load_external_data=False)
     costs = _with_fused_names(model, graph_costs(model, batch, precision))
-    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    times: LayerTimes = defaultdict(list)
     for event in events:
         times[event["name"].removesuffix(_SUFFIX), event["args"]["op_name"]].append(event["dur"] / 1e3)
+    runs = max(map(len, times.values()))
+    return Profile(path.name, plain.backend, plain.backend_version, batch, runs, _rank(times, costs))
+
+
+def _rank(times: LayerTimes, costs: dict[str, Cost]) -> tuple[LayerTime, ...]:
     medians = {key: statistics.median(values) for key, values in times.items()}
     total = sum(medians.values())
     layers = [
         LayerTime(name, operator, ms, ms / total, _cost_of(name, costs) if operator in _COSTLY else None)
         for (name, operator), ms in medians.items()
     ]
-    layers.sort(key=lambda layer: -layer.milliseconds)
-    runs = max(map(len, times.values()))
-    return Profile(path.name, plain.backend, plain.backend_version, batch, runs, tuple(layers))
+    return tuple(sorted(layers, key=lambda layer: -layer.milliseconds))
+
+
+def profile_engine(path: Path, batch: int, seconds: float = 3.0) -> Profile:
+    """Run an engine for so long, without CUDA graphs, with the library's layer profiler attached.
+
+    The GPU is waited for after every run, so the sum is more than an ordinary run; the shares are what counts. Fused
+    layers have the names that the library gives them.
+
+    Raises:
+        DeployError: the engine cannot run here.
+    """
+    from repvgg_deploy.engine.loading import load_plan
+    from repvgg_deploy.runners.engine_runner import EngineRunner
+
+    loaded = load_plan(path)
+    runner = EngineRunner(loaded, graphs=False)
+    try:
+        shape = (batch, *runner.input.shape[1:])
+        images = np.random.default_rng(0).random(shape, dtype=np.float32).astype(np.dtype(runner.input.dtype))
+        lane = runner.batch_lanes(images)[0]
+        times: LayerTimes = defaultdict(list)
+        # The context calls it back after every run; it must live as long.
+        runner.lanes[0].context.profiler = profiler = make_layer_profiler(loaded.backend.module, times)
+        warmup, runs, end = 2, 0, time.perf_counter() + seconds
+        while runs < 5 + warmup or time.perf_counter() < end:
+            lane.enqueue()
+            lane.synchronize()
+            runs += 1
+        del profiler
+    finally:
+        runner.close()
+    counted = {key: values[len(values) * warmup // runs :] for key, values in times.items()}
+    return Profile(path.name, runner.backend, runner.backend_version, batch, runs - warmup, _rank(counted, {}))
+
+
+def make_layer_profiler(module: Any, times: LayerTimes) -> Any:
+    """An `IProfiler` of TensorRT (or TensorRT-RTX) that adds the milliseconds of each layer to `times`."""
+    base: Any = module.IProfiler
+
+    class Profiler(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.setdefault((layer_name, ""), []).append(float(ms))
+
+    return Profiler()
 
 
 def _run_profiled(path: Path, name: str, images: Any, threads: int, seconds: float) -> list[dict[str, Any]]:
