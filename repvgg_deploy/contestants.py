@@ -237,6 +237,8 @@ def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
 def _open_plan(entry: Entry, path: Path, name: str) -> Contestant:
     from repvgg_deploy.runners.engine_runner import open_engine
 
+    if entry.backend not in (None, *ENGINES):
+        raise DeployError(f"{path} is an engine, and {entry.backend} does not run it", "leave --backend out")
     runner = open_engine(path, backend=entry.backend, streams=entry.streams)
     cleanup = ExitStack()
     cleanup.callback(runner.close)

@@ -152,6 +152,14 @@ def test_a_graph_of_another_precision_is_refused(graph: Path) -> None:
     assert "is fp32, not int8" in result.stderr
 
 
+def test_an_engine_is_not_run_by_something_else(tmp_path: Path) -> None:
+    plan = tmp_path / "net.plan"
+    plan.write_bytes(b"plan")
+    result = run("bench", plan, "--backend", "onnxruntime-cpu", *QUICK)
+    assert result.exit_code == 1
+    assert "is an engine" in result.stderr
+
+
 def test_a_suite_that_was_stopped_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     suite, output = tmp_path / "suite.toml", tmp_path / "out.json"
     # Names of files in a suite are models as well.
