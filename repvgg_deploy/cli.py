@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from repvgg_deploy import __version__
+from repvgg_deploy.cli_bench import bench, report_
 from repvgg_deploy.cli_options import (
     checkpoint_options,
     engine_options,
@@ -365,3 +366,7 @@ def doctor(require: tuple[str, ...], as_json: bool) -> None:
             if row.hint:
                 click.echo(f"{row.part}: {row.hint}")
     require_parts(rows, require)
+
+
+main.add_command(bench)
+main.add_command(report_)

@@ -108,6 +108,12 @@ def int8_options(command: F) -> F:
         click.option(
             "--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", help="What stays float in INT8 [fp32]."
         ),
+        click.option(
+            "--qdq",
+            type=click.Choice(["tensorrt", "onnxruntime"]),
+            default="tensorrt",
+            help="Whom the places of the Q/DQ pairs suit; the integers are the same [tensorrt].",
+        ),
         click.option("--keep-float", multiple=True, metavar="LAYER", help="Do not quantize this layer; repeatable."),
         click.option("--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="The most top-1 to lose."),
         click.option("--val", type=path, metavar="DIR", help="Labelled images for --max-drop: DIR/<class>/*.jpg."),
@@ -154,8 +160,8 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
     from repvgg_deploy.artifacts import Precision
     from repvgg_deploy.export_request import Int8Request
 
-    names = ("calib", "calib_count", "recipe", "calib_cache", "rest", "keep_float", "val", "max_drop")
-    calib, count, recipe, cache, rest, keep_float, validation, max_drop = (values.pop(name) for name in names)
+    names = ("calib", "calib_count", "recipe", "calib_cache", "rest", "keep_float", "qdq", "val", "max_drop")
+    calib, count, recipe, cache, rest, keep_float, qdq, validation, max_drop = (values.pop(name) for name in names)
     if not wanted:
         given = {"--calib": calib, "--calib-cache": cache, "--max-drop": max_drop, "--keep-float": keep_float or None}
         for option, value in given.items():
@@ -166,7 +172,7 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
         raise click.UsageError("--int8 needs --calib DIR: a few hundred typical images, never random data.")
     if (max_drop is None) != (validation is None):
         raise click.UsageError("--max-drop and --val DIR belong together.")
-    return Int8Request(calib, count, recipe, cache, Precision(rest), keep_float, validation, max_drop)
+    return Int8Request(calib, count, recipe, cache, Precision(rest), keep_float, qdq, validation, max_drop)
 
 
 def take_build(values: dict[str, Any]) -> BuildOptions:

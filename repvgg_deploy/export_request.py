@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from repvgg_deploy.artifacts import Parity, Precision, Preprocessing
 from repvgg_deploy.checkpoints import Checkpoint
@@ -28,6 +28,8 @@ class Int8Request:
         cache: a file that keeps the statistics of a calibration for the next one.
         rest: the precision of what is not INT8.
         keep_float: layers that stay in that precision, by name.
+        qdq: whom the places of the Q/DQ pairs suit: `tensorrt`, behind the ReLU, which it fuses into one kernel; or
+            `onnxruntime`, on both sides of it, without which it computes in float. The integers are the same.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
     """
@@ -38,6 +40,7 @@ class Int8Request:
     cache: Path | None = None
     rest: Precision = Precision.FP32
     keep_float: tuple[str, ...] = ()
+    qdq: Literal["tensorrt", "onnxruntime"] = "tensorrt"
     validation: Path | None = None
     max_drop: float | None = None
 

@@ -8,12 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.calibration import CalibrationImages, choose_images
-from repvgg_deploy.errors import DeployError, ImageError
+from repvgg_deploy.errors import DeployError, ImageError, VerificationError
+from repvgg_deploy.evaluate import evaluate
 from repvgg_deploy.export_request import Int8Request
+from repvgg_deploy.model import Model
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize import CalibrationStatistics, QuantizedNet, collect_statistics, load_recipe, quantize
+from repvgg_deploy.quantize import (
+    CalibrationStatistics,
+    QuantizedNet,
+    Recipe,
+    collect_statistics,
+    load_recipe,
+    quantize,
+)
+from repvgg_deploy.quantize.sensitivity import quantize_within
+from repvgg_deploy.runners.torch_runner import TorchRunner
 from repvgg_deploy.staging import stage_files
 
 if TYPE_CHECKING:
@@ -42,7 +55,12 @@ def quantize_for_export(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         statistics = _statistics(fused, images, request.cache, sha256, progress)
-        quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
+        if request.max_drop is None or request.validation is None:
+            quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
+        else:
+            quantized = _quantize_within(
+                fused, images, recipe, statistics, request.validation, request.max_drop, preprocessing, say
+            )
     for warning in caught:
         say(f"warning: {warning.message}")
     for reason in images.broken.reasons.values():
@@ -50,6 +68,44 @@ def quantize_for_export(
     if quantized.summary is None:
         raise AssertionError("quantize() gives a summary")
     return quantized, quantized.summary
+
+
+def _quantize_within(
+    fused: RepVGG,
+    images: CalibrationImages,
+    recipe: Recipe,
+    statistics: CalibrationStatistics,
+    validation: Path,
+    max_drop: float,
+    preprocessing: Preprocessing,
+    say: Say,
+) -> QuantizedNet:
+    """The net with the fewest float layers that loses at most `max_drop` points of top-1 on labelled images.
+
+    Raises:
+        VerificationError: every layer in float would still lose more, by the order in which they were tried.
+    """
+
+    def top1(net: nn.Module) -> float:
+        model = Model(validation, TorchRunner(net), preprocessing, None, fused.spec.classes, fused.spec.in_channels)
+        return evaluate(model, validation).top1
+
+    exact = top1(fused)
+
+    def measure_drop(net: QuantizedNet) -> float:
+        drop = exact - top1(net)
+        kept = net.float_layers()
+        say(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
+        return drop
+
+    mixed = quantize_within(fused, images, recipe, measure_drop, max_drop, statistics)
+    if mixed.drop > max_drop:
+        raise VerificationError(
+            f"top-1 drops by {mixed.drop:.2f} points, more than {max_drop:g}",
+            "take more calibration images, --recipe thorough, or a larger --max-drop",
+        )
+    say(f"kept in float: {', '.join(mixed.kept_float) or 'nothing'}, {mixed.macs_share:.1%} of the multiply-adds")
+    return mixed.net
 
 
 def _statistics(

@@ -182,7 +182,7 @@ def _make_int8_graph(
     report: Report,
 ) -> _Product:
     from repvgg_deploy.int8_export import quantize_for_export
-    from repvgg_deploy.quantize.qdq import to_qdq_onnx
+    from repvgg_deploy.quantize.qdq import Placement, to_qdq_onnx
 
     if request.int8 is None:
         raise DeployError("INT8 needs calibration images", "--calib DIR, a folder of a few hundred typical images")
@@ -201,7 +201,8 @@ def _make_int8_graph(
     }
     metadata = _metadata(request, checkpoint, preprocessing, {"quantization": about})
     dtype = np.dtype(np.float16 if request.int8.rest is Precision.FP16 else np.float32)
-    graph = to_qdq_onnx(quantized, _graph_options(request, preprocessing), metadata, dtype)
+    placement = Placement.AFTER_RELU if request.int8.qdq == "tensorrt" else Placement.BOTH
+    graph = to_qdq_onnx(quantized, _graph_options(request, preprocessing), metadata, dtype, placement)
     return _Product(graph, lambda: expected, None, summary)
 
 

@@ -191,3 +191,45 @@ def test_the_quantized_logits_are_those_of_onnx_runtime(images, tmp_path) -> Non
     assert parity["onnx"]["relative"] < 1e-5
     assert 0.001 < parity["quantized"]["relative"] < 0.2
     assert np.isfinite(parity["quantized"]["cosine"])
+
+
+def test_a_limit_on_the_drop_keeps_as_few_layers_in_float_as_it_takes(images, tmp_path) -> None:
+    write_image_folder(tmp_path / "val", 240, seed=12, size=64)
+    loose = int8(images, tmp_path / "a", "--val", tmp_path / "val", "--max-drop", "50", "--json")
+    assert json.loads(loose.stdout)["quantization"]["kept_float"] == []
+    assert "0 layers in float: top-1 drops by" in loose.stderr
+    # Four images give a net that loses points; no drop at all then takes float layers, or is refused.
+    arguments = ("--calib-count", "4", "--val", tmp_path / "val", "--max-drop", "0", "--json")
+    result = CliRunner().invoke(
+        main,
+        [
+            "export",
+            DEMO,
+            "--int8",
+            "--calib",
+            str(images),
+            "--engine",
+            "none",
+            "-o",
+            str(tmp_path / "b"),
+            *map(str, arguments),
+        ],
+    )
+    if result.exit_code == 0:
+        last = [line for line in result.stderr.splitlines() if "layers in float" in line]
+        kept = json.loads(result.stdout)["quantization"]["kept_float"]
+        assert any("drops by -" in line or "drops by 0.00" in line for line in last)
+        assert bool(kept) == (len(last) > 1)
+    else:
+        assert "error: top-1 drops by" in result.stderr
+        assert not (tmp_path / "b").exists()
+
+
+def test_the_places_of_the_pairs_do_not_change_the_integers(images, tmp_path) -> None:
+    parity = {}
+    for qdq in ("tensorrt", "onnxruntime"):
+        values = json.loads(int8(images, tmp_path / qdq, "--qdq", qdq, "--json").stdout)
+        parity[qdq] = values["parity"]["onnx"]["relative"]
+        ops = values["ops"]
+        assert ops["QuantizeLinear"] == {"tensorrt": 12, "onnxruntime": 22}[qdq]
+    assert max(parity.values()) < 1e-4
