@@ -185,13 +185,13 @@ def render_markdown(records: Sequence[Record], baseline: str) -> str:
 
 def _markdown_of(record: Record, baseline: str) -> str:
     results = [r for r in record["results"] if r["form"] == "deploy"]
-    settings = sorted({_setting(r) for r in results}, key=lambda s: (s[0], s[1], s[2], s[3]))
+    settings = sorted({_setting(r) for r in results})
     models = dict.fromkeys(r["model"] for r in results)
     speed = {(r["model"], _setting(r)): r["images_per_sec"] for r in reversed(results)}
     ratio = {
         (r["model"], _setting(r)): r for r in record["ratios"] if r["baseline"] == baseline and r["form"] == "deploy"
     }
-    head = ["model", *(f"{b} {p}{', ' + m if m else ''}, batch {n}" for b, p, m, n in settings)]
+    head = ["model", *(_name(setting) for setting in settings)]
     lines = [_row(head), _row(["---", *["---:"] * len(settings)])]
     for model in models:
         cells = [_cell(speed.get((model, s)), ratio.get((model, s)), model == baseline) for s in settings]
@@ -200,8 +200,29 @@ def _markdown_of(record: Record, baseline: str) -> str:
     where = (
         ", ".join(gpu["name"] for gpu in record["machine"]["gpus"]) or f"{cpu['model']}, {cpu['usable_cores']} cores"
     )
-    note = f"Images/s, in brackets relative to {baseline} with the 95 % interval; {where}, {record['created'][:10]}."
-    return "\n".join([*lines, "", note, ""])
+    what = f"Images/s, in brackets relative to {baseline} with the 95 % interval" if ratio else "Images/s"
+    note = f"{what}; {where}, {record['created'][:10]}."
+    return "\n".join([*lines, "", note, "", *_fused_table(record)])
+
+
+def _fused_table(record: Record) -> list[str]:
+    """How many times as fast as its training form each model is; nothing where no training form was measured."""
+    ratios = [r for r in record["ratios"] if r["baseline_form"] == "training" and r["form"] == "deploy"]
+    if not ratios:
+        return []
+    settings = sorted({_setting(r) for r in ratios})
+    cells = {(r["model"], _setting(r)): f"{r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f})" for r in ratios}
+    head = ["fused / training form", *(_name(setting) for setting in settings)]
+    rows = [
+        _row([model, *(cells.get((model, setting), "–") for setting in settings)])
+        for model in dict.fromkeys(r["model"] for r in ratios)
+    ]
+    return [_row(head), _row(["---", *["---:"] * len(settings)]), *rows, ""]
+
+
+def _name(setting: tuple[str, str, str, int]) -> str:
+    backend, precision, mode, batch = setting
+    return f"{backend} {precision}{', ' + mode if mode else ''}, batch {batch}"
 
 
 def _setting(row: dict[str, Any]) -> tuple[str, str, str, int]:

@@ -124,6 +124,14 @@ def test_the_markdown_table_has_speeds_and_ratios(record: dict[str, Any]) -> Non
     assert ratio == pytest.approx(3.0, rel=0.02)
 
 
+def test_the_markdown_says_what_fusing_gains(record: dict[str, Any]) -> None:
+    lines = render_markdown([record], "ResNet-50").splitlines()
+    header = lines.index("| fused / training form | torch-cpu fp32, batch 1 | torch-cpu fp32, batch 8 |")
+    first = lines[header + 2].split("|")
+    assert first[1].strip() == "RepVGG-A0"
+    assert float(first[2].split()[0]) == pytest.approx(7 / 4, rel=0.02)
+
+
 def test_the_papers_column_stands_beside_torchs_speed(record: dict[str, Any]) -> None:
     rows = paper_rows(record)
     assert [row[0] for row in rows] == ["RepVGG-A0", "ResNet-50", "RepVGG-A2", "RepVGG-B1g4"]
