@@ -3,9 +3,11 @@
     python bench/export_vs_naive.py --arch B3 --rounds 3 -o bench/results
 
 The naive flow is what the conversion scripts in the field do: build the training net, load the checkpoint, fuse every
-block in float32 in a copy of the net, `torch.onnx.export` the whole net, `onnxsim.simplify` the whole graph, save. It
-verifies nothing. Both run as processes of their own, in turn, so that a noisy machine is noisy for both; the figures
-are those of the whole process.
+block in float32 in a copy of the net, save the deploy checkpoint; build the deploy net, load that, `torch.onnx.export`
+the whole net, `onnxsim.simplify` the whole graph, save. It verifies nothing.
+
+Both run as processes of their own, in turn, so that a noisy machine is noisy for both; the figures are those of the
+whole process.
 """
 
 from __future__ import annotations
@@ -56,10 +58,14 @@ def fuse(block):
     fused.se_before, fused.se_after = block.se_before, block.se_after
     return fused
 
-deploy = copy.deepcopy(net)
-for stage in deploy.stages:
+converted = copy.deepcopy(net)
+for stage in converted.stages:
     for i, block in enumerate(stage):
         stage[i] = fuse(block)
+torch.save(converted.state_dict(), target + ".pth")
+del net, state, converted
+deploy = RepVGG(find_card(arch).spec().fused()).eval()
+deploy.load_state_dict(torch.load(target + ".pth", map_location="cpu", weights_only=True))
 torch.onnx.export(
     deploy, (torch.randn(1, 3, 224, 224),), target, input_names=["images"], output_names=["logits"], opset_version=17,
     dynamo=False, dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},

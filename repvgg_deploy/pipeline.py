@@ -53,7 +53,10 @@ MAX_RELATIVE = {Precision.FP32: 1e-4, Precision.FP16: 3e-2, Precision.INT8: 1e-1
 
 @dataclass(frozen=True)
 class _Product:
-    """A graph ready to be written, and `run`, which gives the logits that it must give on the full-size inputs."""
+    """A graph ready to be written, and `run`, which gives the logits that it must give on the full-size inputs.
+
+    `run` fails where the stages before the graph do not agree.
+    """
 
     graph: OnnxGraph
     run: Callable[[], NDArray[np.float32]]
@@ -81,21 +84,23 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     preprocessing = choose_preprocessing(checkpoint, request.preprocessing)
     inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
     say(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
-    fused, parity = _fuse_and_compare(checkpoint, preprocessing, inputs)
-    parameters = count_parameters(fused.spec)
-    checkpoint = checkpoint.without_tensors()
+    net = build(checkpoint)
+    fused = cast(RepVGG, fuse(net, torch.float32))
+    stage = _Stage(request, checkpoint.without_tensors(), net, fused, preprocessing, inputs)
+    del checkpoint, net, fused
+    parity: dict[str, Parity] = {}
     say(f"making the {request.precision} graph")
     if request.precision is Precision.INT8:
-        product = _make_int8_graph(request, checkpoint, fused, preprocessing, inputs, parity, say, report)
+        product = _make_int8_graph(stage, parity, say, report)
     else:
-        product = _make_float_graph(request, checkpoint, fused, preprocessing, inputs)
+        product = _make_float_graph(stage, parity)
     result = ExportResult(
         onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
         engine=None,
-        checkpoint=checkpoint,
+        checkpoint=stage.checkpoint,
         preprocessing=preprocessing,
         precision=request.precision,
-        parameters=parameters,
+        parameters=count_parameters(stage.fused.spec),
         ops=product.graph.op_histogram(),
         parity=parity,
         rounding=product.rounding,
@@ -105,17 +110,16 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     )
     with stage_files(request.output) as staging, ThreadPoolExecutor(1) as pool:
         staged = staging / result.onnx.name
-        # The disk and ONNX Runtime take the file while the processor computes what it must give.
-        opened = pool.submit(_write_and_open, product.graph, staged)
+        # The disk takes the file while the processor computes what it must give.
+        written = pool.submit(write_graph, product.graph, staged)
         expected = product.run()
-        runner = opened.result()
-        # The weights are in the file now, and ONNX Runtime has its own copy.
-        del fused, product
+        written.result()
+        # The weights are in the file now, and ONNX Runtime brings its own copy.
+        del stage, product
         say("running the graph in ONNX Runtime")
         flushed = pool.submit(flush_files, staging)
-        outputs = _run_and_compare(runner, staged, inputs, preprocessing, expected, request, parity)
+        outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
         flushed.result()
-        del runner
         engine = None
         if backend is not None:
             engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, say, report)
@@ -136,34 +140,37 @@ def _find_backend(name: str, say: Say) -> Any:
     return backend
 
 
-def _fuse_and_compare(
-    checkpoint: Checkpoint, preprocessing: Preprocessing, inputs: VerificationInputs
-) -> tuple[RepVGG, dict[str, Parity]]:
-    """The fused net in float32, and how it compares with the training form in float64."""
-    net = build(checkpoint)
-    images = normalize(inputs.small, preprocessing)
-    reference = run_in_float64(net, images)
-    fused = cast(RepVGG, fuse(net, torch.float32))
-    candidate, _ = run_fused(fused, images)
-    parity = {"fused": compare(reference, candidate)}
-    require_parity("fusing", parity["fused"], MAX_RELATIVE[Precision.FP32])
-    return fused, parity
+@dataclass(frozen=True)
+class _Stage:
+    """A net between fusing and its graph: both forms of it, and what they are compared on."""
+
+    request: ExportRequest
+    checkpoint: Checkpoint
+    net: RepVGG
+    fused: RepVGG
+    preprocessing: Preprocessing
+    inputs: VerificationInputs
+
+    def compare_forms(self) -> Parity:
+        """How the fused net in float32 compares with the training form in float64.
+
+        Raises:
+            VerificationError: they differ by more than float32 arithmetic does.
+        """
+        images = normalize(self.inputs.small, self.preprocessing)
+        parity = compare(run_in_float64(self.net, images), run_fused(self.fused, images)[0])
+        require_parity("fusing", parity, MAX_RELATIVE[Precision.FP32])
+        return parity
 
 
-def _make_float_graph(
-    request: ExportRequest,
-    checkpoint: Checkpoint,
-    fused: RepVGG,
-    preprocessing: Preprocessing,
-    inputs: VerificationInputs,
-) -> _Product:
-    half = request.precision is Precision.FP16
+def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
+    half = stage.request.precision is Precision.FP16
     layers = FloatLayers(np.dtype(np.float16 if half else np.float32))
-    metadata = _metadata(request, checkpoint, preprocessing, {})
-    graph = to_onnx(fused, layers, _graph_options(request, preprocessing), metadata)
+    graph = to_onnx(stage.fused, layers, _graph_options(stage), _metadata(stage, {}))
 
     def run() -> NDArray[np.float32]:
-        logits, largest = run_fused(fused, normalize(inputs.full, preprocessing))
+        parity["fused"] = stage.compare_forms()
+        logits, largest = run_fused(stage.fused, normalize(stage.inputs.full, stage.preprocessing))
         if half:
             _require_fp16_range(largest)
         return logits
@@ -171,24 +178,19 @@ def _make_float_graph(
     return _Product(graph, run, layers.rounding if half else None)
 
 
-def _make_int8_graph(
-    request: ExportRequest,
-    checkpoint: Checkpoint,
-    fused: RepVGG,
-    preprocessing: Preprocessing,
-    inputs: VerificationInputs,
-    parity: dict[str, Parity],
-    say: Say,
-    report: Report,
-) -> _Product:
+def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], say: Say, report: Report) -> _Product:
     from repvgg_deploy.int8_export import quantize_for_export
     from repvgg_deploy.quantize.qdq import Placement, to_qdq_onnx
 
-    if request.int8 is None:
+    request = stage.request.int8
+    if request is None:
         raise DeployError("INT8 needs calibration images", "--calib DIR, a folder of a few hundred typical images")
-    images = normalize(inputs.full, preprocessing)
-    reference, _ = run_fused(fused, images)
-    quantized, summary = quantize_for_export(fused, request.int8, preprocessing, checkpoint.sha256, say, report)
+    # Before the calibration, which takes longer than all the rest.
+    parity["fused"] = stage.compare_forms()
+    images = normalize(stage.inputs.full, stage.preprocessing)
+    reference, _ = run_fused(stage.fused, images)
+    sha256 = stage.checkpoint.sha256
+    quantized, summary = quantize_for_export(stage.fused, request, stage.preprocessing, sha256, say, report)
     with torch.inference_mode():
         expected: NDArray[np.float32] = quantized(torch.from_numpy(images)).numpy()
     parity["quantized"] = compare(reference, expected)
@@ -199,14 +201,15 @@ def _make_int8_graph(
         "seed": summary.seed,
         "kept_float": list(quantized.float_layers()),
     }
-    metadata = _metadata(request, checkpoint, preprocessing, {"quantization": about})
-    dtype = np.dtype(np.float16 if request.int8.rest is Precision.FP16 else np.float32)
-    placement = Placement.AFTER_RELU if request.int8.qdq == "tensorrt" else Placement.BOTH
-    graph = to_qdq_onnx(quantized, _graph_options(request, preprocessing), metadata, dtype, placement)
+    dtype = np.dtype(np.float16 if request.rest is Precision.FP16 else np.float32)
+    placement = Placement.AFTER_RELU if request.qdq == "tensorrt" else Placement.BOTH
+    metadata = _metadata(stage, {"quantization": about})
+    graph = to_qdq_onnx(quantized, _graph_options(stage), metadata, dtype, placement)
     return _Product(graph, lambda: expected, None, summary)
 
 
-def _graph_options(request: ExportRequest, preprocessing: Preprocessing) -> GraphOptions:
+def _graph_options(stage: _Stage) -> GraphOptions:
+    request, preprocessing = stage.request, stage.preprocessing
     return GraphOptions(
         height=preprocessing.height,
         width=preprocessing.width,
@@ -219,10 +222,9 @@ def _graph_options(request: ExportRequest, preprocessing: Preprocessing) -> Grap
     )
 
 
-def _metadata(
-    request: ExportRequest, checkpoint: Checkpoint, preprocessing: Preprocessing, extra: dict[str, Any]
-) -> dict[str, str]:
-    names = request.class_names or checkpoint.class_names
+def _metadata(stage: _Stage, extra: dict[str, Any]) -> dict[str, str]:
+    checkpoint = stage.checkpoint
+    names = stage.request.class_names or checkpoint.class_names
     if names is not None and len(names) != checkpoint.spec.classes:
         raise DeployError(
             f"{len(names)} labels for {checkpoint.spec.classes} classes", "the file of --labels has one class a line"
@@ -232,8 +234,8 @@ def _metadata(
         arch=checkpoint.arch,
         layout=checkpoint.layout,
         form=checkpoint.form,
-        precision=request.precision,
-        preprocessing=preprocessing,
+        precision=stage.request.precision,
+        preprocessing=stage.preprocessing,
         class_names=names,
         tools=tool_versions(),
         extra={"classes": checkpoint.spec.classes, **extra},
@@ -250,13 +252,7 @@ def _require_fp16_range(largest: dict[str, float]) -> None:
         )
 
 
-def _write_and_open(graph: OnnxGraph, path: Path) -> OnnxRunner:
-    write_graph(graph, path)
-    return OnnxRunner(path, quick_start=True)
-
-
 def _run_and_compare(
-    runner: OnnxRunner,
     path: Path,
     inputs: VerificationInputs,
     preprocessing: Preprocessing,
@@ -265,6 +261,7 @@ def _run_and_compare(
     parity: dict[str, Parity],
 ) -> dict[str, Array]:
     """The outputs of the written graph in ONNX Runtime, once they have agreed with the logits expected."""
+    runner = OnnxRunner(path, quick_start=True)
     model = Model(path, runner, preprocessing, None, takes_pixels=request.uint8_input, half_input=_is_half(request))
     outputs = model.run_images(_inputs_of(request, inputs, preprocessing))
     reference, candidate = comparable(expected, outputs, request.softmax)
