@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,9 @@ class _Group(click.Group):
     """The one place that prints an error a user can mend; anything else keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            # What ends a container or a CI job: like Ctrl-C it takes back what was begun on the disk.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             return super().invoke(ctx)
         except DeployError as error:
@@ -92,10 +97,20 @@ def _read_labels(path: Path | None) -> tuple[str, ...] | None:
     if path is None:
         return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeployError(f"cannot read the labels {path} ({error})", "a text file, one class a line") from error
-    return tuple(line.strip() for line in lines if line.strip())
+        # A byte order mark, as some editors write it, is no part of the first name.
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except OSError as error:
+        raise DeployError(
+            f"cannot read the labels {path}: {error.strerror}", "a text file, one class a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DeployError(f"the labels {path} are no UTF-8 text", "save the file as UTF-8, one class a line") from error
+    if not all(names):
+        number = names.index("") + 1
+        raise DeployError(
+            f"line {number} of the labels {path} is empty", "one class a line, in the order of the outputs"
+        )
+    return tuple(names)
 
 
 @main.command()
@@ -150,7 +165,11 @@ def export(
 @main.command()
 @path_argument("ckpt")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="What to write.")
-@click.option("--layout", type=click.Choice(["official", "timm"]), help="Whose names; the checkpoint's own by default.")
+@click.option(
+    "--layout",
+    type=click.Choice(["official", "timm"]),
+    help="Whose names; timm for a checkpoint from timm, else official.",
+)
 @click.option("--bn-eps", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="The BNs' epsilon [1e-05].")
 @checkpoint_options
 @json_option

@@ -24,6 +24,9 @@ else:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_LARGEST = 8192
+
+
 class Size(SizeType):
     """`224`, or `HxW` as in `192x256`, as (height, width)."""
 
@@ -32,8 +35,8 @@ class Size(SizeType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """Parse `value`, or fail as wrong usage."""
         match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", str(value))
-        if match is None or "0" in (match[1], match[2]):
-            self.fail(f"{value!r} is no size; give pixels, as 224 or 192x256", param, ctx)
+        if match is None or not all(0 < int(size) <= _LARGEST for size in match.groups() if size is not None):
+            self.fail(f"{value!r} is no size; give pixels, as 224 or 192x256, up to {_LARGEST}", param, ctx)
         return int(match[1]), int(match[2] or match[1])
 
 
@@ -180,6 +183,9 @@ def take_build(values: dict[str, Any]) -> BuildOptions:
     from repvgg_deploy.engine.options import BuildOptions
 
     workspace = values.pop("workspace")
+    smallest, best, largest = values["batch_range"] or BuildOptions.batch_range
+    if not 1 <= smallest <= best <= largest:
+        raise click.UsageError(f"--batch-range {smallest} {best} {largest} is not in order: MIN OPT MAX, from 1.")
     return BuildOptions(
         batch_range=values.pop("batch_range") or BuildOptions.batch_range,
         compute_capabilities=tuple(values.pop("compute_capability")),

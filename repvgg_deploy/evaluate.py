@@ -97,11 +97,15 @@ def evaluate(
 def _map_classes(model: Model, images: LabelledImages) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The model's class for each folder: by name where the model knows its classes, else by the sorted order."""
     if model.class_names is not None:
-        # A label file may have more on a line than the folder's name: `n01443537 goldfish`.
-        known = {re.split(r"[\t ,]", name)[0]: i for i, name in enumerate(model.class_names)}
-        known |= {name: i for i, name in enumerate(model.class_names)}
-        if all(name in known for name in images.class_names):
+        known = _index_names(model.class_names)
+        unknown = [name for name in images.class_names if name not in known]
+        if not unknown:
             return np.array([known[name] for name in images.class_names])
+        if len(unknown) < len(images.class_names):
+            raise DeployError(
+                f"the folder {unknown[0]} is none of the model's classes, others are",
+                "name the folders as the model's classes are, or all of them otherwise, to be taken in sorted order",
+            )
     classes = model.classes
     if classes is not None and len(images.class_names) != classes:
         raise DeployError(
@@ -109,6 +113,14 @@ def _map_classes(model: Model, images: LabelledImages) -> np.ndarray[Any, np.dty
             "give one folder a class, or export with --labels, whose names are then matched with the folders'",
         )
     return np.arange(len(images.class_names))
+
+
+def _index_names(class_names: tuple[str, ...]) -> dict[str, int]:
+    """The index of each class by its name, and by the first word of it where only one class begins with that."""
+    # A label file may have more on a line than the folder's name: `n01443537 goldfish`.
+    first = [re.split(r"[\t ,]", name)[0] for name in class_names]
+    known = {word: i for i, word in enumerate(first) if first.count(word) == 1}
+    return known | {name: i for i, name in enumerate(class_names)}
 
 
 @dataclass(frozen=True)
@@ -175,7 +187,7 @@ def verify_models(
     a, b = models
     if a.preprocessing != b.preprocessing:
         raise DeployError(
-            f"the models take different pixels: {a.preprocessing} and {b.preprocessing}",
+            f"the models take different pixels: {a.preprocessing.to_json()} and {b.preprocessing.to_json()}",
             "give --size, --resize, --mean and --std that fit both",
         )
     pixels = None if data is not None else choose_pixels(a.preprocessing, _channels(a, b), 8)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg_deploy.errors import FusionError
-from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, TrainingBlock
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for name, block in module.named_modules():
         parts = _take_apart(block, name)
         if parts is not None:
+            if not isinstance(block, TrainingBlock):
+                _require_same_function(block, parts, name)
             memo[id(block)] = _fused_block(parts, dtype, training=block.training)
             found = True
         found = found or isinstance(block, FusedBlock)
@@ -154,6 +156,33 @@ def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -
     conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
     rest = [copy.deepcopy(part) for part in (parts.se_before, parts.act, parts.se_after)]
     return FusedBlock(conv, *rest).train(training)
+
+
+@torch.no_grad()
+def _require_same_function(block: nn.Module, parts: BlockParts, name: str) -> None:
+    """Nothing, where the fused block does what `block` does; its parts alone do not tell what its forward does.
+
+    Raises:
+        FusionError: on random input they differ, or `block` does not run on it.
+    """
+    conv = parts.conv
+    if conv.weight.is_meta:
+        return
+    twin = copy.deepcopy(block).eval().double()
+    size = 2 * conv.dilation[0] * (conv.kernel_size[0] // 2) + 3
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, conv.in_channels, size, size, dtype=torch.float64, generator=generator).to(conv.weight.device)
+    fused = _fused_block(parts, torch.float64, training=False).double()
+    try:
+        expected, given = twin(x.clone()), fused(x)
+        same = expected.shape == given.shape and torch.allclose(expected, given, rtol=1e-9, atol=1e-9)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise FusionError(f"block {name} does not run on a batch of images: {str(error).splitlines()[0]}") from error
+    if not same:
+        raise FusionError(
+            f"block {name} ({type(block).__name__}) has the parts of a RepVGG block, and does something else with them",
+            "a hook, a parameter or a forward of its own changes its output; fuse it by hand",
+        )
 
 
 # Values of a kernel that are in float64 at a time: few enough for the first-level cache, and for torch not to split an
@@ -293,11 +322,15 @@ def _checked(parts: BlockParts, name: str) -> BlockParts:
             isinstance(p, int) and 2 * p == d * (k - 1)
             for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size, strict=False)
         )
-        same = (conv.stride, conv.groups) == (geometry.stride, geometry.groups)
-        if not centred or not same or conv.padding_mode != "zeros":
+        shapes = [(c.stride, c.groups, c.in_channels, c.out_channels) for c in (conv, geometry)]
+        square = conv.kernel_size[0] == conv.kernel_size[1] and conv.kernel_size[0] % 2 == 1
+        # The dilation of a single pixel is none.
+        spread = conv.kernel_size[0] > 1 and conv.dilation != geometry.dilation
+        if not centred or not square or spread or shapes[0] != shapes[1] or conv.padding_mode != "zeros":
             raise FusionError(
                 f"block {name}: its branches do not look at the same pixels"
                 f" (kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding})",
-                "padding must be dilation·(kernel − 1)/2 with zeros, and stride and groups the same in all branches",
+                "kernels must be square and odd, padded with dilation·(kernel − 1)/2 zeros; stride, groups, channels"
+                " and dilation the same in all branches",
             )
     return parts

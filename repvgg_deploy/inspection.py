@@ -9,7 +9,7 @@ from repvgg_deploy.archs import Card, match_card
 from repvgg_deploy.checkpoints import Checkpoint, load_checkpoint
 from repvgg_deploy.cost import count_flops, count_parameters
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx
+from repvgg_deploy.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx, require_arch
 
 Description = dict[str, Any]
 
@@ -23,9 +23,11 @@ def inspect_file(path: Path, arch: str | None = None, ema: bool | None = None) -
     if path.is_file() and is_engine(path):
         from repvgg_deploy.engine.inspection import inspect_engine
 
-        return inspect_engine(path).to_dict()
+        report = inspect_engine(path)
+        require_arch(path, report.side.provenance, arch)
+        return report.to_dict()
     if path.is_file() and is_onnx(path):
-        return _describe_graph(path)
+        return _describe_graph(path, arch)
     return _describe_checkpoint(load_checkpoint(path, arch, ema))
 
 
@@ -81,23 +83,27 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> Description:
     }
 
 
-def _describe_graph(path: Path) -> Description:
+def _describe_graph(path: Path, arch: str | None) -> Description:
     import math
 
     import onnx
     from google.protobuf.message import DecodeError
 
     from repvgg_deploy.checkpoints.reading import hash_file
-    from repvgg_deploy.onnx_export import METADATA_PREFIX
+    from repvgg_deploy.onnx_export import METADATA_PREFIX, read_metadata
 
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise GraphError(f"{path} is a truncated or damaged ONNX graph", "export it again") from error
     if not model.graph.node:
-        raise GraphError(f"{path} is no ONNX graph", "an ONNX graph has nodes; this file has none")
+        raise GraphError(f"{path} is no ONNX graph, or a truncated one: it has no nodes", "export it again")
+    properties = {p.key: p.value for p in model.metadata_props}
+    require_arch(path, read_metadata(properties), arch)
     ops = [node.op_type for node in model.graph.node]
-    weights = [item for item in model.graph.initializer if len(item.dims)]
+    # What a number is multiplied with is a parameter; a shape, a K or the pixels' normalization is none.
+    weights = [item for item in model.graph.initializer if item.name.endswith((".weight", ".bias"))]
+    weights = weights or [item for item in model.graph.initializer if len(item.dims)]
     types = onnx.TensorProto.DataType.Name
     return {
         "file": str(path),
@@ -113,7 +119,7 @@ def _describe_graph(path: Path) -> Description:
         "bytes": path.stat().st_size,
         "external_data": any(item.data_location == onnx.TensorProto.EXTERNAL for item in weights),
         "sha256": hash_file(path),
-        "provenance": {p.key.removeprefix(METADATA_PREFIX): p.value for p in model.metadata_props},
+        "provenance": {key.removeprefix(METADATA_PREFIX): value for key, value in properties.items()},
     }
 
 

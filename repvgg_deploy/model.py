@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.archs import match_card
+from repvgg_deploy.archs import find_card, match_card
 from repvgg_deploy.artifacts import Preprocessing, Provenance
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.checkpoints.loading import Checkpoint
@@ -175,19 +175,24 @@ def open_model(
         DeployError: there is no such file, it is none of these, it cannot be run here, or the options contradict it.
     """
     options = options or PreprocessingOptions()
+    if ema is not None and path.is_file() and (is_engine(path) or is_onnx(path)):
+        raise DeployError(f"{path} holds one set of weights", "--ema and --no-ema are for checkpoints")
     if path.is_file() and is_engine(path):
         from repvgg_deploy.runners.engine_runner import open_engine
 
         engine = open_engine(path, trust)
         outputs = {tensor.name: _dynamic(tensor.shape) for tensor in engine.outputs}
         signature = _Signature(_dynamic(engine.input.shape), engine.input.dtype, outputs)
+        require_arch(path, engine.provenance, arch)
         return _describe(path, engine, signature, engine.provenance, options)
     if path.is_file() and is_onnx(path):
         runner = OnnxRunner(path)
         dtype = runner.input_type.removeprefix("tensor(").removesuffix(")")
         outputs = dict(zip(runner.output_names, runner.output_shapes, strict=True))
         signature = _Signature(runner.input_shape, dtype, outputs)
-        return _describe(path, runner, signature, read_metadata(runner.metadata), options)
+        provenance = read_metadata(runner.metadata)
+        require_arch(path, provenance, arch)
+        return _describe(path, runner, signature, provenance, options)
     checkpoint = load_checkpoint(path, arch, ema)
     return Model(
         path,
@@ -197,6 +202,20 @@ def open_model(
         checkpoint.spec.classes,
         checkpoint.spec.in_channels,
     )
+
+
+def require_arch(path: Path, provenance: Provenance | None, arch: str | None) -> None:
+    """Nothing, where a graph or an engine is of the architecture that the caller expects.
+
+    Raises:
+        DeployError: it is another one, or does not say.
+    """
+    if arch is None:
+        return
+    wanted = find_card(arch).name
+    found = provenance.arch if provenance is not None else "a net of unknown architecture"
+    if found != wanted and not found.startswith(wanted + " "):
+        raise DeployError(f"{path} holds {found}, not {wanted}", "leave --arch out, or give the model that you meant")
 
 
 def _dynamic(shape: tuple[int, ...]) -> tuple[int | None, ...]:

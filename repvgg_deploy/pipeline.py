@@ -224,7 +224,8 @@ def _graph_options(stage: _Stage) -> GraphOptions:
 
 def _metadata(stage: _Stage, extra: dict[str, Any]) -> dict[str, str]:
     checkpoint = stage.checkpoint
-    names = stage.request.class_names or checkpoint.class_names
+    wanted = stage.request.class_names
+    names = checkpoint.class_names if wanted is None else wanted
     if names is not None and len(names) != checkpoint.spec.classes:
         raise DeployError(
             f"{len(names)} labels for {checkpoint.spec.classes} classes", "the file of --labels has one class a line"

@@ -1,4 +1,4 @@
-"""Files that appear all at once or not at all: written beside their place, fsynced, then renamed."""
+"""Files that appear when all of them are whole: written beside their place, fsynced, then renamed one by one."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class VerificationInputs:
 def choose_inputs(
     spec: ArchSpec, preprocessing: Preprocessing, data: Path | None = None, full: bool = False
 ) -> VerificationInputs:
-    """Pictures and one image of noise for each comparison; from `data`, or drawn by this package.
+    """Pictures, of `data` or drawn by this package, and where several are affordable one image of noise.
 
     With `full` both comparisons take 16 images at the size of the graph.
     """
@@ -81,8 +81,12 @@ def choose_pixels(preprocessing: Preprocessing, channels: int, count: int, data:
     return np.concatenate([pictures, noise[: count - len(pictures)]])
 
 
+# Below it a picture has no room for its figure.
+_SMALLEST_DRAWN = 32
+
+
 def _drawn(count: int, height: int, width: int) -> Pixels:
-    size = max(height, width)
+    size = max(height, width, _SMALLEST_DRAWN)
     pixels, _ = draw_images(count, seed=0, size=size)
     top, left = (size - height) // 2, (size - width) // 2
     return pixels[:, top : top + height, left : left + width]

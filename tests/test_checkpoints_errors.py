@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pathlib
+import pickle
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,3 +258,33 @@ def test_unknown_arch_is_answered_with_the_list(arch: str, checkpoint_file: Path
         load_checkpoint(checkpoint_file, arch)
     assert "A0" in caught.value.hint
     assert "B3g4" in caught.value.hint
+
+
+@pytest.mark.parametrize("part", ["rbr_identity", "rbr_1x1"])
+def test_a_branch_that_is_missing_in_all_blocks_is_missing(part: str, state: State, save: Save) -> None:
+    kept = {key: value for key, value in state.items() if part not in key}
+    assert part in refused(save(kept), "tensors are missing").message
+
+
+def test_a_misspelt_kernel_is_found_beside_the_right_name(state: State, save: Save) -> None:
+    state["stage2.1.rbr_dens.conv.weight"] = state.pop("stage2.1.rbr_dense.conv.weight")
+    refused(save(state), r"stage2.1.rbr_dense.conv.weight \(nearest: stage2.1.rbr_dens.conv.weight\)")
+
+
+def test_a_pickle_of_another_program_is_refused_without_torchs_advice(state: State, tmp_path: Path) -> None:
+    path = tmp_path / "plain.pth"
+    path.write_bytes(pickle.dumps(state, protocol=4))
+    error = refused(path, "no state dict that torch has saved")
+    assert "weights_only" not in error.message
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3, "args": pathlib.Path("x")}])
+def test_the_hint_to_convert_an_unsafe_file_works_as_it_stands(wrap, state: State, tmp_path: Path) -> None:
+    path = tmp_path / "plain.pth"
+    path.write_bytes(pickle.dumps(wrap(state), protocol=2))
+    hint = refused(path, "refused").hint
+    command = shlex.split(hint[hint.index("python -c") :])
+    # A plain pickle of the user's own is what torch.load cannot read either; torch's own files are.
+    torch.save(wrap(state), path)
+    subprocess.run([sys.executable, *command[1:]], check=True, cwd=tmp_path)
+    assert load_checkpoint(tmp_path / "plain.pth.safetensors").layout == "official"

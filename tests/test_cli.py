@@ -285,3 +285,72 @@ def test_help_takes_less_than_a_third_of_a_second_and_imports_nothing_heavy() ->
     assert min(seconds) < 0.3
     code = "import sys, repvgg_deploy.cli; print(sorted({'torch', 'onnx', 'numpy', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_arch_is_a_check_of_graphs_too(graph: Path) -> None:
+    assert "not RepVGG-B3" in failed(run("inspect", graph, "--arch", "B3"))
+    assert "not RepVGG-B3" in failed(run("eval", graph, "--arch", "B3", "--data", graph.parent))
+
+
+def test_ema_is_for_checkpoints(graph: Path) -> None:
+    assert "one set of weights" in failed(run("eval", graph, "--ema", "--data", graph.parent))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "0 labels"), (b"a\n\nb\nc\nd\ne\n", "line 2"), ("ä".encode("latin-1"), "no UTF-8 text")],
+    ids=["empty", "blank line", "latin-1"],
+)
+def test_labels_that_cannot_be_meant_are_refused(
+    content: bytes, message: str, checkpoint_file: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_bytes(content)
+    result = run("export", checkpoint_file, "--labels", labels, "--size", 32, "-o", tmp_path / "out", *NO_ENGINE)
+    assert message in failed_late(result)
+    assert not (tmp_path / "out").exists()
+
+
+def failed_late(result: Result) -> str:
+    """The error line of a failure that comes after progress was told."""
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    return next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_label(checkpoint_file: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\ufeffa\nb\nc\nd\ne\n", encoding="utf-8")
+    options = ["--labels", labels, "--size", 32, "-o", tmp_path, *NO_ENGINE]
+    assert run("export", checkpoint_file, *options).exit_code == 0
+    names = object_of(run("inspect", tmp_path / "checkpoint.fp32.onnx", "--json"))["provenance"]["class_names"]
+    assert json.loads(names)[0] == "a"
+
+
+@pytest.mark.parametrize("options", [["--size", "00"], ["--size", "99999999"], ["--batch-range", "5", "2", "1"]])
+def test_values_out_of_range_are_wrong_usage(options: list[str], checkpoint_file: Path) -> None:
+    assert run("export", checkpoint_file, *options).exit_code == 2
+
+
+@pytest.mark.parametrize("size", ["1", "7x7"])
+def test_the_smallest_sizes_export(size: str, checkpoint_file: Path, tmp_path: Path) -> None:
+    result = run("export", checkpoint_file, "--size", size, "-o", tmp_path / "out", *NO_ENGINE)
+    assert result.exit_code == 0, result.output
+
+
+def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path) -> None:
+    """What ends a container: the export is stopped while its graph is being written."""
+    script = (
+        "import time; from repvgg_deploy import pipeline; from repvgg_deploy.cli import main; "
+        "pipeline.run_fused = lambda *_: time.sleep(60); main()"
+    )
+    out = tmp_path / "out"
+    options = ["export", str(checkpoint_file), "--size", "32", "-o", str(out), *NO_ENGINE]
+    process = subprocess.Popen([sys.executable, "-c", script, *options], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and any(out.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert not out.exists()

@@ -223,3 +223,24 @@ def test_fused_file_of_timm_itself_loads_here(timm: ModuleType, save: Save) -> N
     x = torch.randn(2, 3, 32, 32)
     assert (checkpoint.layout, checkpoint.form, checkpoint.arch) == ("timm", "deploy", "RepVGG-A0")
     assert relative(logits_of(build(checkpoint), x), logits_of(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["official", "timm"])
+def test_a_stem_of_two_blocks_has_no_place_in_either_layout(layout: str, shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="one block in its stem, the net has 2"):
+        write_fused(shared / "golden" / "holocron_train.pth", tmp_path / "fused.pth", layout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_written_file_may_be_read_by_whom_any_new_file_may(
+    ending: str, checkpoint_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").touch()
+    write_fused(checkpoint_file, tmp_path / f"fused.{ending}")
+    assert (tmp_path / f"fused.{ending}").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_another_ending_is_refused(checkpoint_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="no ending of a checkpoint"):
+        write_fused(checkpoint_file, tmp_path / "fused.onnx")

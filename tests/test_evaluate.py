@@ -261,3 +261,21 @@ def test_trained_weights_reach_their_accuracy(shared: Path, tmp_path: Path) -> N
     model = replace(open_model(checkpoint, PreprocessingOptions(size=(64, 64))), class_names=tuple(names))
     torch.manual_seed(0)
     assert evaluate(model, some).top1 > 30
+
+
+def test_one_folder_that_is_no_class_of_the_model_is_an_error_not_another_order(
+    model: Model, image_folder: Path
+) -> None:
+    named = replace(model, class_names=("class4", "class3", "class2", "class1", "class0"))
+    evaluate(named, image_folder)
+    (image_folder / "class2").rename(image_folder / "class2_x")
+    with pytest.raises(DeployError, match="class2_x is none of the model's classes"):
+        evaluate(named, image_folder)
+
+
+def test_a_first_word_of_two_classes_names_none(model: Model, image_folder: Path) -> None:
+    names = ("great white shark", "great grey owl", "class2", "class3", "class4")
+    (image_folder / "class0").rename(image_folder / "great")
+    (image_folder / "class1").rename(image_folder / "great grey owl")
+    with pytest.raises(DeployError, match="great is none"):
+        evaluate(replace(model, class_names=names), image_folder)

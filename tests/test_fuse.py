@@ -195,6 +195,23 @@ def test_a_shifted_branch_is_refused() -> None:
         fuse(block)
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 4, (3, 1), padding=(1, 0)),
+        nn.Conv2d(4, 4, 5, padding=4, dilation=2),
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.Conv2d(4, 4, 2),
+    ],
+    ids=["not square", "another dilation", "more channels", "even"],
+)
+def test_a_branch_that_no_single_kernel_can_take_in_is_refused(conv) -> None:
+    block = TrainingBlock(BlockSpec(4, 4, 1))
+    block.branch_1x1.conv = conv
+    with pytest.raises(FusionError, match="same pixels"):
+        fuse(block)
+
+
 def test_a_dilated_block_fuses() -> None:
     block = randomize(TrainingBlock(BlockSpec(4, 4, 1))).double()
     dilated = nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False).double()

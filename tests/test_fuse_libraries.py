@@ -117,6 +117,47 @@ def test_a_branch_that_no_repvgg_has_is_not_lost_in_silence() -> None:
         fuse(block)
 
 
+class Scaled(Official):
+    """Has a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.gamma = nn.Parameter(torch.full((1, 4, 1, 1), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.gamma
+
+
+class Residual(Official):
+    """Has a skip connection around the whole block."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x
+
+
+class Concatenated(Holocron):
+    """Looks like Holocron's block, and puts its branches side by side."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(torch.cat([branch(x) for branch in self.branches], 1))
+
+
+def hooked() -> nn.Module:
+    block = Official(4, 4)
+    block.register_forward_hook(lambda *arguments: arguments[-1] * 2)
+    return block
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Scaled, lambda: Residual(4, 4), lambda: Concatenated(4, 4), hooked],
+    ids=["parameter", "skip", "concatenation", "hook"],
+)
+def test_a_block_that_does_something_else_with_the_same_parts_is_refused(make) -> None:
+    with pytest.raises(FusionError, match="does something else"):
+        fuse(nn.Sequential(randomize(make())))
+
+
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se"])
 def test_timms_nets_fuse(timm, name) -> None:
     torch.manual_seed(0)

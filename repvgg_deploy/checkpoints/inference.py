@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
-from repvgg_deploy.archs import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
+from repvgg_deploy.archs import IDENTITY, ArchSpec, BlockSpec, SqueezeExcite
 from repvgg_deploy.checkpoints.layouts import KeyMap
 from repvgg_deploy.errors import CheckpointError
 
-_BRANCHES = ((3, "branch_3x3"), (1, "branch_1x1"), (IDENTITY, "branch_identity"))
 Parts = Mapping[str, Tensor]
 
 
@@ -25,28 +25,16 @@ def infer_spec(keys: KeyMap, tensors: Mapping[str, Tensor]) -> ArchSpec:
         CheckpointError: a block's kernel is missing, or cannot follow the block in front of it.
     """
     blocks = _group_by_block(keys, tensors)
-    # A branch (or BN) that some block has is expected in all; one that none has was left out by the network's author.
-    norms = {
-        (kernel, name): any(f"{name}.bn.weight" in parts for parts in blocks.values()) for kernel, name in _BRANCHES
-    }
-    present = {
-        (kernel, name): any(part.startswith(name + ".") for parts in blocks.values() for part in parts)
-        for kernel, name in _BRANCHES
-    }
-    branches = [Branch(kernel, norms[kernel, name]) for kernel, name in _BRANCHES if present[kernel, name]]
-    if keys.layout.bare_identity:
-        branches.append(Branch(IDENTITY, norm=False))
-    norm_after_sum = any("bn.weight" in parts for parts in blocks.values())
     stages: list[list[BlockSpec]] = []
     channels = 0
     for (stage, index), parts in blocks.items():
         if index == 0:
             stages.append([])
-        block = _infer_block(keys, stage, index, parts, channels, tuple(branches), norm_after_sum)
+        block = _infer_block(keys, tensors, stage, index, parts, channels)
         stages[-1].append(block)
         channels = block.out_channels
     for blocks_of_stage in stages:
-        # As with the branches: a squeeze-excite that one block of a stage has is expected in all of it.
+        # A squeeze-excite that one block of a stage has is expected in all of it.
         known = next((block.squeeze_excite for block in blocks_of_stage if block.squeeze_excite), None)
         blocks_of_stage[:] = [replace(b, squeeze_excite=b.squeeze_excite or known) for b in blocks_of_stage]
     classifier = next((tensors[key] for key, name in keys.names.items() if name == "classifier.weight"), None)
@@ -74,20 +62,15 @@ def _group_by_block(keys: KeyMap, tensors: Mapping[str, Tensor]) -> dict[tuple[i
 
 
 def _infer_block(
-    keys: KeyMap,
-    stage: int,
-    index: int,
-    parts: Parts,
-    channels: int,
-    branches: tuple[Branch, ...],
-    norm_after_sum: bool,
+    keys: KeyMap, tensors: Mapping[str, Tensor], stage: int, index: int, parts: Parts, channels: int
 ) -> BlockSpec:
     is_fused = "conv.weight" in parts
     name = f"stages.{stage}.{index}.{'conv.weight' if is_fused else 'branch_3x3.conv.weight'}"
     kernel = parts.get(name.split(".", 3)[3])
     if kernel is None:
+        unknown = [key for key in tensors if key not in keys.names]
         raise CheckpointError(
-            f"1 tensor is missing: {keys.file_key(name)}",
+            f"1 tensor is missing: {name_nearest(keys.file_key(name), unknown)}",
             f"block {index} of stage {stage} has no kernel; the file may be incomplete",
         )
     if kernel.ndim != 4:
@@ -107,8 +90,18 @@ def _infer_block(
     has_identity = any(part.startswith("branch_identity.") for part in parts)
     stride = 2 if index == 0 and not has_identity else 1
     can_skip = channels == width and stride == 1
-    own = () if is_fused else tuple(b for b in branches if b.kernel != IDENTITY or can_skip)
-    return BlockSpec(channels, width, stride, groups, own, norm_after_sum and not is_fused, _infer_se(keys, parts))
+    squeeze_excite = _infer_se(keys, parts)
+    if is_fused:
+        return BlockSpec(channels, width, stride, groups, (), False, squeeze_excite)
+    layout = keys.layout
+    branches = tuple(b for b in layout.branches if b.kernel != IDENTITY or can_skip)
+    return BlockSpec(channels, width, stride, groups, branches, layout.norm_after_sum, squeeze_excite)
+
+
+def name_nearest(name: str, candidates: Iterable[str]) -> str:
+    """`name`, and the one of `candidates` that it may have been mistaken for."""
+    near = difflib.get_close_matches(name, list(candidates), 1, 0.8)
+    return f"{name} (nearest: {near[0]})" if near else name
 
 
 def _infer_se(keys: KeyMap, parts: Parts) -> SqueezeExcite | None:

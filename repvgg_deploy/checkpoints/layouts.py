@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from repvgg_deploy.archs import TRAINING_BRANCHES, Branch
+
 _LEAVES = r"weight|bias|running_mean|running_var|num_batches_tracked"
 
 
@@ -34,7 +36,8 @@ class Layout:
     """One library's names.
 
     `parts` maps a module inside a block to the canonical one; `head` is the linear layer; `ignored` are tensors that
-    inference does not need; with `bare_identity` an identity branch has no tensors and stands wherever it can.
+    inference does not need; `branches` (the identity where the shape allows it) and `norm_after_sum` are what every
+    block in training form consists of.
     """
 
     name: str
@@ -42,7 +45,8 @@ class Layout:
     parts: Mapping[str, str]
     head: str
     ignored: str = r"$^"
-    bare_identity: bool = False
+    branches: tuple[Branch, ...] = TRAINING_BRANCHES
+    norm_after_sum: bool = False
     _by_canonical: Mapping[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from repvgg_deploy.archs import ArchSpec, describe, find_card
 from repvgg_deploy.checkpoints import holocron, official, official_plus, openmmlab, qarepvgg, repoptimizers, timm
-from repvgg_deploy.checkpoints.inference import infer_spec
+from repvgg_deploy.checkpoints.inference import infer_spec, name_nearest
 from repvgg_deploy.checkpoints.layouts import KeyMap
 from repvgg_deploy.checkpoints.reading import Contents, StateDict, hash_file, read_file
 from repvgg_deploy.errors import CheckpointError
@@ -222,12 +221,7 @@ def _incomplete(spec: ArchSpec) -> str:
 
 
 def _some(names: list[str], candidates: list[str]) -> str:
-    first = names[:3]
-    shown = []
-    for name in first:
-        near = difflib.get_close_matches(name, candidates, 1, 0.8)
-        shown.append(f"{name} (nearest: {near[0]})" if near else name)
-    return ", ".join(shown) + (", …" if len(names) > 3 else "")
+    return ", ".join(name_nearest(name, candidates) for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _check_storage(keys: KeyMap, tensors: Mapping[str, Tensor]) -> None:

@@ -22,9 +22,10 @@ from repvgg_deploy.errors import CheckpointError
 
 _TO_SAFETENSORS = (
     'where you trust the file, convert it once: python -c "import torch, safetensors.torch as s; '
-    "c = torch.load('FILE', map_location='cpu', weights_only=False); c = getattr(c, 'state_dict', lambda: c)(); "
-    "c = c.get('state_dict', c); "
-    "s.save_file({k: v.contiguous() for k, v in c.items()}, 'FILE.safetensors')\""
+    "c = torch.load('FILE', map_location='cpu', weights_only=False); "
+    "c = next((c[k] for k in ('state_dict', 'model', 'model_ema', 'ema') if isinstance(c, dict) and k in c), c); "
+    "c = c if isinstance(c, dict) else c.state_dict(); "
+    "s.save_file({k: v.clone().contiguous() for k, v in c.items() if torch.is_tensor(v)}, 'FILE.safetensors')\""
 )
 _WRAPPERS = frozenset(
     "module model _orig_mod timm_model backbone net network encoder student online_model".split()  # noqa: SIM905
@@ -92,9 +93,7 @@ def _read_raw(path: Path) -> tuple[Any, Mapping[str, str]]:
         if path.is_dir():
             raise CheckpointError(f"{path} is a directory", "give the checkpoint file inside it")
         if not path.exists():
-            raise CheckpointError(
-                f"there is no file {path}", "check the path; nothing is ever exported from random weights"
-            )
+            raise CheckpointError(f"there is no file {path}", "check the path; random weights are never taken instead")
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
@@ -157,13 +156,16 @@ def _read_pickle(path: Path, mmap: bool) -> Any:
             with path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
-            if wanted is None or "eights only load failed" not in str(error):
+            # Torch's own text is not shown: it tells how to switch this protection off.
+            if "eights only load failed" not in str(error):
                 raise _damaged(path, error) from error
-            raise CheckpointError(
-                f"{path} wants the code {wanted[1]} executed to be loaded; that is refused",
-                _TO_SAFETENSORS.replace("FILE", path.name),
-            ) from error
+            wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+            what = (
+                f"{path} wants the code {wanted[1]} executed to be loaded"
+                if wanted is not None
+                else f"{path} is no state dict that torch has saved: a pickle of another kind, or damaged"
+            )
+            raise CheckpointError(what + "; that is refused", _TO_SAFETENSORS.replace("FILE", str(path))) from error
         except Exception as error:
             # A damaged pickle is a program gone wrong: there is hardly an exception that it cannot end in.
             raise _damaged(path, error) from error

@@ -3,12 +3,17 @@
 Its deploy form is the same net with the BNs folded into the convolutions, which get a bias.
 """
 
+from repvgg_deploy.archs import Branch
 from repvgg_deploy.checkpoints.layouts import Layout
 from repvgg_deploy.checkpoints.official import LAYOUT as OFFICIAL
 
 _SE = {"post_se.down": "se_after.down", "post_se.up": "se_after.up"}
 
 LAYOUT = Layout(
-    "repoptimizers", OFFICIAL.segments, {"conv": "branch_3x3.conv", "bn": "branch_3x3.bn", **_SE}, head="linear"
+    "repoptimizers",
+    OFFICIAL.segments,
+    {"conv": "branch_3x3.conv", "bn": "branch_3x3.bn", **_SE},
+    head="linear",
+    branches=(Branch(3),),
 )
 DEPLOY = Layout("repoptimizers", OFFICIAL.segments, {"conv": "conv", **_SE}, head="linear")

@@ -33,10 +33,14 @@ def name_state_dict(net: RepVGG, layout: str) -> dict[str, Tensor]:
             not name.startswith("classifier")
             and name.split(".", 3)[3].rpartition(".")[0] not in keys.layout.parts.values()
         ):
+            raise CheckpointError(f"the {layout} layout has no name for {name}", "try the other --layout")
+        key = keys.file_key(name)
+        if key in state:
             raise CheckpointError(
-                f"the {layout} layout has no name for {name}", f"choose another --layout of {', '.join(WRITABLE)}"
+                f"the {layout} layout has one block in its stem, the net has {len(net.spec.stages[0])}",
+                "export it to ONNX, which needs no layout",
             )
-        state[keys.file_key(name)] = tensor.contiguous()
+        state[key] = tensor.contiguous()
     return state
 
 
@@ -65,7 +69,11 @@ def write_state_dict(state: Mapping[str, Tensor], path: Path, metadata: Mapping[
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
 
+        # It writes files that only their owner may read; the mode of any other new file is the user's choice.
+        path.touch()
+        mode = path.stat().st_mode
         save_file(dict(state), path, dict(metadata or {}))
+        path.chmod(mode)
     else:
         torch.save(dict(state), path)
 
