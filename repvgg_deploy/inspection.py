@@ -10,6 +10,7 @@ from repvgg_deploy.checkpoints import Checkpoint, load_checkpoint
 from repvgg_deploy.cost import count_flops, count_parameters
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx, require_arch
+from repvgg_deploy.staging import hash_file
 
 Description = dict[str, Any]
 
@@ -89,7 +90,6 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
     import onnx
     from google.protobuf.message import DecodeError
 
-    from repvgg_deploy.checkpoints.reading import hash_file
     from repvgg_deploy.onnx_export import METADATA_PREFIX, read_metadata
 
     try:

@@ -21,10 +21,10 @@ from repvgg_deploy.archs import find_card, load_cards
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.network import parse_onnx, read_convolution_precisions
-from repvgg_deploy.engine.side_file import hash_file, read_side_file
+from repvgg_deploy.engine.side_file import read_side_file
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.staging import stage_files
+from repvgg_deploy.staging import hash_file, stage_files
 
 CARDS = list(load_cards())
 NO_CACHE = BuildOptions(timing_cache=False)

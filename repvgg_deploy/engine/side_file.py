@@ -142,15 +142,6 @@ def _provenance(values: dict[str, Any] | None) -> Provenance | None:
     )
 
 
-def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_plan(plan: Path) -> bytes:
     """The bytes of a plan.
 
