@@ -20,7 +20,6 @@ from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.side_file import (
     SideFile,
-    hash_file,
     read_side_file,
     require_same_gpu,
     require_same_library,
@@ -28,6 +27,7 @@ from repvgg_deploy.engine.side_file import (
 )
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.runners.engine_runner import load_engine
+from repvgg_deploy.staging import hash_file
 
 L40 = Gpu("NVIDIA L40S", "8.9", 48 << 30)
 H200 = Gpu("NVIDIA H200", "9.0", 141 << 30)
