@@ -205,7 +205,8 @@ def inspect(file: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         report.print_json(description)
     else:
-        report.print_fields(description)
+        labels = {"flops": "multiply-adds", "flops_deploy": "multiply-adds deploy", "input_size": "height, width px"}
+        report.print_fields({labels.get(name, name): value for name, value in description.items()})
 
 
 @main.command()
@@ -311,7 +312,17 @@ def eval_(
     if as_json:
         report.print_json(result.to_dict())
     else:
-        report.print_fields({**result.to_dict(), "broken": len(result.broken) or None})
+        report.print_fields(
+            {
+                "model": result.model,
+                "run by": f"{result.backend}, {result.precision}",
+                "images": result.images,
+                "left out": len(result.broken) or None,
+                "top-1": f"{result.top1:.2f} %",
+                "top-5": None if result.top5 is None else f"{result.top5:.2f} %",
+                "speed": f"{result.images_per_sec:,.1f} images/s, decoding included",
+            }
+        )
     if min_top1 is not None and not result.top1 >= min_top1:
         raise ThresholdError(f"top-1 is {result.top1:.2f} %, below the {min_top1:g} % asked for")
 

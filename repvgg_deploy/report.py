@@ -38,13 +38,8 @@ def print_fields(values: Mapping[str, Any]) -> None:
     """One `name value` a line on stdout; what is None is left out."""
     width = max(map(len, values), default=0)
     for name, value in values.items():
-        if value is None or value == [] or value == {}:
-            continue
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{k} {_format(v)}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        print(f"{name.replace('_', ' '):{width}}  {_format(value)}")
+        if value not in (None, "", [], {}):
+            print(f"{name.replace('_', ' '):{width}}  {_describe(value)}")
 
 
 def print_export(result: ExportResult, layers: bool) -> None:
@@ -87,6 +82,18 @@ def print_layers(layers: Sequence[LayerRow]) -> None:
         for row in layers
     ]
     print_table(columns, table)
+
+
+def _describe(value: Any) -> str:
+    """A value in one line: `name value, …` of a mapping, without what it does not know; the items of a list."""
+    if isinstance(value, Mapping):
+        known = {k: v for k, v in value.items() if v not in (None, "", [], {})}
+        return ", ".join(f"{k.replace('_', ' ')} {_describe(v)}" for k, v in known.items())
+    if isinstance(value, list):
+        if any(isinstance(item, Mapping) for item in value):
+            return "; ".join(map(_describe, value))
+        return ", ".join(map(str, value))
+    return _format(value)
 
 
 def console() -> Console:
