@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,14 @@ class Ceiling:
     flops_per_sec: float
     bytes_per_sec: float
     source: str
+
+    def best_of(self, other: Ceiling) -> Ceiling:
+        """The higher of two ceilings that were measured in the same way."""
+        return replace(
+            self,
+            flops_per_sec=max(self.flops_per_sec, other.flops_per_sec),
+            bytes_per_sec=max(self.bytes_per_sec, other.bytes_per_sec),
+        )
 
     def attainable(self, cost: Cost) -> float:
         """Operations per second that the slower of computing and moving allows."""
@@ -135,7 +143,7 @@ def total_cost(costs: Mapping[str, Cost]) -> Cost:
     return sum(costs.values(), Cost(0.0, 0.0))
 
 
-def measure_ceiling(precision: str, device: str = "cpu", seconds: float = 0.5) -> Ceiling:
+def measure_ceiling(precision: str, device: str = "cpu", seconds: float = 1.0) -> Ceiling:
     """The best rate of a large matrix product in `precision`, and of a copy (bytes read and written), on this machine.
 
     Raises:

@@ -13,6 +13,7 @@ from test_report_html import make_record
 
 from repvgg_deploy.bench_record import SCHEMA_NAME, SCHEMA_VERSION, check_record, read_record, write_record
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.timing_statistics import compare_rates
 
 
 def is_bench(path: Path) -> bool:
@@ -29,6 +30,26 @@ def test_every_recorded_result_has_the_schema(path: Path) -> None:
     record = read_record(path)
     assert record["results"]
     assert record["machine"]["cpu"]["model"]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_recorded_ratio_follows_from_the_recorded_samples(path: Path) -> None:
+    record = read_record(path)
+    keys = ("group", "backend", "precision", "mode", "batch")
+    by_model = {
+        (*(r[key] for key in keys), r["model"], r["form"]): (
+            [r["batch"] * queries for queries in r["samples"]["round_queries"]],
+            r["samples"]["round_seconds"],
+        )
+        for r in record["results"]
+    }
+    for ratio in record["ratios"]:
+        where = tuple(ratio[key] for key in keys)
+        mine = by_model[(*where, ratio["model"], ratio["form"])]
+        theirs = by_model[(*where, ratio["baseline"], ratio["baseline_form"])]
+        again = compare_rates(*mine, *theirs)
+        found = (ratio["ratio"], ratio["low"], ratio["high"])
+        assert found == pytest.approx((again.value, again.low, again.high), rel=1e-4)
 
 
 def test_the_schema_has_this_version() -> None:

@@ -64,6 +64,10 @@ def test_the_ceiling_is_measured_and_no_product_is_faster(precision: str) -> Non
     assert 1e7 < ceiling.bytes_per_sec < 1e13
 
 
+def test_of_two_ceilings_the_higher_counts() -> None:
+    assert Ceiling(2.0, 3.0, "a").best_of(Ceiling(1.0, 4.0, "a")) == Ceiling(2.0, 4.0, "a")
+
+
 def test_an_unknown_precision_has_no_ceiling() -> None:
     with pytest.raises(DeployError, match="int4"):
         measure_ceiling("int4")
