@@ -81,6 +81,8 @@ class MeasureOptions:
         warmup_s: of each subject, before anything counts.
         min_iterations, min_duration_s, min_rounds: floors; a subject's measurement ends when it has passed all.
         slice_s: one subject's turn, after which the next has its own; at least one query.
+        pause_s: between two turns, where there are several subjects: threads of the subject before (ONNX Runtime's, and
+            OpenMP's) wait for work by spinning, for some 50 ms, and would take a core from this one.
         settle_s: queries shorter than this are run, and dropped, for so long at the begin of each turn: the caches
             hold what the subject before has used.
     """
@@ -90,6 +92,7 @@ class MeasureOptions:
     min_duration_s: float = 3.0
     min_rounds: int = 10
     slice_s: float = 0.1
+    pause_s: float = 0.1
     settle_s: float = 0.02
 
 
@@ -172,6 +175,7 @@ def measure(
     options: MeasureOptions | None = None,
     progress: Callable[[float], None] = lambda _share: None,
     clock: Clock = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> list[Measurement]:
     """Measure all subjects side by side: A B C A B C …, one slice each, until every one has passed all floors.
 
@@ -180,6 +184,7 @@ def measure(
         options: see `MeasureOptions`.
         progress: called with the share that is done, 0 to 1.
         clock: see `Clock`; of the warm-up only, the queries bring their own times.
+        sleep: lets so many seconds pass.
     """
     options = options or MeasureOptions()
     query_s = [_warm_up(subject, options.warmup_s, clock) for subject in subjects]
@@ -189,6 +194,8 @@ def measure(
     done = 0.0
     while done < 1.0:
         for subject, count, dropped, taken in zip(subjects, counts, settling, slices, strict=True):
+            if len(subjects) > 1 and options.pause_s > 0:
+                sleep(options.pause_s)
             if dropped:
                 subject.run(dropped)
             taken.append(Slice(tuple(subject.run(count))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_gpu import SimulatedGpu, SimulatedLane, SimulatedTime
 
-from repvgg_deploy.measure import Label, Measurement, MeasureOptions, Query, Slice, measure, measure_interleaved
+from repvgg_deploy import measure as harness
+from repvgg_deploy.measure import Label, Measurement, MeasureOptions, Query, Slice, measure_interleaved
 from repvgg_deploy.subjects import BlockingSubject, StreamSubject
 
 LABEL = Label("net", "simulated", "1", "fp32", 8)
 SHORT = MeasureOptions(warmup_s=0.0, min_iterations=1, min_duration_s=0.0, min_rounds=1, slice_s=0.0, settle_s=0.0)
+
+# Pauses are pauses of the simulated clock, where a test looks at them.
+measure = partial(harness.measure, sleep=lambda _: None)
 
 
 def sleeper(clock: SimulatedTime, seconds: Iterator[float]) -> Callable[[], None]:
@@ -96,6 +101,29 @@ def test_the_slowest_floor_is_every_subjects_floor() -> None:
     subjects = [BlockingSubject(LABEL, steady(clock, seconds), clock) for seconds in (0.001, 1.0)]
     results = measure(subjects, replace(SHORT, min_iterations=10), clock=clock)
     assert [len(result.slices) for result in results] == [10, 10]
+
+
+def test_a_subjects_spinning_threads_are_given_time_to_stop() -> None:
+    """A call leaves threads behind that slow down whatever runs within the next 50 ms."""
+    clock = SimulatedTime()
+    spinning = {"by": "", "until": 0.0}
+
+    def call(name: str) -> Callable[[], None]:
+        def run() -> None:
+            disturbed = spinning["by"] not in ("", name) and clock.now < float(spinning["until"])
+            clock.now += 0.06 if disturbed else 0.03
+            spinning.update(by=name, until=clock.now + 0.05)
+
+        return run
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    subjects = [BlockingSubject(named(name), call(name), clock) for name in "ab"]
+    options = MeasureOptions(min_duration_s=0.5)
+    for pause, slowest in ((0.1, 30.0), (0.0, 60.0)):
+        results = harness.measure(subjects, replace(options, pause_s=pause), clock=clock, sleep=sleep)
+        assert max(result.latency.max for result in results) == pytest.approx(slowest)
 
 
 def test_short_queries_settle_before_they_count() -> None:
