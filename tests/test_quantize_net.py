@@ -15,6 +15,7 @@ from repvgg_deploy.quantize import Recipe, collect_statistics, load_recipe, quan
 from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
 from repvgg_deploy.quantize.layer_report import signal_to_noise_db
 from repvgg_deploy.quantize.recipe import LearningOptions, RoundingOptions, ScaleOptions
+from repvgg_deploy.quantize.samples import Streams, input_moments
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
 
 QUICK = Recipe("quick", rounding=RoundingOptions(images=40, samples=2048))
@@ -58,6 +59,25 @@ def test_feedback_with_independent_inputs_is_the_nearest_integer() -> None:
     weight = torch.randn(8, 30, generator=torch.Generator().manual_seed(1))
     scales = torch.full((8,), 0.05)
     assert torch.equal(round_with_feedback(weight, scales, torch.eye(30)), round_weights(weight, scales))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_moments_are_the_covariances_of_the_inputs_and_of_the_error_they_bring(groups: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    exact = torch.rand(40, 4, 5, 5, generator=generator)
+    rounded = exact + 0.1 * torch.randn(exact.shape, generator=generator)
+    layer = torch.nn.Conv2d(4, 6, 3, padding=1, groups=groups).requires_grad_(False)
+    found = input_moments(Streams(exact, rounded), layer, samples=40 * 25, seed=0)
+    x, y = (torch.nn.functional.unfold(part.double(), 3, padding=1).transpose(1, 2) for part in (exact, rounded))
+    assert len(found) == groups
+    for moments, weight, a, b in zip(
+        found, layer.weight.double().flatten(1).chunk(groups), x.chunk(groups, 2), y.chunk(groups, 2), strict=True
+    ):
+        a, b = a.flatten(0, 1), b.flatten(0, 1)
+        error, inputs = (a - b) @ weight.t(), b - b.mean(0)
+        torch.testing.assert_close(moments.covariance.double(), inputs.t() @ inputs / len(b), rtol=1e-4, atol=1e-5)
+        wanted = (error - error.mean(0)).t() @ inputs / len(b)
+        torch.testing.assert_close(moments.drift.double(), wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))

@@ -179,9 +179,8 @@ def _round(weight: Tensor, moments: Moments, recipe: Recipe) -> tuple[Tensor, Te
     covariance = moments.covariance + max(damping, 1e-4 * mean_strength) * identity
     target = weight
     if options.compensate:
-        # Least squares of ‖W x − W′ x̂‖² + damping · ‖W′ − W‖², which is W + W (cross − covariance) / (…).
-        change = weight @ (moments.cross - moments.covariance)
-        target = weight + torch.linalg.solve(covariance, change.t()).t()
+        # Least squares of ‖W x − W′ x̂‖² + damping · ‖W′ − W‖², which is W + drift · (covariance + damping)⁻¹.
+        target = weight + torch.linalg.solve(covariance, moments.drift.t()).t()
     scales = choose_weight_scales(target, covariance.diagonal())
     if options.method == "nearest":
         return round_weights(target, scales), scales

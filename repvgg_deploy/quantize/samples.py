@@ -49,14 +49,15 @@ class Streams:
 class Moments:
     """Means and covariances of one group's inputs over sampled pixels, images weighted by `image_weights`.
 
-    `covariance` is that of the rounded inputs with themselves, `cross` of the exact with the rounded ones; both
-    (columns, columns), with `samples` pixels behind them.
+    `covariance` (columns, columns) is that of the rounded inputs with themselves, `drift` (filters, columns) that of
+    the error they bring to the group's outputs (its weights on exact minus rounded inputs) with them; `samples` pixels
+    are behind both.
     """
 
     exact_mean: Tensor
     rounded_mean: Tensor
     covariance: Tensor
-    cross: Tensor
+    drift: Tensor
     samples: int
 
 
@@ -64,6 +65,7 @@ def input_moments(streams: Streams, layer: nn.Conv2d | nn.Linear, samples: int, 
     """The moments of what each group of `layer` reads, over about `samples` pixels spread evenly over the images."""
     generator = torch.Generator().manual_seed(seed)
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    filters = layer.weight.flatten(1).chunk(groups)
     each = -(-samples // len(streams.exact))
     sums: list[list[Tensor]] = []
     count = 0
@@ -79,18 +81,20 @@ def input_moments(streams: Streams, layer: nn.Conv2d | nn.Linear, samples: int, 
         repeated = weight.repeat_interleave(a.shape[2])[:, None]
         for group, (x, y) in enumerate(zip(_rows(a, groups), _rows(b, groups), strict=True)):
             z = y * repeated
-            parts = [(x * repeated).sum(0), z.sum(0), z.t() @ y, x.t() @ z]
+            # On the outputs, not on the inputs: filters × columns products a pixel in place of columns × columns.
+            parts = [(x * repeated).sum(0), z.sum(0), z.t() @ y, ((x - y) @ filters[group].t()).t() @ z]
             if len(sums) <= group:
                 sums.append(parts)
             else:
                 for total, part in zip(sums[group], parts, strict=True):
                     total += part
-    return [_moments(parts, mass, count) for parts in sums]
+    return [_moments(parts, weight, mass, count) for parts, weight in zip(sums, filters, strict=True)]
 
 
-def _moments(sums: list[Tensor], mass: float, count: int) -> Moments:
-    exact, rounded, square, cross = (part / mass for part in sums)
-    return Moments(exact, rounded, square - torch.outer(rounded, rounded), cross - torch.outer(exact, rounded), count)
+def _moments(sums: list[Tensor], weight: Tensor, mass: float, count: int) -> Moments:
+    exact, rounded, square, drift = (part / mass for part in sums)
+    covariance = square - torch.outer(rounded, rounded)
+    return Moments(exact, rounded, covariance, drift - torch.outer(weight @ (exact - rounded), rounded), count)
 
 
 def _patches(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
