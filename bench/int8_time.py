@@ -1,0 +1,65 @@
+"""How long quantizing takes: this project's recipes and nvidia-modelopt in turn, in one process, on the same images.
+
+    python bench/int8_time.py --checkpoint CKPT --calib DIR -o bench/results
+
+From the fused net (for modelopt: its ONNX file) and the images in memory to the written INT8 file. Two threads; one
+round ahead of the measured ones pays for imports. modelopt is installed as `int8_peers.py` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from int8_peers import quantize_modelopt, quantize_ours
+from int8_setup import PIXELS, load_fused, read_calibration, write_record
+
+from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.onnx_graph import write_graph
+
+
+def main() -> None:
+    """Time every tool in turn; print and record medians and all times."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--recipes", nargs="+", default=["fast", "accurate"])
+    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    fused = load_fused(arguments.checkpoint)
+    images = read_calibration(arguments.calib, arguments.count)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
+        write_graph(to_onnx(fused, FloatLayers(), GraphOptions(PIXELS, PIXELS), {}), source)
+        jobs: dict[str, Callable[[], None]] = {
+            **{
+                f"repvgg-deploy {name}": partial(quantize_ours, fused, name, images, target)
+                for name in arguments.recipes
+            },
+            "modelopt entropy": partial(quantize_modelopt, source, "entropy", images, target),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in jobs}
+        for number in range(arguments.rounds + 1):
+            for name, job in jobs.items():
+                start = time.perf_counter()
+                job()
+                elapsed = round(time.perf_counter() - start, 2)
+                print(name, elapsed, "(not counted)" if number == 0 else "", flush=True)
+                seconds[name] += [elapsed] if number else []
+    results = [{"tool": n, "median_s": round(statistics.median(s), 2), "seconds": s} for n, s in seconds.items()]
+    print(*results, sep="\n")
+    path = write_record(arguments.output, "int8-time", results, calibration_images=arguments.count)
+    print(f"written {path}")
+
+
+if __name__ == "__main__":
+    main()
