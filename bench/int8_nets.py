@@ -1,0 +1,153 @@
+"""INT8 on other nets, no setting changed: the demo model, planted faults in it, small nets of every kind, checkpoints.
+
+    python bench/int8_nets.py --checkpoints FOLDER -o bench/results
+
+Calibration and evaluation images are drawn (`repvgg_deploy.drawn`) with seeds that the demo model was not trained or
+measured on. Each net is held against its own float32 form: this project's recipes in the torch net that computes the
+graph's integers, ONNX Runtime's own quantizer (per-channel, min-max) in ONNX Runtime. Top-1 means something for the
+demo model only: the other nets have never seen these classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from int8_peers import quantize_onnxruntime
+from int8_setup import (
+    PIXELS,
+    PREPROCESSING,
+    Floats,
+    compare,
+    in_batches,
+    load_fused,
+    run_onnx,
+    run_torch,
+    timed,
+    write_record,
+)
+from int8_stress import CASES
+from numpy.typing import NDArray
+
+from repvgg_deploy.archs import ArchSpec, BlockSpec, SqueezeExcite, find_card, training_branches
+from repvgg_deploy.drawn import draw_images
+from repvgg_deploy.fuse import fuse
+from repvgg_deploy.images import normalize
+from repvgg_deploy.locate import data_folder
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.onnx_graph import write_graph
+from repvgg_deploy.quantize import load_recipe, quantize
+from repvgg_deploy.seeded import seed_weights
+
+CALIBRATION_SEED, EVALUATION_SEED = 31, 32
+
+
+def seeded(width: int | None = None, groups: int = 1, squeeze_excite: bool = False) -> RepVGG:
+    """A fused net of the demo model's depth with seeded weights."""
+    spec = find_card("demo").spec()
+    net = RepVGG(ArchSpec(tuple(tuple(stage) for stage in _change(spec, width, groups, squeeze_excite)), spec.classes))
+    seed_weights(net, 3, size=64, seed=5)
+    fused = fuse(net, torch.float32)
+    assert isinstance(fused, RepVGG)
+    return fused.eval().requires_grad_(False)
+
+
+def _change(spec: ArchSpec, width: int | None, groups: int, squeeze_excite: bool) -> list[list[BlockSpec]]:
+    stages = []
+    for stage in spec.stages:
+        changed = []
+        for index, block in enumerate(stage):
+            inputs = width if width and block.in_channels != spec.in_channels else block.in_channels
+            outputs = width or block.out_channels
+            hidden = SqueezeExcite(max(4, outputs // 4)) if squeeze_excite else None
+            new = BlockSpec(inputs, outputs, block.stride, groups if index % 2 else 1, (), False, hidden)
+            changed.append(replace(new, branches=training_branches(new)))
+        stages.append(changed)
+    return stages
+
+
+def collect_nets(checkpoints: Path | None) -> dict[str, RepVGG]:
+    """Every net of the table, fused, by name."""
+    demo = load_fused(data_folder("models") / "demo.safetensors")
+    nets = {}
+    for case, plant in CASES.items():
+        net = copy.deepcopy(demo)
+        plant(net)
+        nets[f"demo: {case}"] = net
+    nets["seeded, width 8"] = seeded(width=8)
+    nets["seeded, groups 4"] = seeded(groups=4)
+    nets["seeded, squeeze-excite"] = seeded(squeeze_excite=True)
+    if checkpoints is not None:
+        paths = sorted(p for p in checkpoints.iterdir() if p.suffix in (".pth", ".tar", ".safetensors"))
+        nets.update({path.name: load_fused(path) for path in paths})
+    return nets
+
+
+def run_recipe(net: RepVGG, recipe: str, calibration: Floats, images: Floats) -> Floats:
+    """The logits of `net` as a recipe quantizes it, or ONNX Runtime's own quantizer for the recipe `onnxruntime`."""
+    if recipe != "onnxruntime":
+        return run_torch(quantize(net, in_batches(calibration), load_recipe(recipe)), images)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
+        write_graph(to_onnx(net, FloatLayers(), GraphOptions(PIXELS, PIXELS), {}), source)
+        quantize_onnxruntime(source, "minmax", True, calibration, target)
+        return run_onnx(target, images)
+
+
+def measure(exact: Floats, logits: Floats, labels: NDArray[np.int64]) -> dict[str, Any]:
+    """The figures of one row; `median_db` is the SQNR of the median image, so that no few strong images decide it."""
+    noise = ((logits - exact).astype(np.float64) ** 2).sum(1)
+    ratios = (exact.astype(np.float64) ** 2).sum(1) / np.maximum(noise, 1e-300)
+    return {**asdict(compare(logits, exact, labels)), "median_db": round(10 * float(np.log10(np.median(ratios))), 2)}
+
+
+def describe(exact: Floats) -> dict[str, Any]:
+    """How much room a net leaves: the median lead of its first class, in shares of the logits' size in that image."""
+    best = np.sort(exact.astype(np.float64), axis=1)
+    lead = np.median((best[:, -1] - best[:, -2]) / np.sqrt((best**2).mean(1)))
+    energy = (best**2).sum(1)
+    return {
+        "median_lead": round(float(lead), 3),
+        "classes_seen": len(np.unique(exact.argmax(1))),
+        "strongest_over_median_energy": round(float(energy.max() / np.median(energy)), 1),
+    }
+
+
+def main() -> None:
+    """Quantize every net with every recipe; print and record the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--checkpoints", type=Path, help="a folder of further checkpoints")
+    parser.add_argument("--count", type=int, default=512, help="calibration images")
+    parser.add_argument("--only", nargs="*", help="parts of the names of the nets to measure")
+    parser.add_argument("--images", type=int, default=2000, help="evaluation images")
+    parser.add_argument("--recipes", nargs="+", default=["fast", "accurate", "onnxruntime"])
+    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
+    arguments = parser.parse_args()
+    calibration = normalize(draw_images(arguments.count, CALIBRATION_SEED)[0], PREPROCESSING)
+    pixels, labels = draw_images(arguments.images, EVALUATION_SEED)
+    images = normalize(pixels, PREPROCESSING)
+    results = []
+    for name, net in collect_nets(arguments.checkpoints).items():
+        if arguments.only and not any(part in name for part in arguments.only):
+            continue
+        exact = run_torch(net, images)
+        for recipe in arguments.recipes:
+            logits, seconds = timed(partial(run_recipe, net, recipe, calibration, images))
+            row = {"net": name, "recipe": recipe, "seconds": seconds}
+            results.append({**row, **measure(exact, logits, labels), **describe(exact)})
+            print(results[-1], flush=True)
+    seeds = {"calibration": CALIBRATION_SEED, "evaluation": EVALUATION_SEED}
+    path = write_record(arguments.output, "int8-nets", results, calibration_images=arguments.count, drawn_seeds=seeds)
+    print(f"written {path}")
+
+
+if __name__ == "__main__":
+    main()
