@@ -229,6 +229,7 @@ def measure_interleaved(
     rounds: int,
     warmup: int = 2,
     clock: Clock = time.perf_counter,
+    pause_s: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of every call, by name: A B A B …, so that whatever slows the machine down slows all of them down.
 
@@ -237,6 +238,7 @@ def measure_interleaved(
         rounds: timed calls of each, at least one.
         warmup: calls of each before, A B A B as well, whose times are dropped.
         clock: see `Clock`.
+        pause_s: before every call, so that the threads of the one before have stopped spinning.
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"{rounds} rounds after {warmup} warm-up rounds")
@@ -246,6 +248,8 @@ def measure_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            if pause_s > 0:
+                time.sleep(pause_s)
             start = clock()
             run()
             seconds[name].append(clock() - start)

@@ -22,11 +22,11 @@ from repvgg_deploy.nets.vgg import Vgg
 from repvgg_deploy.onnx_export import (
     FloatLayers,
     GraphOptions,
-    _add_input,
-    _add_output,
-    _check_options,
-    _input_info,
     add_conv,
+    add_input,
+    add_output,
+    check_options,
+    describe_input,
 )
 from repvgg_deploy.onnx_graph import GraphBuilder, OnnxGraph, make_graph
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
@@ -112,15 +112,15 @@ def to_baseline_onnx(
     folded = fold_batch_norms(net)
     # The helpers ask a net for nothing but its input channels and classes.
     like, floats = cast(RepVGG, folded), cast(FloatLayers, layers)
-    _check_options(like, options)
+    check_options(like, options)
     g = GraphBuilder()
-    x = layers.edge(g, "input", _add_input(g, like, floats, options))
+    x = layers.edge(g, "input", add_input(g, like, floats, options))
     x = _add_resnet(g, folded, layers, x) if isinstance(folded, ResNet) else _add_vgg(g, folded, layers, x)
-    outputs = _add_output(g, like, floats, options, x)
+    outputs = add_output(g, like, floats, options, x)
     if isinstance(layers, FloatLayers) and layers.rounding.overflowed:
         raise GraphError(f"{next(iter(layers.rounding.overflowed))} does not fit FP16", "measure it in fp32")
     producer = ("repvgg-deploy", repvgg_deploy.__version__)
-    return make_graph(g, [_input_info(like, options)], outputs, options.opset, metadata, producer)
+    return make_graph(g, [describe_input(like, options)], outputs, options.opset, metadata, producer)
 
 
 def _conv_relu(g: GraphBuilder, name: str, conv: nn.Conv2d, layers: BaselineLayers, x: str) -> str:

@@ -147,14 +147,14 @@ def to_onnx(net: RepVGG, layers: Layers, options: GraphOptions, metadata: Mappin
     Raises:
         GraphError: an option does not fit the net or the opset; in FP16, a weight is out of range.
     """
-    _check_options(net, options)
+    check_options(net, options)
     g = GraphBuilder()
-    x = _add_input(g, net, layers, options)
+    x = add_input(g, net, layers, options)
     for name, block in net.named_blocks():
         x = _add_block(g, name, cast(FusedBlock, block), layers, x)
     x = g.add("Flatten", [layers.pool(g, "pool", x)], "features")
     x = layers.linear(g, "classifier", net.classifier, x)
-    outputs = _add_output(g, net, layers, options, x)
+    outputs = add_output(g, net, layers, options, x)
     if isinstance(layers, FloatLayers) and layers.rounding.overflowed:
         name, largest = next(iter(layers.rounding.overflowed.items()))
         raise GraphError(
@@ -162,10 +162,15 @@ def to_onnx(net: RepVGG, layers: Layers, options: GraphOptions, metadata: Mappin
             "export with fp32, or --int8, where every channel has a scale of its own",
         )
     producer = ("repvgg-deploy", repvgg_deploy.__version__)
-    return make_graph(g, [_input_info(net, options)], outputs, options.opset, metadata, producer)
+    return make_graph(g, [describe_input(net, options)], outputs, options.opset, metadata, producer)
 
 
-def _check_options(net: RepVGG, options: GraphOptions) -> None:
+def check_options(net: RepVGG, options: GraphOptions) -> None:
+    """Nothing, where `options` fit the net and the opset is one that this tool writes.
+
+    Raises:
+        GraphError: they do not.
+    """
     newest = onnx.defs.onnx_opset_version()
     if not LOWEST_OPSET <= options.opset <= newest:
         raise GraphError(f"opset {options.opset} is not supported", f"from {LOWEST_OPSET} to {newest}")
@@ -189,7 +194,8 @@ def _type(dtype: np.dtype[Any]) -> int:
     return int(helper.np_dtype_to_tensor_dtype(dtype))
 
 
-def _input_info(net: RepVGG, options: GraphOptions) -> onnx.ValueInfoProto:
+def describe_input(net: RepVGG, options: GraphOptions) -> onnx.ValueInfoProto:
+    """The declaration of the input `images`."""
     batch: int | str = options.batch or "batch"
     if options.uint8_input is not None:
         shape = [batch, options.height, options.width, net.spec.in_channels]
@@ -198,7 +204,8 @@ def _input_info(net: RepVGG, options: GraphOptions) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info("images", _type(_io_dtype(options)), shape)
 
 
-def _add_input(g: GraphBuilder, net: RepVGG, layers: Layers, options: GraphOptions) -> str:
+def add_input(g: GraphBuilder, net: RepVGG, layers: Layers, options: GraphOptions) -> str:
+    """The nodes between the input and the first layer: casts, and for pixels the normalization."""
     if options.uint8_input is None:
         same = _io_dtype(options) == layers.dtype
         return "images" if same else g.add("Cast", ["images"], "images_cast", to=_type(layers.dtype))
@@ -229,7 +236,7 @@ def _add_squeeze_excite(g: GraphBuilder, name: str, se: nn.Module, layers: Layer
     return g.add("Mul", [x, s], f"{name}.scaled")
 
 
-def _add_output(
+def add_output(
     g: GraphBuilder, net: RepVGG, layers: Layers, options: GraphOptions, x: str
 ) -> list[onnx.ValueInfoProto]:
     """The nodes behind the classifier and the declared outputs; what is computed here is computed in the I/O type."""
