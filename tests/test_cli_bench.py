@@ -104,7 +104,9 @@ def test_the_baseline_runs_as_the_model_does(graph: Path) -> None:
     assert theirs["model"] == "ResNet-18"
     assert (mine["backend"], mine["precision"]) == (theirs["backend"], theirs["precision"])
     (ratio,) = record["ratios"]
-    assert ratio["ratio"] == pytest.approx(mine["images_per_sec"] / theirs["images_per_sec"], rel=1e-3)
+    # The median over the turns, beside the throughput over all of them: on a busy machine they are not the same.
+    assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
+    assert ratio["ratio"] == pytest.approx(mine["images_per_sec"] / theirs["images_per_sec"], rel=0.5)
     # 32 pixels and a few channels, against 224 pixels.
     assert ratio["low"] > 2
     assert record["ceilings"].keys() == {"cpu fp32"}
