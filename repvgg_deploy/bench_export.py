@@ -70,7 +70,7 @@ def write_net(named: NamedNet, precision: Precision, form: str, folder: Path, fo
     elif isinstance(named.net, RepVGG):
         graph = _repvgg_graph(named, precision, options, metadata, for_engine)
     else:
-        graph = _baseline_graph(named, precision, options, metadata)
+        graph = _baseline_graph(named, precision, options, metadata, for_engine)
     path = folder / f"{named.name}.{form}.{precision}.onnx"
     write_graph(graph, path)
     return path
@@ -86,18 +86,24 @@ def _repvgg_graph(
 ) -> OnnxGraph:
     net = cast(RepVGG, named.net)
     if precision is Precision.INT8:
-        placement = Placement.AFTER_RELU if for_engine else Placement.BOTH
-        return to_qdq_onnx(quantize_plainly(net, torch.from_numpy(_noise(named))), options, metadata, None, placement)
+        quantized = quantize_plainly(net, torch.from_numpy(_noise(named)))
+        return to_qdq_onnx(quantized, options, metadata, None, _placement(for_engine))
     dtype = np.dtype(np.float16 if precision is Precision.FP16 else np.float32)
     return to_onnx(net, FloatLayers(dtype), options, metadata)
 
 
+def _placement(for_engine: bool) -> Placement:
+    """The same for the model and for the net it is compared with."""
+    return Placement.AFTER_RELU if for_engine else Placement.BOTH
+
+
 def _baseline_graph(
-    named: NamedNet, precision: Precision, options: GraphOptions, metadata: dict[str, str]
+    named: NamedNet, precision: Precision, options: GraphOptions, metadata: dict[str, str], for_engine: bool
 ) -> OnnxGraph:
     net = cast(BaselineNet, named.net)
     if precision is Precision.INT8:
-        return to_baseline_onnx(net, BaselineIntegers(find_ranges(net, _noise(named))), options, metadata)
+        layers = BaselineIntegers(find_ranges(net, _noise(named)), _placement(for_engine))
+        return to_baseline_onnx(net, layers, options, metadata)
     dtype = np.dtype(np.float16 if precision is Precision.FP16 else np.float32)
     return to_baseline_onnx(net, BaselineFloats(dtype), options, metadata)
 

@@ -113,9 +113,10 @@ def int8_options(command: F) -> F:
         ),
         click.option(
             "--qdq",
-            type=click.Choice(["tensorrt", "onnxruntime"]),
-            default="tensorrt",
-            help="Whom the places of the Q/DQ pairs suit; the integers are the same [tensorrt].",
+            type=click.Choice(["auto", "tensorrt", "onnxruntime"]),
+            default="auto",
+            help="Whom the places of the Q/DQ pairs suit, with the same integers; auto: tensorrt where an engine is"
+            " built, else onnxruntime [auto].",
         ),
         click.option("--keep-float", multiple=True, metavar="LAYER", help="Do not quantize this layer; repeatable."),
         click.option("--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="The most top-1 to lose."),

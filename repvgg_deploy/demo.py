@@ -129,7 +129,7 @@ def _make_forms(output: Path, scratch: Path, say: Callable[[str], None]) -> tupl
     write_image_folder(calibration, _CALIBRATION_IMAGES, seed=_CALIBRATION_SEED, size=64)
     for precision in Precision:
         say(f"exporting and verifying {precision}")
-        int8 = Int8Request(calibration, qdq="onnxruntime") if precision is Precision.INT8 else None
+        int8 = Int8Request(calibration) if precision is Precision.INT8 else None
         result = export(ExportRequest(path, output, precision=precision, int8=int8))
         name = ("fused" if precision is Precision.FP32 else f"fused {precision}", "onnx")
         forms[name] = open_model(result.onnx)

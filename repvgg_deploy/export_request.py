@@ -29,7 +29,8 @@ class Int8Request:
         rest: the precision of what is not INT8.
         keep_float: layers that stay in that precision, by name.
         qdq: whom the places of the Q/DQ pairs suit: `tensorrt`, behind the ReLU, which it fuses into one kernel; or
-            `onnxruntime`, on both sides of it, without which it computes in float. The integers are the same.
+            `onnxruntime`, on both sides of it, without which it computes in float. `auto` is the former where an
+            engine is built, else the latter. The integers are the same.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
     """
@@ -40,7 +41,7 @@ class Int8Request:
     cache: Path | None = None
     rest: Precision = Precision.FP32
     keep_float: tuple[str, ...] = ()
-    qdq: Literal["tensorrt", "onnxruntime"] = "tensorrt"
+    qdq: Literal["auto", "tensorrt", "onnxruntime"] = "auto"
     validation: Path | None = None
     max_drop: float | None = None
 

@@ -29,6 +29,7 @@ from repvgg_deploy.onnx_export import (
     describe_input,
 )
 from repvgg_deploy.onnx_graph import GraphBuilder, OnnxGraph, make_graph
+from repvgg_deploy.quantize.qdq import Placement
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
 from repvgg_deploy.runners.onnx_runner import import_onnxruntime
 
@@ -49,8 +50,14 @@ class BaselineLayers(Protocol):
     def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
         """A linear layer."""
 
+    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
+        """A ReLU."""
+
     def edge(self, g: GraphBuilder, name: str, x: str) -> str:
-        """A place where the activations may be quantized."""
+        """A place where the activations are quantized in any case."""
+
+    def inner_edge(self, g: GraphBuilder, name: str, x: str) -> str:
+        """A place where the activations are quantized if every operator is to be an integer one by itself."""
 
 
 @dataclass
@@ -61,12 +68,21 @@ class BaselineFloats(FloatLayers):
         """Nothing."""
         return x
 
+    def inner_edge(self, g: GraphBuilder, name: str, x: str) -> str:  # noqa: ARG002
+        """Nothing."""
+        return x
+
 
 @dataclass
 class BaselineIntegers:
-    """Layers with int8 weights, one scale a filter, and Q/DQ pairs on the edges, one symmetric scale a tensor."""
+    """Layers with int8 weights, one scale a filter, and Q/DQ pairs on the edges, one symmetric scale a tensor.
+
+    `placement` is that of the RepVGG it is compared with: for `both`, every operator is between pairs of its own, and
+    written as ONNX Runtime makes an integer one of it; for `after_relu` the pairs stand where TensorRT wants them.
+    """
 
     ranges: Scales
+    placement: Placement = Placement.BOTH
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
 
     def __post_init__(self) -> None:
@@ -80,7 +96,20 @@ class BaselineIntegers:
     def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
         """DQ of the weights, Gemm."""
         bias = self._floats.value(g, f"{name}.bias", linear.bias)
-        return g.add("Gemm", [x, self._weight(g, name, linear.weight), bias], name, transB=1)
+        weight = self._weight(g, name, linear.weight)
+        if self.placement is not Placement.BOTH:
+            return g.add("Gemm", [x, weight, bias], name, transB=1)
+        return g.add("Add", [g.add("Gemm", [x, weight], f"{name}.product", transB=1), bias], name)
+
+    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
+        """A ReLU, or the LeakyRelu that does the same."""
+        return (
+            g.add("LeakyRelu", [x], name, alpha=0.0) if self.placement is Placement.BOTH else g.add("Relu", [x], name)
+        )
+
+    def inner_edge(self, g: GraphBuilder, name: str, x: str) -> str:
+        """Q/DQ, or nothing, by `placement`."""
+        return self.edge(g, name, x) if self.placement is Placement.BOTH else x
 
     def edge(self, g: GraphBuilder, name: str, x: str) -> str:
         """Q/DQ; the two edges in front of and behind a ReLU have one scale."""
@@ -124,10 +153,8 @@ def to_baseline_onnx(
 
 
 def _conv_relu(g: GraphBuilder, name: str, conv: nn.Conv2d, layers: BaselineLayers, x: str) -> str:
-    # Two Q/DQ pairs, as around the ReLU of a fused RepVGG: ONNX Runtime makes an integer convolution only where a
-    # QuantizeLinear follows it directly.
-    x = layers.edge(g, f"{name}.output", layers.conv(g, name, conv, x))
-    return layers.edge(g, f"{name}.relu", g.add("Relu", [x], f"{name}.activated"))
+    x = layers.inner_edge(g, f"{name}.output", layers.conv(g, name, conv, x))
+    return layers.edge(g, f"{name}.relu", layers.relu(g, f"{name}.activated", x))
 
 
 def _add_resnet(g: GraphBuilder, net: ResNet, layers: BaselineLayers, x: str) -> str:
@@ -137,7 +164,8 @@ def _add_resnet(g: GraphBuilder, net: ResNet, layers: BaselineLayers, x: str) ->
         x = _add_residual_block(g, name, block, layers, x)
     x = layers.edge(g, "pool.input", x)
     x = layers.edge(g, "pool.output", g.add("GlobalAveragePool", [x], "pool"))
-    return layers.linear(g, "fc", net.fc, g.add("Flatten", [x], "features"))
+    x = layers.inner_edge(g, "features.output", g.add("Flatten", [x], "features"))
+    return layers.linear(g, "fc", net.fc, x)
 
 
 def _add_residual_block(g: GraphBuilder, name: str, block: ResidualBlock, layers: BaselineLayers, x: str) -> str:
@@ -148,10 +176,11 @@ def _add_residual_block(g: GraphBuilder, name: str, block: ResidualBlock, layers
     for index in range(1, block.depth):
         y = _conv_relu(g, f"{name}.conv{index}", block.conv(index), layers, y)
     last = f"{name}.conv{block.depth}"
-    y = layers.edge(g, f"{last}.output", layers.conv(g, last, block.conv(block.depth), y))
+    y = layers.inner_edge(g, f"{last}.output", layers.conv(g, last, block.conv(block.depth), y))
     if block.downsample is not None:
         conv = cast(nn.Conv2d, block.downsample[0])
         x = layers.edge(g, f"{name}.downsample.output", layers.conv(g, f"{name}.downsample", conv, x))
+    # The sum has two readers, each with a pair of its own, so no pair stands around it and it stays float.
     return g.add("Relu", [g.add("Add", [y, x], f"{name}.sum")], f"{name}.activated")
 
 
@@ -161,11 +190,11 @@ def _add_vgg(g: GraphBuilder, net: Vgg, layers: BaselineLayers, x: str) -> str:
             x = _conv_relu(g, f"stages.{s}.{c}", cast(nn.Conv2d, conv), layers, x)
         x = g.add("MaxPool", [x], f"pool{s}", kernel_shape=[2, 2], strides=[2, 2])
         x = layers.edge(g, f"pool{s}.output", x)
-    x = g.add("Flatten", [x], "features")
+    x = layers.inner_edge(g, "features.output", g.add("Flatten", [x], "features"))
     *hidden, last = (cast(nn.Linear, linear) for linear in net.classifier)
     for index, linear in enumerate(hidden):
-        x = layers.edge(g, f"classifier.{index}.output", layers.linear(g, f"classifier.{index}", linear, x))
-        x = layers.edge(g, f"classifier.{index}.relu", g.add("Relu", [x], f"classifier.{index}.activated"))
+        x = layers.inner_edge(g, f"classifier.{index}.output", layers.linear(g, f"classifier.{index}", linear, x))
+        x = layers.edge(g, f"classifier.{index}.relu", layers.relu(g, f"classifier.{index}.activated", x))
     return layers.linear(g, f"classifier.{len(hidden)}", last, x)
 
 
@@ -178,6 +207,9 @@ class _EdgeNames(BaselineFloats):
     def edge(self, g: GraphBuilder, name: str, x: str) -> str:  # noqa: ARG002
         self.tensors[name] = x
         return x
+
+    def inner_edge(self, g: GraphBuilder, name: str, x: str) -> str:
+        return self.edge(g, name, x)
 
 
 def find_ranges(net: BaselineNet, images: NDArray[np.float32]) -> dict[str, float]:

@@ -39,6 +39,7 @@ from repvgg_deploy.verification import VerificationInputs, choose_inputs
 
 if TYPE_CHECKING:
     from repvgg_deploy.engine import Engine
+    from repvgg_deploy.quantize.qdq import Placement
     from repvgg_deploy.quantize.quantized_net import QuantizationSummary
 
 Say = Callable[[str], None]
@@ -91,7 +92,7 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     parity: dict[str, Parity] = {}
     say(f"making the {request.precision} graph")
     if request.precision is Precision.INT8:
-        product = _make_int8_graph(stage, parity, say, report)
+        product = _make_int8_graph(stage, parity, _placement(request, backend is not None, say), say, report)
     else:
         product = _make_float_graph(stage, parity)
     result = ExportResult(
@@ -178,9 +179,23 @@ def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
     return _Product(graph, run, layers.rounding if half else None)
 
 
-def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], say: Say, report: Report) -> _Product:
+def _placement(request: ExportRequest, builds_engine: bool, say: Say) -> Placement:
+    """Where the Q/DQ pairs of an INT8 graph stand: for the one who will read it first, unless the request says."""
+    from repvgg_deploy.quantize.qdq import Placement
+
+    wanted = "auto" if request.int8 is None else request.int8.qdq
+    if wanted == "auto":
+        wanted = "tensorrt" if builds_engine else "onnxruntime"
+        if not builds_engine:
+            say("the Q/DQ pairs stand as ONNX Runtime wants them; --qdq tensorrt is for an engine built elsewhere")
+    return Placement.AFTER_RELU if wanted == "tensorrt" else Placement.BOTH
+
+
+def _make_int8_graph(
+    stage: _Stage, parity: dict[str, Parity], placement: Placement, say: Say, report: Report
+) -> _Product:
     from repvgg_deploy.int8_export import quantize_for_export
-    from repvgg_deploy.quantize.qdq import Placement, to_qdq_onnx
+    from repvgg_deploy.quantize.qdq import to_qdq_onnx
 
     request = stage.request.int8
     if request is None:
@@ -200,9 +215,9 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], say: Say, report:
         "images_sha256": summary.images_sha256,
         "seed": summary.seed,
         "kept_float": list(quantized.float_layers()),
+        "qdq": placement.value,
     }
     dtype = np.dtype(np.float16 if request.rest is Precision.FP16 else np.float32)
-    placement = Placement.AFTER_RELU if request.qdq == "tensorrt" else Placement.BOTH
     metadata = _metadata(stage, {"quantization": about})
     graph = to_qdq_onnx(quantized, _graph_options(stage), metadata, dtype, placement)
     return _Product(graph, lambda: expected, None, summary)

@@ -227,9 +227,10 @@ def test_a_limit_on_the_drop_keeps_as_few_layers_in_float_as_it_takes(images, tm
 
 def test_the_places_of_the_pairs_do_not_change_the_integers(images, tmp_path) -> None:
     parity = {}
-    for qdq in ("tensorrt", "onnxruntime"):
+    pairs = {"tensorrt": 12, "onnxruntime": 23, "auto": 23}
+    for qdq, expected in pairs.items():
         values = json.loads(int8(images, tmp_path / qdq, "--qdq", qdq, "--json").stdout)
         parity[qdq] = values["parity"]["onnx"]["relative"]
         ops = values["ops"]
-        assert ops["QuantizeLinear"] == {"tensorrt": 12, "onnxruntime": 22}[qdq]
+        assert ops["QuantizeLinear"] == expected
     assert max(parity.values()) < 1e-4

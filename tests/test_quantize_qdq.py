@@ -45,6 +45,15 @@ def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return {name: node for node in model.graph.node for name in node.output}
 
 
+def bias_of(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
+    """The bias of a Conv or Gemm, which may be added by a node of its own."""
+    if len(node.input) == 3:
+        return node.input[2]
+    (add,) = (reader for reader in model.graph.node if node.output[0] in reader.input)
+    assert add.op_type == "Add"
+    return add.input[1]
+
+
 @pytest.mark.parametrize("placement", list(Placement))
 def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(
     quantized: QuantizedNet, placement: Placement
@@ -72,7 +81,7 @@ def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(
             assert weights[kernel.input[0]].data_type == onnx.TensorProto.INT8
             assert list(weights[kernel.input[1]].dims) == [weights[kernel.input[0]].dims[0]]
             assert kernel.attribute[0].i == 0
-            assert weights[node.input[2]].data_type == onnx.TensorProto.FLOAT
+            assert weights[bias_of(model, node)].data_type == onnx.TensorProto.FLOAT
         checked += 1
     assert checked == len(quantized.integers()) + 1
 
@@ -80,8 +89,12 @@ def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(
 def test_a_pair_stands_on_both_sides_of_a_relu_without_a_squeeze_excite(quantized: QuantizedNet, shape: str) -> None:
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     made = producers(model)
-    relus = [node for node in model.graph.node if node.op_type == "Relu" and ".se_" not in node.name]
+    relus = [node for node in model.graph.node if node.op_type.endswith("Relu") and ".se_" not in node.name]
     before = {made[node.input[0]].op_type for node in relus}
+    # ONNX Runtime has an integer kernel for a LeakyRelu, none for a Relu.
+    between_pairs = [node for node in relus if node.op_type == "LeakyRelu"]
+    assert between_pairs == [node for node in relus if made[node.input[0]].op_type == "DequantizeLinear"]
+    assert all(node.attribute[0].f == 0.0 for node in between_pairs)
     expected = {
         "plain": {"DequantizeLinear"},
         "grouped": {"DequantizeLinear"},
@@ -93,6 +106,7 @@ def test_a_pair_stands_on_both_sides_of_a_relu_without_a_squeeze_excite(quantize
     assert "DequantizeLinear" not in {
         producers(after)[n.input[0]].op_type for n in after.graph.node if n.op_type == "Relu"
     }
+    assert "LeakyRelu" not in {node.op_type for node in after.graph.node}
 
 
 @pytest.mark.parametrize("placement", list(Placement))
@@ -109,14 +123,16 @@ def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: Quantize
     np.testing.assert_allclose(logits, quantized(images), atol=0.03 * float(quantized(images).abs().max()))
 
 
-def test_onnx_runtime_makes_every_convolution_an_integer_one(tmp_path: Path) -> None:
+def test_onnx_runtime_makes_every_layer_an_integer_one(tmp_path: Path) -> None:
     quantized = quantize(fused_net("grouped"), [draw_images(32)], QUICK)
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     images = draw_images(16, seed=2)
     (logits,) = run(model, images, tmp_path / "optimized.onnx")
     ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert ops["QLinearConv"] == len(quantized.integers()) - 1
-    assert ops["Conv"] == ops["FusedConv"] == 0
+    assert ops["QLinearLeakyRelu"] == ops["QLinearConv"]
+    assert ops["QGemm"] == ops["QLinearGlobalAveragePool"] == 1
+    assert ops["Conv"] == ops["FusedConv"] == ops["Gemm"] == ops["DequantizeLinear"] == 0
     np.testing.assert_allclose(logits, quantized(images), rtol=1e-4, atol=1e-4)
 
 

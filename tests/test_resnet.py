@@ -19,6 +19,7 @@ from repvgg_deploy.nets.vgg import Vgg, VggSpec
 from repvgg_deploy.onnx_baseline import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.onnx_export import GraphOptions
 from repvgg_deploy.onnx_graph import write_graph
+from repvgg_deploy.quantize.qdq import Placement
 from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
 from repvgg_deploy.seeded import seed_weights
 
@@ -119,17 +120,22 @@ def test_the_graph_gives_the_nets_logits(
     assert relative(torch.from_numpy(logits), logits_of(net, torch.from_numpy(pictures))) < limit
 
 
+@pytest.mark.parametrize("placement", list(Placement))
 @pytest.mark.parametrize("spec", SMALL, ids=["basic", "bottleneck", "vgg"])
 def test_the_int8_graph_is_near_and_all_its_convolutions_are_int8(
-    spec: ResNetSpec | VggSpec, pictures: np.ndarray, tmp_path: Path
+    spec: ResNetSpec | VggSpec, placement: Placement, pictures: np.ndarray, tmp_path: Path
 ) -> None:
     net = make(spec)
-    graph = to_baseline_onnx(net, BaselineIntegers(find_ranges(net, pictures)), GraphOptions(64, 64), {})
+    graph = to_baseline_onnx(net, BaselineIntegers(find_ranges(net, pictures), placement), GraphOptions(64, 64), {})
     made_by = {node.output[0]: node.op_type for node in graph.model.graph.node}
     convolutions = [node for node in graph.model.graph.node if node.op_type in ("Conv", "Gemm")]
     assert convolutions
     for node in convolutions:
-        assert {made_by.get(name) for name in node.input[1:2]} == {"DequantizeLinear"}
+        # As the Q/DQ graph of a RepVGG: a Flatten may stand between the pair and the classifier.
+        assert made_by[node.input[0]] in ("DequantizeLinear", "Flatten", "MaxPool"), node.name
+        assert made_by[node.input[1]] == "DequantizeLinear"
+    in_front = {made_by[node.input[0]] for node in graph.model.graph.node if node.op_type.endswith("Relu")}
+    assert ("DequantizeLinear" in in_front) == (placement is Placement.BOTH)
     path = tmp_path / "net.onnx"
     write_graph(graph, path)
     logits = OnnxRunner(path).run(pictures)["logits"]
@@ -152,6 +158,7 @@ def test_onnx_runtime_runs_all_convolutions_of_the_int8_graph_as_integers(
     ops = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert "Conv" not in ops
     assert ops.count("QLinearConv") == graph.op_histogram()["Conv"]
+    assert ops.count("QGemm") == graph.op_histogram()["Gemm"]
 
 
 def test_the_graph_has_no_norms_left() -> None:

@@ -26,8 +26,10 @@ FP16_SCALES_OPSET = 19
 class Placement(str, Enum):
     """Where the Q/DQ pairs stand; the integers that flow are the same.
 
-    `both`: in front of the ReLU and behind it, with one scale. ONNX Runtime makes an integer convolution only where a
-    QuantizeLinear follows it directly; TensorRT takes it as well. `after_relu`: behind the ReLU only, which is what
+    `both`: in front of the ReLU and behind it, with one scale, and on both sides of the Flatten. ONNX Runtime makes an
+    integer operator only where a DequantizeLinear stands directly in front and a QuantizeLinear directly behind. The
+    ReLU is a LeakyRelu of slope 0, of which it has an integer kernel, and the classifier's bias an Add of its own,
+    which lets the Gemm be one. TensorRT takes all that as well. `after_relu`: behind the ReLU only, which is what
     TensorRT fuses into one kernel; ONNX Runtime then computes in float.
     """
 
@@ -62,6 +64,12 @@ class IntegerLayers:
         scale = self._output_scale(block)
         return x if scale is None else self._rounded(g, f"{block}.output", x, scale)
 
+    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
+        """A Relu node, or the LeakyRelu that does the same between two pairs."""
+        if self._output_scale(name.removesuffix(".relu")) is None:
+            return self.floats.relu(g, name, x)
+        return g.add("LeakyRelu", [x], name, alpha=0.0)
+
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
         """Q/DQ in front of the global average pool, and behind it, in front of the classifier."""
         if self.net.pool_scale is not None:
@@ -71,19 +79,22 @@ class IntegerLayers:
         return x if classifier is None else self._rounded(g, f"{CLASSIFIER}.input", x, classifier.input_scale)
 
     def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
-        """DQ of the weights, Gemm."""
+        """DQ of the weights, Gemm; the pair in front of it once more where the Flatten has parted them."""
         layer = self.net.integer_layer(CLASSIFIER)
         if layer is None:
             return self.floats.linear(g, name, linear, x)
         weight = self._weight(g, name, layer)
         bias = self.floats.value(g, f"{name}.bias", layer.bias)
-        return g.add("Gemm", [x, weight, bias], name, transB=1)
+        if self.placement is not Placement.BOTH:
+            return g.add("Gemm", [x, weight, bias], name, transB=1)
+        x = self._rounded(g, f"{name}.features", x, layer.input_scale)
+        return g.add("Add", [g.add("Gemm", [x, weight], f"{name}.product", transB=1), bias], name)
 
     def _output_scale(self, block: str) -> Tensor | None:
         """The scale of the edge behind `block`, where its integers can be made in front of the ReLU as well."""
         if self.placement is not Placement.BOTH or not is_plain(self.blocks[block]):
             return None
-        return self.net.edge_scale(self.readers[block])
+        return None if self.net.integer_layer(block) is None else self.net.edge_scale(self.readers[block])
 
     def _rounded(self, g: GraphBuilder, name: str, x: str, scale: Tensor) -> str:
         scale_name = g.weight(f"{name}.scale", np.asarray(float(scale), dtype=self.dtype))
