@@ -1,12 +1,14 @@
 """Time and peak memory of `repvgg-deploy export` against the conversion that everyone writes by hand.
 
+    pip install onnxscript     # what torch.onnx.export needs by default
     python bench/export_vs_naive.py --arch B3 --rounds 3 -o bench/results
 
 The naive flow is what the conversion scripts in the field do: build the training net, load the checkpoint, fuse every
 block in float32 in a copy of the net, save the deploy checkpoint; build the deploy net, load that, `torch.onnx.export`
-the whole net, `onnxsim.simplify` the whole graph, save. It verifies nothing.
+the whole net, `onnxsim.simplify` the whole graph, save. It verifies nothing. It runs with each of torch's two
+exporters: `naive` with the present default, `naive-torchscript` with the older one (`dynamo=False`).
 
-Both run as processes of their own, in turn, so that a noisy machine is noisy for both; the figures are those of the
+All run as processes of their own, in turn, so that a noisy machine is noisy for all; the figures are those of the
 whole process.
 """
 
@@ -31,7 +33,7 @@ from repvgg_deploy.archs import find_card
 from repvgg_deploy.checkpoints.official import LAYOUT
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
-arch, source, target = sys.argv[1:]
+arch, source, target, exporter = sys.argv[1:]
 net = RepVGG(find_card(arch).spec()).eval()
 state = torch.load(source, map_location="cpu", weights_only=True)
 names = LAYOUT.name_keys(state).names
@@ -66,10 +68,13 @@ torch.save(converted.state_dict(), target + ".pth")
 del net, state, converted
 deploy = RepVGG(find_card(arch).spec().fused()).eval()
 deploy.load_state_dict(torch.load(target + ".pth", map_location="cpu", weights_only=True))
-torch.onnx.export(
-    deploy, (torch.randn(1, 3, 224, 224),), target, input_names=["images"], output_names=["logits"], opset_version=17,
-    dynamo=False, dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-)
+image = torch.randn(1, 3, 224, 224)
+names = {"input_names": ["images"], "output_names": ["logits"]}
+if exporter == "torchscript":
+    axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
+    torch.onnx.export(deploy, (image,), target, opset_version=17, dynamo=False, dynamic_axes=axes, **names)
+else:
+    torch.onnx.export(deploy, (image,), target, dynamic_shapes=({0: torch.export.Dim("batch")},), **names)
 simplified, ok = onnxsim.simplify(onnx.load(target))
 assert ok
 onnx.save(simplified, target)
@@ -108,20 +113,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
-    samples: dict[str, list[dict[str, float]]] = {"naive": [], "repvgg-deploy": []}
+    samples: dict[str, list[dict[str, float]]] = {"naive": [], "naive-torchscript": [], "repvgg-deploy": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         checkpoint, script = folder / "net.pth", folder / "naive.py"
         make_checkpoint(arguments.arch, checkpoint)
         script.write_text(NAIVE, encoding="utf-8")
         for _ in range(arguments.rounds):
-            samples["naive"].append(run([str(script), arguments.arch, str(checkpoint), str(folder / "naive.onnx")]))
+            for name, exporter in (("naive", "default"), ("naive-torchscript", "torchscript")):
+                target = str(folder / f"{name}.onnx")
+                samples[name].append(run([str(script), arguments.arch, str(checkpoint), target, exporter]))
             ours = ["-m", "repvgg_deploy", "export", str(checkpoint), "-o", str(folder / "out"), "--engine", "none"]
             samples["repvgg-deploy"].append(run(ours))
             print({name: round(runs[-1]["seconds"], 1) for name, runs in samples.items()}, file=sys.stderr)
+    keys = ("seconds", "cpu_seconds", "peak_bytes")
     ratio = {
-        key: statistics.median(n[key] / o[key] for n, o in zip(samples["naive"], samples["repvgg-deploy"], strict=True))
-        for key in ("seconds", "cpu_seconds", "peak_bytes")
+        name: {
+            key: statistics.median(n[key] / o[key] for n, o in zip(runs, samples["repvgg-deploy"], strict=True))
+            for key in keys
+        }
+        for name, runs in samples.items()
+        if name != "repvgg-deploy"
     }
     record = {
         "schema": 1,
@@ -133,9 +145,11 @@ def main() -> None:
         "ratio": ratio,
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    target = arguments.output / f"export_vs_naive-{arguments.arch}-{record['date']}.json"
-    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"naive / repvgg-deploy: time {ratio['seconds']:.2f}, memory {ratio['peak_bytes']:.2f}; written {target}")
+    record_path = arguments.output / f"export_vs_naive-{arguments.arch}-{record['date']}.json"
+    record_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for name, values in ratio.items():
+        print(f"{name} / repvgg-deploy: time {values['seconds']:.2f}, memory {values['peak_bytes']:.2f}")
+    print(f"written {record_path}")
 
 
 def _processor() -> str:

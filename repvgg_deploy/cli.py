@@ -28,6 +28,8 @@ from repvgg_deploy.cli_options import (
     trust_option,
 )
 from repvgg_deploy.errors import DeployError, ThresholdError
+from repvgg_deploy.process import prepare_process
+from repvgg_deploy.staging import start_hashing
 
 
 class _Group(click.Group):
@@ -137,6 +139,8 @@ def export(
     """
     if fp16 and int8:
         raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is what stays float in INT8.")
+    prepare_process()
+    start_hashing(ckpt)
     from repvgg_deploy import report
     from repvgg_deploy.artifacts import Precision
     from repvgg_deploy.export_request import ExportRequest

@@ -74,7 +74,7 @@ def write_fused(
         write_state_dict(state, written, class_names_metadata(checkpoint.class_names))
         # What counts is what a reader gets from the file, not what was handed to the writer.
         again = build(load_checkpoint(written))
-        parity = compare(reference, run_fused(again, images)[0])
+        parity = compare(reference, run_fused(again, images)[0][0])
         require_parity("the written file", parity, _MAX_RELATIVE)
         del again
     return FusedFile(target, checkpoint.arch, chosen, count_parameters(fused.spec), parity)

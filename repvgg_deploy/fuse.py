@@ -8,7 +8,9 @@ Sources: RepVGG section 3.3 (https://arxiv.org/abs/2101.03697); QARepVGG section
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Event, Lock
 from typing import cast
 
 import torch
@@ -50,15 +52,52 @@ def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         FusionError: a block has no equivalent convolution (no running statistics, a squeeze-excite in front of a BN,
             padding that shifts the branches against each other, a branch that is not known), or there is none at all.
     """
+    fusion = begin_fusion(module, dtype)
+    fusion.finish()
+    return fusion.net
+
+
+class Fusion:
+    """A net that is being fused: `net` has its final form at once, the values of its kernels come with `finish`."""
+
+    def __init__(self, net: nn.Module, fills: Mapping[str, Callable[[], None]]) -> None:
+        self.net = net
+        self._fills = fills
+        self._done = {name: Event() for name in fills}
+        self._lock = Lock()
+
+    def finish(self) -> None:
+        """Compute the kernels block by block, in the order of the net; again it does nothing, beside it it waits."""
+        with self._lock:
+            try:
+                for name, fill in self._fills.items():
+                    fill()
+                    self._done[name].set()
+            finally:
+                # After an error too, so that nobody waits for ever.
+                for event in self._done.values():
+                    event.set()
+                self._fills = {}
+
+    def wait_for(self, tensor: str) -> None:
+        """Return when the tensor of that name in `net` has its values, which another thread computes."""
+        event = self._done.get(tensor.rsplit(".", 2)[0])
+        if event is not None:
+            event.wait()
+
+
+def begin_fusion(module: nn.Module, dtype: torch.dtype | None = None) -> Fusion:
+    """As `fuse`, but the kernels are not computed yet; `module` must stay as it is until they are."""
     # deepcopy takes what it finds in the memo for the copy: so a block's branches are never copied.
     memo: dict[int, object] = {}
+    fills: dict[str, Callable[[], None]] = {}
     found = False
     for name, block in module.named_modules():
         parts = _take_apart(block, name)
         if parts is not None:
             if not isinstance(block, TrainingBlock):
                 _require_same_function(block, parts, name)
-            memo[id(block)] = _fused_block(parts, dtype, training=block.training)
+            memo[id(block)], fills[name] = _fused_block(parts, dtype, training=block.training)
             found = True
         found = found or isinstance(block, FusedBlock)
     if not found:
@@ -71,7 +110,7 @@ def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         fused.spec = fused.spec.fused()
         if dtype is not None:
             fused = fused.to(dtype)
-    return fused
+    return Fusion(fused, fills)
 
 
 def equivalent_kernel_bias(block: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -133,8 +172,8 @@ def _affine(norm: _BatchNorm | None, like: Tensor, rows: slice) -> tuple[Tensor,
     return scale, shift if norm.bias is None else shift + norm.bias[rows].to(like.dtype)
 
 
-@torch.no_grad()
-def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -> FusedBlock:
+def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -> tuple[FusedBlock, Callable[[], None]]:
+    """The block, and what fills its convolution with values."""
     like = parts.conv
     with torch.device("meta"):
         conv = nn.Conv2d(
@@ -148,14 +187,18 @@ def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -
         )
     weight = torch.empty_like(like.weight, dtype=dtype, memory_format=torch.contiguous_format)
     bias = torch.empty_like(weight[:, 0, 0, 0], memory_format=torch.contiguous_format)
-    # A few output channels at a time: float64 copies of a whole kernel would be the largest tensors of an export.
-    step = max(1, _CHUNK // max(1, weight[0].numel()))
-    for start in range(0, like.out_channels, step):
-        rows = slice(start, start + step)
-        weight[rows], bias[rows] = _kernel_and_bias(parts, torch.float64, rows)
     conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
     rest = [copy.deepcopy(part) for part in (parts.se_before, parts.act, parts.se_after)]
-    return FusedBlock(conv, *rest).train(training)
+
+    @torch.no_grad()
+    def fill() -> None:
+        # A few output channels at a time: float64 copies of a whole kernel would be the largest tensors of an export.
+        step = max(1, _CHUNK // max(1, weight[0].numel()))
+        for start in range(0, like.out_channels, step):
+            rows = slice(start, start + step)
+            weight[rows], bias[rows] = _kernel_and_bias(parts, torch.float64, rows)
+
+    return FusedBlock(conv, *rest).train(training), fill
 
 
 @torch.no_grad()
@@ -172,7 +215,9 @@ def _require_same_function(block: nn.Module, parts: BlockParts, name: str) -> No
     size = 2 * conv.dilation[0] * (conv.kernel_size[0] // 2) + 3
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, conv.in_channels, size, size, dtype=torch.float64, generator=generator).to(conv.weight.device)
-    fused = _fused_block(parts, torch.float64, training=False).double()
+    fused, fill = _fused_block(parts, torch.float64, training=False)
+    fill()
+    fused = fused.double()
     try:
         expected, given = twin(x.clone()), fused(x)
         same = expected.shape == given.shape and torch.allclose(expected, given, rtol=1e-9, atol=1e-9)

@@ -7,7 +7,7 @@ one `initializer` field a weight, written straight from its array: no second cop
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,46 +123,58 @@ def _simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     return simplified
 
 
-def write_graph(graph: OnnxGraph, path: Path, external_above: int = TWO_GIB - (1 << 20)) -> None:
+def write_graph(
+    graph: OnnxGraph,
+    path: Path,
+    external_above: int = TWO_GIB - (1 << 20),
+    wait_for: Callable[[str], None] = lambda _: None,
+) -> None:
     """Write `graph` to `path`; identical graphs give identical bytes.
 
-    Where the weights take more than `external_above` bytes they go to `<path>.data` beside it.
+    Where the weights take more than `external_above` bytes the large ones go to `<path>.data` beside it. `wait_for` is
+    called with the name of each weight, and returns when it has its values.
     """
-    external = graph.weight_bytes > external_above
+    external = {n for n, a in graph.weights.items() if a.nbytes >= LARGE and graph.weight_bytes > external_above}
     rest = onnx.ModelProto()
     rest.CopyFrom(graph.model)
     rest.ClearField("graph")
     skeleton = graph.model.graph.SerializeToString(deterministic=True)
-    headers = _external_headers(graph, path) if external else _inline_headers(graph)
+    headers = _headers(graph, path, external)
     sizes = [
-        len(header) + (0 if external else array.nbytes)
-        for header, array in zip(headers, graph.weights.values(), strict=True)
+        len(header) + (0 if name in external else array.nbytes)
+        for header, (name, array) in zip(headers, graph.weights.items(), strict=True)
     ]
-    fields = [_field(_GRAPH_INITIALIZER, size) for size in sizes]
+    fields = [encode_field(GRAPH_INITIALIZER, size) for size in sizes]
     total = len(skeleton) + sum(sizes) + sum(map(len, fields))
     with path.open("wb") as file:
         file.write(rest.SerializeToString(deterministic=True))
-        file.write(_field(_MODEL_GRAPH, total))
+        file.write(encode_field(MODEL_GRAPH, total))
         file.write(skeleton)
-        for prefix, header, array in zip(fields, headers, graph.weights.values(), strict=True):
+        for prefix, header, (name, array) in zip(fields, headers, graph.weights.items(), strict=True):
             file.write(prefix)
             file.write(header)
-            if not external:
+            if name not in external:
+                wait_for(name)
                 _write_array(file, array)
     if external:
         with path.with_name(path.name + ".data").open("wb") as file:
-            for array in graph.weights.values():
+            for name, array in graph.weights.items():
+                if name not in external:
+                    continue
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+                wait_for(name)
                 _write_array(file, array)
 
 
 # Field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
-_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 7, 5, 9
+MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
 # What a runtime can map into memory directly.
 _ALIGNMENT = 4096
+# In bytes; smaller weights may be shapes or counts, which whoever reads the graph wants to see at once.
+LARGE = 1024
 
 
-def _field(number: int, size: int) -> bytes:
+def encode_field(number: int, size: int) -> bytes:
     """The tag and length that stand before a length-delimited protobuf field."""
     return bytes([number << 3 | 2]) + _varint(size)
 
@@ -181,22 +193,26 @@ def _tensor_header(name: str, array: Array) -> bytes:
     return bytes(header.SerializeToString(deterministic=True))
 
 
-def _inline_headers(graph: OnnxGraph) -> list[bytes]:
-    return [_tensor_header(n, a) + _field(_TENSOR_RAW_DATA, a.nbytes) for n, a in graph.weights.items()]
-
-
-def _external_headers(graph: OnnxGraph, path: Path) -> list[bytes]:
+def _headers(graph: OnnxGraph, path: Path, external: Container[str]) -> list[bytes]:
     headers, offset = [], 0
     for name, array in graph.weights.items():
-        offset += -offset % _ALIGNMENT
-        tensor = TensorProto.FromString(_tensor_header(name, array))
-        tensor.data_location = TensorProto.EXTERNAL
-        where = {"location": path.name + ".data", "offset": str(offset), "length": str(array.nbytes)}
-        for key, value in where.items():
-            tensor.external_data.add(key=key, value=value)
-        headers.append(tensor.SerializeToString(deterministic=True))
-        offset += array.nbytes
+        header = _tensor_header(name, array)
+        if name in external:
+            offset += -offset % _ALIGNMENT
+            headers.append(with_external_data(header, path.name + ".data", offset, array.nbytes))
+            offset += array.nbytes
+        else:
+            headers.append(header + encode_field(TENSOR_RAW_DATA, array.nbytes))
     return headers
+
+
+def with_external_data(header: bytes, file_name: str, offset: int, size: int) -> bytes:
+    """A serialized tensor without values, as one whose values lie in a file beside the graph's."""
+    tensor = TensorProto.FromString(header)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", file_name), ("offset", offset), ("length", size)):
+        tensor.external_data.add(key=key, value=str(value))
+    return bytes(tensor.SerializeToString(deterministic=True))
 
 
 def _write_array(file: BinaryIO, array: Array) -> None:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +24,7 @@ from repvgg_deploy.cost import count_parameters
 from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.evaluate import softmax
 from repvgg_deploy.export_request import ExportRequest, ExportResult
-from repvgg_deploy.fuse import fuse
+from repvgg_deploy.fuse import Fusion, begin_fusion
 from repvgg_deploy.images import normalize
 from repvgg_deploy.model import Model, choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
@@ -86,9 +86,13 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
     say(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
     net = build(checkpoint)
-    fused = cast(RepVGG, fuse(net, torch.float32))
-    stage = _Stage(request, checkpoint.without_tensors(), net, fused, preprocessing, inputs)
-    del checkpoint, net, fused
+    pool = ThreadPoolExecutor(3)
+    # Fusing takes one core; what it will be held against is computed on the other.
+    trained = pool.submit(run_in_float64, net, normalize(inputs.small, preprocessing))
+    stage = _Stage(
+        request, checkpoint.without_tensors(), begin_fusion(net, torch.float32), trained, preprocessing, inputs
+    )
+    del checkpoint, net, trained
     parity: dict[str, Parity] = {}
     say(f"making the {request.precision} graph")
     if request.precision is Precision.INT8:
@@ -101,7 +105,7 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
         checkpoint=stage.checkpoint,
         preprocessing=preprocessing,
         precision=request.precision,
-        parameters=count_parameters(stage.fused.spec),
+        parameters=count_parameters(stage.unfinished.spec),
         ops=product.graph.op_histogram(),
         parity=parity,
         rounding=product.rounding,
@@ -109,11 +113,13 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
         seconds=0.0,
         peak_bytes=0,
     )
-    with stage_files(request.output) as staging, ThreadPoolExecutor(1) as pool:
+    with stage_files(request.output) as staging, pool:
         staged = staging / result.onnx.name
-        # The disk takes the file while the processor computes what it must give.
-        written = pool.submit(write_graph, product.graph, staged)
+        # Block by block: computed, written and run.
+        finished = pool.submit(stage.fusion.finish)
+        written = pool.submit(write_graph, product.graph, staged, wait_for=stage.fusion.wait_for)
         expected = product.run()
+        finished.result()
         written.result()
         # The weights are in the file now, and ONNX Runtime brings its own copy.
         del stage, product
@@ -143,35 +149,53 @@ def _find_backend(name: str, say: Say) -> Any:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A net between fusing and its graph: both forms of it, and what they are compared on."""
+    """A net between fusing and its graph: the fused form, what the training form gives, and on what.
+
+    `trained`: the logits of the training form in float64 on `inputs.small`.
+    """
 
     request: ExportRequest
     checkpoint: Checkpoint
-    net: RepVGG
-    fused: RepVGG
+    fusion: Fusion
+    trained: Future[NDArray[np.float64]]
     preprocessing: Preprocessing
     inputs: VerificationInputs
 
-    def compare_forms(self) -> Parity:
-        """How the fused net in float32 compares with the training form in float64.
+    @property
+    def unfinished(self) -> RepVGG:
+        """The fused net, its kernels perhaps without their values."""
+        return cast(RepVGG, self.fusion.net)
+
+    @property
+    def fused(self) -> RepVGG:
+        """The fused net."""
+        self.fusion.finish()
+        return self.unfinished
+
+    def run(self, parity: dict[str, Parity]) -> tuple[NDArray[np.float32], dict[str, float]]:
+        """The fused net's logits in float32 on `inputs.full`, and the largest magnitude of each convolution.
+
+        How it compares with the training form on `inputs.small` goes to `parity`.
 
         Raises:
             VerificationError: they differ by more than float32 arithmetic does.
         """
-        images = normalize(self.inputs.small, self.preprocessing)
-        parity = compare(run_in_float64(self.net, images), run_fused(self.fused, images)[0])
-        require_parity("fusing", parity, MAX_RELATIVE[Precision.FP32])
-        return parity
+        small, full = (normalize(pixels, self.preprocessing) for pixels in (self.inputs.small, self.inputs.full))
+        (fused, logits), largest = run_fused(self.unfinished, small, full, wait_for=self.fusion.wait_for)
+        parity["fused"] = compare(self.trained.result(), fused)
+        require_parity("fusing", parity["fused"], MAX_RELATIVE[Precision.FP32])
+        return logits, largest
 
 
 def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
     half = stage.request.precision is Precision.FP16
     layers = FloatLayers(np.dtype(np.float16 if half else np.float32))
-    graph = to_onnx(stage.fused, layers, _graph_options(stage), _metadata(stage, {}))
+    # In float32 the weights are shared, not copied, so the graph can be made before they have their values.
+    net = stage.fused if half else stage.unfinished
+    graph = to_onnx(net, layers, _graph_options(stage), _metadata(stage, {}))
 
     def run() -> NDArray[np.float32]:
-        parity["fused"] = stage.compare_forms()
-        logits, largest = run_fused(stage.fused, normalize(stage.inputs.full, stage.preprocessing))
+        logits, largest = stage.run(parity)
         if half:
             _require_fp16_range(largest)
         return logits
@@ -201,13 +225,13 @@ def _make_int8_graph(
     if request is None:
         raise DeployError("INT8 needs calibration images", "--calib DIR, a folder of a few hundred typical images")
     # Before the calibration, which takes longer than all the rest.
-    parity["fused"] = stage.compare_forms()
-    images = normalize(stage.inputs.full, stage.preprocessing)
-    reference, _ = run_fused(stage.fused, images)
+    fused = stage.fused
+    reference, _ = stage.run(parity)
     sha256 = stage.checkpoint.sha256
-    quantized, summary = quantize_for_export(stage.fused, request, stage.preprocessing, sha256, say, report)
+    quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, say, report)
     with torch.inference_mode():
-        expected: NDArray[np.float32] = quantized(torch.from_numpy(images)).numpy()
+        images = torch.from_numpy(normalize(stage.inputs.full, stage.preprocessing))
+        expected: NDArray[np.float32] = quantized(images).numpy()
     parity["quantized"] = compare(reference, expected)
     about = {
         "recipe": summary.recipe,

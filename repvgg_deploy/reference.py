@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -20,24 +21,25 @@ def run_in_float64(net: RepVGG, images: NDArray[np.floating[Any]]) -> NDArray[np
     No kernel is in float64 as a whole, so this takes little more memory than `net` itself.
     """
     x = torch.from_numpy(np.asarray(images, dtype=np.float64))
+    wide = x.new_empty(_WIDENED_VALUES)
     for block in net.blocks():
         # deepcopy takes what it finds in the memo for the copy: so the kernels are not copied.
-        memo: dict[int, object] = {id(m): _Float64Conv(m) for m in block.modules() if isinstance(m, nn.Conv2d)}
+        memo: dict[int, object] = {id(m): _Float64Conv(m, wide) for m in block.modules() if isinstance(m, nn.Conv2d)}
         x = copy.deepcopy(block, memo).double()(x)
     logits = nn.functional.linear(x.mean((2, 3)), net.classifier.weight.double(), net.classifier.bias.double())
     return cast("NDArray[np.float64]", logits.numpy())
 
 
 class _Float64Conv(nn.Module):
-    """A convolution in float64 whose kernel is widened some output channels at a time, not as a whole."""
+    """A convolution in float64 whose kernel is widened some output channels at a time, into `wide`."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, wide: Tensor) -> None:
         super().__init__()
         # In a tuple, so that .double() does not reach it.
-        self._conv = (conv,)
+        self._conv = (conv, wide)
 
     def forward(self, x: Tensor) -> Tensor:
-        (conv,) = self._conv
+        conv, wide = self._conv
         geometry = (conv.kernel_size, conv.dilation, conv.padding, conv.stride)
         kernel_size, dilation, padding, stride = (cast("tuple[int, int]", pair) for pair in geometry)
         columns = nn.functional.unfold(x, kernel_size, dilation, padding, stride)
@@ -46,29 +48,38 @@ class _Float64Conv(nn.Module):
         columns = columns.reshape(len(x), conv.groups, -1, pixels).permute(1, 2, 0, 3).flatten(2)
         kernel = conv.weight.reshape(conv.groups, conv.out_channels // conv.groups, -1)
         out = columns.new_empty(conv.groups, kernel.shape[1], columns.shape[2])
-        step = max(1, _WIDENED_VALUES // kernel.shape[2])
+        step = max(1, len(wide) // kernel.shape[2])
         for group in range(conv.groups):
             for start in range(0, kernel.shape[1], step):
-                rows = slice(start, start + step)
-                torch.mm(kernel[group, rows].double(), columns[group], out=out[group, rows])
+                part = kernel[group, start : start + step]
+                # A row may be longer than the buffer, in a net of unusual width.
+                space = wide[: part.numel()] if part.numel() <= len(wide) else wide.new_empty(part.numel())
+                widened = space.view(part.shape).copy_(part)
+                torch.mm(widened, columns[group], out=out[group, start : start + step])
         height = (x.shape[2] + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
         out = out.reshape(conv.out_channels, len(x), height, pixels // height).transpose(0, 1)
         bias: Tensor | None = conv.bias
         return out if bias is None else out + bias.double()[:, None, None]
 
 
-# 16 MB of float64: the memory is used again for the next channels, and the threads meet seldom.
+# 16 MB of float64: used again for the next channels, and enough for the threads to meet seldom.
 _WIDENED_VALUES = 1 << 21
 
 
 @torch.no_grad()
-def run_fused(net: RepVGG, images: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float32], dict[str, float]]:
-    """Logits (N, classes) of a fused net in float32, and the largest magnitude that each convolution gives."""
-    x = torch.from_numpy(np.asarray(images, dtype=np.float32))
+def run_fused(
+    net: RepVGG, *inputs: NDArray[np.floating[Any]], wait_for: Callable[[str], None] = lambda _: None
+) -> tuple[list[NDArray[np.float32]], dict[str, float]]:
+    """Logits (N, classes) of a fused net in float32 for each of `inputs`, and each convolution's largest magnitude.
+
+    `wait_for` is called with the name of a block's kernel before it is used; see `Fusion.wait_for`.
+    """
+    xs = [torch.from_numpy(np.asarray(images, dtype=np.float32)) for images in inputs]
     largest: dict[str, float] = {}
     for name, block in net.named_blocks():
+        wait_for(f"{name}.conv.weight")
         fused = cast(FusedBlock, block)
-        total = fused.conv(x)
-        largest[name] = float(total.abs().max())
-        x = fused.se_after(fused.act(fused.se_before(total)))
-    return net.head(x).numpy(), largest
+        totals = [fused.conv(x) for x in xs]
+        largest[name] = max(float(total.abs().max()) for total in totals)
+        xs = [fused.se_after(fused.act(fused.se_before(total))) for total in totals]
+    return [net.head(x).numpy() for x in xs], largest

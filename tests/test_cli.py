@@ -342,7 +342,7 @@ def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path
     """What ends a container: the export is stopped while its graph is being written."""
     script = (
         "import time; from repvgg_deploy import pipeline; from repvgg_deploy.cli import main; "
-        "pipeline.run_fused = lambda *_: time.sleep(60); main()"
+        "pipeline.run_fused = lambda *_, **__: time.sleep(60); main()"
     )
     out = tmp_path / "out"
     options = ["export", str(checkpoint_file), "--size", "32", "-o", str(out), *NO_ENGINE]

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.engine.messages import Messages, explain_failure
-from repvgg_deploy.engine.onnx_header import read_onnx_metadata
 from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.onnx_skeleton import read_onnx_metadata
 
 NO_CACHE = BuildOptions(timing_cache=False)
 without_gpu = pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")

@@ -15,6 +15,7 @@ from repvgg_deploy.artifacts import Precision, Preprocessing
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.export_request import ExportRequest
+from repvgg_deploy.fuse import Fusion, fuse
 from repvgg_deploy.images import normalize
 from repvgg_deploy.model import PreprocessingOptions
 from repvgg_deploy.nets.repvgg import RepVGG
@@ -107,10 +108,10 @@ def test_a_graph_that_computes_something_else_is_not_written(checkpoint, monkeyp
     kept = export(request(checkpoint)).onnx.read_bytes()
     write_graph = pipeline.write_graph
 
-    def write_wrong(graph, path) -> None:
+    def write_wrong(graph, path, **options) -> None:
         weights = dict(graph.weights)
         weights["classifier.bias"] = weights["classifier.bias"] + np.float32(0.01)
-        write_graph(type(graph)(graph.model, weights), path)
+        write_graph(type(graph)(graph.model, weights), path, **options)
 
     monkeypatch.setattr(pipeline, "write_graph", write_wrong)
     with pytest.raises(VerificationError, match="the ONNX graph"):
@@ -120,14 +121,12 @@ def test_a_graph_that_computes_something_else_is_not_written(checkpoint, monkeyp
 
 
 def test_a_fused_net_that_differs_is_not_exported(checkpoint, monkeypatch) -> None:
-    fuse = pipeline.fuse
-
     def fuse_wrong(net, dtype):
         fused = fuse(net, dtype)
         fused.stages[1][0].conv.weight.data *= 1.001
-        return fused
+        return Fusion(fused, {})
 
-    monkeypatch.setattr(pipeline, "fuse", fuse_wrong)
+    monkeypatch.setattr(pipeline, "begin_fusion", fuse_wrong)
     with pytest.raises(VerificationError, match="fusing"):
         export(request(checkpoint))
     assert not (checkpoint.parent / "out").exists()
@@ -140,11 +139,11 @@ def test_every_tap_of_the_last_kernel_has_a_part_in_the_verification(tap, arch) 
     preprocessing = Preprocessing()
     pixels = choose_small_pixels(find_card(arch).spec(), preprocessing)
     net = randomize(RepVGG(narrow(arch).spec(7)))
-    fused = pipeline.fuse(net)
+    fused = fuse(net)
     images = normalize(pixels, preprocessing)
-    before, _ = run_fused(fused, images)
+    (before,), _ = run_fused(fused, images)
     fused.stages[4][0].conv.weight.data[:, :, tap[0], tap[1]] *= 1.01
-    after, _ = run_fused(fused, images)
+    (after,), _ = run_fused(fused, images)
     assert compare(before, after).relative > pipeline.MAX_RELATIVE[Precision.FP32]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.staging import stage_files
+from repvgg_deploy.staging import hash_file, stage_files, start_hashing
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -150,3 +151,29 @@ def test_two_at_a_time_do_not_meet(tmp_path: Path) -> None:
         (first / "a").write_text("1")
         (second / "b").write_text("2")
     assert tree(tmp_path) == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_hash_is_that_of_the_bytes_on_the_disk(ahead: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for content in (b"one", b"another"):
+        path.write_bytes(content)
+        if ahead:
+            start_hashing(path)
+        assert hash_file(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_hash_begun_for_another_file_of_that_name_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    start_hashing(path)
+    path.unlink()
+    path.write_bytes(b"another")
+    assert hash_file(path) == hashlib.sha256(b"another").hexdigest()
+
+
+def test_hashing_ahead_leaves_the_errors_to_those_who_read(tmp_path: Path) -> None:
+    start_hashing(tmp_path / "missing")
+    start_hashing(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        hash_file(tmp_path / "missing")

@@ -17,11 +17,11 @@ from repvgg_deploy.engine.cancellation import Cancellation, Progress, make_monit
 from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.engine.messages import Messages, collect_messages, explain_failure
 from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolution_precisions, require_precision
-from repvgg_deploy.engine.onnx_header import read_onnx_metadata
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.side_file import SideFile, side_path
 from repvgg_deploy.engine.timing_cache import use_timing_cache
 from repvgg_deploy.onnx_export import read_metadata
+from repvgg_deploy.onnx_skeleton import read_onnx_metadata
 from repvgg_deploy.staging import hash_file
 
 Say = Callable[[str], None]

@@ -17,10 +17,10 @@ from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.cancellation import run_cancellable
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
 from repvgg_deploy.engine.messages import collect_messages, explain_failure, get_logger
-from repvgg_deploy.engine.onnx_header import read_onnx_metadata
 from repvgg_deploy.engine.side_file import SideFile, side_path
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.onnx_export import GraphOptions, read_metadata
+from repvgg_deploy.onnx_skeleton import read_onnx_metadata
 from repvgg_deploy.staging import hash_file, stage_files
 
 _REBUILD = "build the engine with --refittable: `repvgg-deploy export CHECKPOINT --refittable`"

@@ -1,0 +1,29 @@
+"""Settings of memory and threads for commands that hold hundreds of megabytes of weights."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# malloc.h of glibc: parameters of mallopt.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_INT = 2**31 - 1
+
+
+def prepare_process() -> None:
+    """Settings for a process that does one thing after another to large weights; to be called before torch is loaded.
+
+    It keeps the memory that it frees, and takes large tensors in huge pages: the system hands out memory page by page
+    and zeroes each, which on a virtual machine takes longer than the fusing that fills it. And torch's threads sleep
+    when they have nothing to do, where they would spin and take a core from the stage that runs beside them. What the
+    user has set in the environment stays; where the C library is not glibc its part is left out.
+    """
+    # Read when torch is loaded: c10/core/impl/alloc_cpu.cpp, and the OpenMP runtime.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_TRIM_THRESHOLD, _LARGEST_INT)
