@@ -28,7 +28,7 @@ from repvgg_deploy.cli_options import (
     trust_option,
 )
 from repvgg_deploy.errors import DeployError, ThresholdError
-from repvgg_deploy.process import prepare_process
+from repvgg_deploy.process import prepare_process, quick_imports
 from repvgg_deploy.staging import start_hashing
 
 
@@ -141,10 +141,11 @@ def export(
         raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is what stays float in INT8.")
     prepare_process()
     start_hashing(ckpt)
-    from repvgg_deploy import report
-    from repvgg_deploy.artifacts import Precision
-    from repvgg_deploy.export_request import ExportRequest
-    from repvgg_deploy.pipeline import export as run_export
+    with quick_imports():
+        from repvgg_deploy import report
+        from repvgg_deploy.artifacts import Precision
+        from repvgg_deploy.export_request import ExportRequest
+        from repvgg_deploy.pipeline import export as run_export
 
     precision = Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32
     request = ExportRequest(

@@ -152,11 +152,11 @@ def _kernel_and_bias(parts: BlockParts, dtype: torch.dtype, rows: slice = slice(
 
 def _scaled(conv: nn.Conv2d, norm: _BatchNorm | None, dtype: torch.dtype, rows: slice) -> tuple[Tensor, Tensor]:
     """A convolution and the BN behind it, as a kernel and a bias."""
-    weight = conv.weight[rows].to(dtype)
+    weight = conv.weight[rows].to(dtype, copy=True)
     scale, shift = _affine(norm, weight[:, 0, 0, 0], rows)
     if conv.bias is not None:
         shift = shift + conv.bias[rows].to(dtype) * scale
-    return weight * scale[:, None, None, None], shift
+    return weight.mul_(scale[:, None, None, None]), shift
 
 
 def _affine(norm: _BatchNorm | None, like: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -230,9 +230,9 @@ def _require_same_function(block: nn.Module, parts: BlockParts, name: str) -> No
         )
 
 
-# Values of a kernel that are in float64 at a time: few enough for the first-level cache, and for torch not to split an
-# operation among threads, whose start would take longer than the operation.
-_CHUNK = 1 << 15
+# Values of a kernel that are in float64 at a time: few enough for the second-level cache, and enough for torch to split
+# an operation among threads and for the interpreter, which other threads want too, to be asked for seldom.
+_CHUNK = 1 << 18
 
 
 # How each library names the parts of its block. `branches` are (attribute, is it the identity), the rest attributes.
