@@ -89,6 +89,9 @@ class QuantizedLayers:
         weight = self._weight(g, f"{name}.weight", conv.weight)
         return add_conv(g, name, conv, [x, weight, self.floats.value(g, f"{name}.bias", conv.bias)])
 
+    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
+        return self.floats.relu(g, name, x)
+
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
         return g.add("GlobalAveragePool", [self._activation(g, f"{name}.input", x)], name)
 
