@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from int8_peers import quantize_ours
-from int8_setup import compare, load_fused, read_calibration, read_validation, run_onnx, run_torch, timed, write_record
+from int8_setup import (
+    add_data_options,
+    compare,
+    load_fused,
+    read_calibration,
+    read_validation,
+    run_onnx,
+    run_torch,
+    timed,
+    write_record,
+)
 
 
 def summarize(rows: Sequence[dict[str, Any]], recipe: str) -> dict[str, Any]:
@@ -43,13 +53,9 @@ def summarize(rows: Sequence[dict[str, Any]], recipe: str) -> dict[str, Any]:
 def main() -> None:
     """Quantize with every draw, evaluate, print and record rows and summaries."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--val", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=512)
+    add_data_options(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--recipes", nargs="+", default=["fast", "accurate"])
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     fused = load_fused(arguments.checkpoint)
     images, labels = read_validation(arguments.val)

@@ -18,7 +18,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from int8_setup import compare, in_batches, load_fused, read_calibration, read_validation, run_torch, write_record
+from int8_setup import (
+    add_data_options,
+    compare,
+    in_batches,
+    load_fused,
+    read_calibration,
+    read_validation,
+    run_torch,
+    write_record,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -78,16 +87,12 @@ def _draw_curve(axes: Axes, results: Sequence[dict[str, Any]], key: str) -> None
 def main() -> None:
     """Quantize with every share and choice; print, record and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--val", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=512)
+    add_data_options(parser)
     parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image")
     parser.add_argument("--recipe", default="accurate")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="of the random choices")
     parser.add_argument("--calib-seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
     parser.add_argument("--plots", type=Path, default=Path("bench/plots"))
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)

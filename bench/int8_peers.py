@@ -24,6 +24,7 @@ import numpy as np
 from int8_setup import (
     PIXELS,
     Floats,
+    add_data_options,
     compare,
     in_batches,
     load_fused,
@@ -86,12 +87,8 @@ def quantize_modelopt(source: Path, method: str, images: Floats, target: Path) -
 def main() -> None:
     """Quantize with every tool, evaluate, print and record the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--val", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=512)
+    add_data_options(parser)
     parser.add_argument("--only", nargs="*", help="parts of the names of the rows to measure")
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     fused = load_fused(arguments.checkpoint)
     calibration = read_calibration(arguments.calib, arguments.count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,11 +18,13 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from repvgg_deploy.archs import find_card
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.images import BrokenImages, list_images, list_labelled_images, normalize, read_batches
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.seeded import seeded_repvgg
 
 Floats = NDArray[np.float32]
 PIXELS = 64
@@ -46,23 +49,30 @@ def load_fused(path: Path) -> RepVGG:
     return net.eval().requires_grad_(False)
 
 
+def fuse_seeded(arch: str) -> RepVGG:
+    """The fused net of a card with seeded weights."""
+    net = fuse(seeded_repvgg(find_card(arch)), torch.float32)
+    assert isinstance(net, RepVGG)
+    return net.eval().requires_grad_(False)
+
+
 def read_validation(folder: Path) -> tuple[Floats, NDArray[np.int64]]:
     """All images of `folder`/<class>/…, normalized, and their labels."""
     images = list_labelled_images(folder)
     return _read(images.paths), np.asarray(images.labels)
 
 
-def read_calibration(folder: Path, count: int, seed: int = 0) -> Floats:
+def read_calibration(folder: Path, count: int, seed: int = 0, preprocessing: Preprocessing = PREPROCESSING) -> Floats:
     """`count` images of a folder, chosen by `seed`."""
     paths = list_images(folder)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:count])
-    return _read([paths[index] for index in chosen])
+    return _read([paths[index] for index in chosen], preprocessing)
 
 
-def _read(paths: Any) -> Floats:
+def _read(paths: Any, preprocessing: Preprocessing = PREPROCESSING) -> Floats:
     broken = BrokenImages()
-    batches = read_batches(list(paths), PREPROCESSING, 256, broken)
-    images = np.concatenate([normalize(pixels, PREPROCESSING) for pixels, _ in batches])
+    batches = read_batches(list(paths), preprocessing, 256, broken)
+    images = np.concatenate([normalize(pixels, preprocessing) for pixels, _ in batches])
     assert not broken.reasons
     return images
 
@@ -135,6 +145,15 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """The net, its images and where the record goes."""
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--calib", type=Path, required=True, help="a folder of calibration images")
+    parser.add_argument("--val", type=Path, required=True, help="labelled images: DIR/<class>/*")
+    parser.add_argument("--count", type=int, default=512, help="of calibration images")
+    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -13,24 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import torch
 from int8_peers import quantize_onnxruntime
-from int8_setup import open_session, write_record
+from int8_setup import fuse_seeded, open_session, write_record
 
-from repvgg_deploy.archs import find_card
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
 from repvgg_deploy.quantize import load_recipe, quantize
 from repvgg_deploy.quantize.qdq import to_qdq_onnx
-from repvgg_deploy.seeded import seeded_repvgg
 
 
 def write_models(arch: str, size: int, folder: Path) -> dict[str, Path]:
     """The three graphs of a seeded net; speed does not depend on the weights."""
-    net = fuse(seeded_repvgg(find_card(arch)), torch.float32).eval().requires_grad_(False)
-    assert isinstance(net, RepVGG)
+    net = fuse_seeded(arch)
     images = np.random.default_rng(0).standard_normal((32, 3, size, size)).astype(np.float32)
     paths = {name: folder / f"{name}.onnx" for name in ("fp32", "onnxruntime", "repvgg-deploy")}
     options = GraphOptions(size, size)

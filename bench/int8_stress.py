@@ -12,10 +12,18 @@ import copy
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-from int8_setup import compare, in_batches, load_fused, read_calibration, read_validation, run_torch, write_record
+from int8_setup import (
+    add_data_options,
+    compare,
+    in_batches,
+    load_fused,
+    read_calibration,
+    read_validation,
+    run_torch,
+    write_record,
+)
 from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
@@ -102,14 +110,10 @@ CASES: dict[str, Callable[[RepVGG], None]] = {
 def main() -> None:
     """Quantize every planted net with every recipe; print and record the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--val", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=512)
+    add_data_options(parser)
     parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image")
     parser.add_argument("--recipes", nargs="+", default=["fast", "accurate"])
     parser.add_argument("--name", default="tinyimagenet", help="of the net, for the record")
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     original = load_fused(arguments.checkpoint)
     calibration = in_batches(read_calibration(arguments.calib, arguments.count))

@@ -1,6 +1,7 @@
 """How long quantizing takes: this project's recipes and nvidia-modelopt in turn, in one process, on the same images.
 
     python bench/int8_time.py --checkpoint CKPT --calib DIR -o bench/results
+    python bench/int8_time.py --arch A0 --size 224 --no-peers --rounds 1 --calib DIR -o bench/results
 
 From the fused net (for modelopt: its ONNX file) and the images in memory to the written INT8 file. Two threads; one
 round ahead of the measured ones pays for imports. modelopt is installed as `int8_peers.py` says.
@@ -18,16 +19,22 @@ from pathlib import Path
 
 import torch
 from int8_peers import quantize_modelopt, quantize_ours
-from int8_setup import PIXELS, load_fused, read_calibration, write_record
+from int8_setup import PIXELS, fuse_seeded, load_fused, read_calibration, write_record
 
+from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
+from repvgg_deploy.pipeline import peak_bytes
 
 
 def main() -> None:
     """Time every tool in turn; print and record medians and all times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    net = parser.add_mutually_exclusive_group(required=True)
+    net.add_argument("--checkpoint", type=Path)
+    net.add_argument("--arch", help="seeded weights in place of a checkpoint; the time does not depend on them")
+    parser.add_argument("--size", type=int, default=PIXELS, help="of the images, in pixels")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
@@ -35,18 +42,20 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    fused = load_fused(arguments.checkpoint)
-    images = read_calibration(arguments.calib, arguments.count)
+    fused = load_fused(arguments.checkpoint) if arguments.checkpoint else fuse_seeded(arguments.arch)
+    size = arguments.size
+    images = read_calibration(arguments.calib, arguments.count, preprocessing=Preprocessing(size, size, size))
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
-        write_graph(to_onnx(fused, FloatLayers(), GraphOptions(PIXELS, PIXELS), {}), source)
+        write_graph(to_onnx(fused, FloatLayers(), GraphOptions(size, size), {}), source)
         jobs: dict[str, Callable[[], None]] = {
             **{
                 f"repvgg-deploy {name}": partial(quantize_ours, fused, name, images, target)
                 for name in arguments.recipes
             },
-            "modelopt entropy": partial(quantize_modelopt, source, "entropy", images, target),
         }
+        if arguments.peers:
+            jobs["modelopt entropy"] = partial(quantize_modelopt, source, "entropy", images, target)
         seconds: dict[str, list[float]] = {name: [] for name in jobs}
         for number in range(arguments.rounds + 1):
             for name, job in jobs.items():
@@ -57,7 +66,10 @@ def main() -> None:
                 seconds[name] += [elapsed] if number else []
     results = [{"tool": n, "median_s": round(statistics.median(s), 2), "seconds": s} for n, s in seconds.items()]
     print(*results, sep="\n")
-    path = write_record(arguments.output, "int8-time", results, calibration_images=arguments.count)
+    what = "int8-time" if arguments.checkpoint else f"int8-time-{arguments.arch}-{size}"
+    path = write_record(
+        arguments.output, what, results, calibration_images=arguments.count, size=size, peak_bytes=peak_bytes()
+    )
     print(f"written {path}")
 
 

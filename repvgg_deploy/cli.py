@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,13 @@ from repvgg_deploy.cli_options import (
     json_option,
     path_argument,
     preprocessing_options,
+    read_labels,
     take_build,
     take_int8,
     take_preprocessing,
     trust_option,
 )
+from repvgg_deploy.cli_progress import progress, say, steps
 from repvgg_deploy.errors import DeployError, ThresholdError
 from repvgg_deploy.process import prepare_process, quick_imports
 from repvgg_deploy.staging import start_hashing
@@ -55,64 +55,6 @@ def main() -> None:
 
     A checkpoint of any library goes in; a verified, simplified ONNX graph and a TensorRT engine come out.
     """
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A progress bar on a terminal, nothing in a pipe; yields what `evaluate` calls with the total."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
-
-        def start(total: int) -> Callable[[int], None]:
-            task = bar.add_task(label, total=total)
-            return lambda done: bar.advance(task, done)
-
-        yield start
-
-
-@contextmanager
-def _steps() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on a terminal for long steps, nothing in a pipe; yields what `pipeline.export` reports to."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def step(name: str, share: float) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=1.0)
-            bar.update(tasks[name], completed=share)
-
-        yield step
-
-
-def _read_labels(path: Path | None) -> tuple[str, ...] | None:
-    if path is None:
-        return None
-    try:
-        # A byte order mark, as some editors write it, is no part of the first name.
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except OSError as error:
-        raise DeployError(
-            f"cannot read the labels {path}: {error.strerror}", "a text file, one class a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DeployError(f"the labels {path} are no UTF-8 text", "save the file as UTF-8, one class a line") from error
-    if not all(names):
-        number = names.index("") + 1
-        raise DeployError(
-            f"line {number} of the labels {path} is empty", "one class a line, in the order of the outputs"
-        )
-    return tuple(names)
 
 
 @main.command()
@@ -155,12 +97,12 @@ def export(
         int8=take_int8(options, wanted=int8),
         build=take_build(options),
         io=Precision(options.pop("io")),
-        class_names=_read_labels(labels),
+        class_names=read_labels(labels),
         preprocessing=take_preprocessing(options),
         **options,
     )
-    with _steps() as step:
-        result = run_export(request, _say, step)
+    with steps() as step:
+        result = run_export(request, say, step)
     if as_json:
         report.print_json(result.to_dict())
     else:
@@ -310,10 +252,10 @@ def eval_(
 
     preprocessing = take_preprocessing(options)
     opened = open_model(model, preprocessing, **options)
-    with _progress("evaluating") as start:
+    with progress("evaluating") as start:
         result = evaluate(opened, data, batch, strict, start)
     for path, reason in result.broken.items():
-        _say(f"left out: {reason if path in reason else f'{path}: {reason}'}")
+        say(f"left out: {reason if path in reason else f'{path}: {reason}'}")
     if as_json:
         report.print_json(result.to_dict())
     else:
@@ -345,7 +287,7 @@ def refit(engine: Path, weights: Path, as_json: bool) -> None:
     from repvgg_deploy import report
     from repvgg_deploy.engine.refit import refit_in_place
 
-    engine_files = refit_in_place(engine, weights, _say)
+    engine_files = refit_in_place(engine, weights, say)
     values = {"engine": str(engine), "weights": str(weights), "sha256": engine_files.side.sha256}
     if as_json:
         report.print_json(values)
@@ -361,7 +303,7 @@ def demo(output: Path | None, as_json: bool) -> None:
     from repvgg_deploy import report
     from repvgg_deploy.demo import run_demo
 
-    result = run_demo(output, _say)
+    result = run_demo(output, say)
     if as_json:
         report.print_json(result.to_dict())
         return

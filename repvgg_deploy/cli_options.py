@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from repvgg_deploy.errors import DeployError
+
 if TYPE_CHECKING:
     from repvgg_deploy.engine.options import BuildOptions
     from repvgg_deploy.export_request import Int8Request
@@ -228,3 +230,24 @@ def take_preprocessing(values: dict[str, Any]) -> PreprocessingOptions:
     from repvgg_deploy.model import PreprocessingOptions
 
     return PreprocessingOptions(*(values.pop(name) for name in ("size", "resize", "mean", "std")))
+
+
+def read_labels(path: Path | None) -> tuple[str, ...] | None:
+    """The class names in the file of `--labels`, one a line."""
+    if path is None:
+        return None
+    try:
+        # A byte order mark, as some editors write it, is no part of the first name.
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except OSError as error:
+        raise DeployError(
+            f"cannot read the labels {path}: {error.strerror}", "a text file, one class a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DeployError(f"the labels {path} are no UTF-8 text", "save the file as UTF-8, one class a line") from error
+    if not all(names):
+        number = names.index("") + 1
+        raise DeployError(
+            f"line {number} of the labels {path} is empty", "one class a line, in the order of the outputs"
+        )
+    return tuple(names)

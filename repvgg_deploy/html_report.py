@@ -161,18 +161,18 @@ def paper_rows(record: Record) -> Rows:
     largest = max((r["batch"] for r in torch), default=0)
     here: dict[str, float] = {}
     for r in torch:
-        if r["batch"] == largest and r["model"] in IMAGES_PER_SEC_1080TI:
+        if r["batch"] == largest:
             here.setdefault(r["model"], r["images_per_sec"])
-    if len(here) < 3:
+    if len(here.keys() & IMAGES_PER_SEC_1080TI.keys()) < 3:
         return []
-    base, paper_base = here.get("ResNet-50"), IMAGES_PER_SEC_1080TI["ResNet-50"]
+    base, paper = here.get("ResNet-50"), IMAGES_PER_SEC_1080TI
     return [
         [
             model,
             f"{speed:,.1f}",
             "" if base is None else f"{speed / base:.2f}",
-            f"{IMAGES_PER_SEC_1080TI[model]:,}",
-            f"{IMAGES_PER_SEC_1080TI[model] / paper_base:.2f}",
+            f"{paper[model]:,}" if model in paper else "",
+            f"{paper[model] / paper['ResNet-50']:.2f}" if model in paper else "",
         ]
         for model, speed in sorted(here.items(), key=lambda item: -item[1])
     ]

@@ -10,10 +10,8 @@ from collections.abc import Mapping
 
 IMAGES_PER_SEC_1080TI: Mapping[str, int] = {
     "RepVGG-A0": 3256,
-    "ResNet-18": 2442,
     "RepVGG-A1": 2339,
     "RepVGG-B0": 1817,
-    "ResNet-34": 1419,
     "RepVGG-A2": 1322,
     "RepVGG-B1g4": 868,
     "RepVGG-B1g2": 792,
@@ -22,6 +20,5 @@ IMAGES_PER_SEC_1080TI: Mapping[str, int] = {
     "RepVGG-B2g4": 581,
     "RepVGG-B2": 460,
     "ResNet-101": 430,
-    "VGG-16": 415,
     "RepVGG-B3": 363,
 }
