@@ -104,7 +104,8 @@ def main() -> None:
     batches = in_batches(calibration)
     statistics = collect_statistics(fused, batches)
     step = max(1, len(calibration) // RANKING_IMAGES)
-    ranking = rank_layers(quantize(fused, batches, recipe, statistics), torch.from_numpy(calibration[::step]))
+    apart = quantize(fused, batches, recipe, statistics, chained=False)
+    ranking = rank_layers(apart, torch.from_numpy(calibration[::step]))
     shares = {layer.name: layer.macs_share for layer in ranking}
     orders = {("sensitivity", None): ranking, **{("random", s): shuffle(ranking, s) for s in arguments.seeds}}
     results: list[dict[str, Any]] = []

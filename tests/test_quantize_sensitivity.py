@@ -14,12 +14,31 @@ from repvgg_deploy.quantize.sensitivity import LayerSensitivity, layers_within, 
 
 def test_the_ranking_holds_every_layer_once_by_error_per_mac() -> None:
     net, images = fused_net(), draw_images(64)
-    quantized = quantize(net, [images], QUICK)
+    quantized = quantize(net, [images], QUICK, chained=False)
     ranking = rank_layers(quantized, images)
     assert {layer.name for layer in ranking} == set(quantized.integers())
     assert [layer.gain for layer in ranking] == sorted((layer.gain for layer in ranking), reverse=True)
     assert sum(layer.macs_share for layer in ranking) == pytest.approx(1.0)
     assert all(layer.error > 0 for layer in ranking)
+
+
+def test_a_layer_by_itself_errs_less_than_the_net() -> None:
+    """Each is quantized as if the others were float; were it to make up for their error, alone it would err more."""
+    net, images = fused_net(), draw_images(64)
+    ranking = rank_layers(quantize(net, [images], QUICK, chained=False), images)
+    exact = net(images)
+    whole = (quantize(net, [images], QUICK)(images) - exact).square().sum(1) / exact.square().sum(1)
+    assert max(layer.error for layer in ranking) < float(whole.mean())
+
+
+def test_a_layer_with_a_bad_scale_comes_first() -> None:
+    net, images = fused_net(), draw_images(64)
+    quantized = quantize(net, [images], QUICK, chained=False)
+    name = "stages.2.1"
+    layer = quantized.integer_layer(name)
+    assert layer is not None
+    layer.input_scale *= 40
+    assert rank_layers(quantized, images)[0].name == name
 
 
 def test_layers_are_taken_until_the_share_is_used_up() -> None:

@@ -32,6 +32,7 @@ def quantize(
     statistics: CalibrationStatistics | None = None,
     keep_float: Collection[str] = (),
     progress: Progress | None = None,
+    chained: bool = True,
 ) -> QuantizedNet:
     """`fused` with int8 weights and activations, as `recipe` says; `fused` itself is not changed.
 
@@ -44,6 +45,7 @@ def quantize(
         statistics: of `fused` on `images`, where they are known already.
         keep_float: names of layers (`stages.S.B`, `classifier`) that are not quantized.
         progress: see `Progress`.
+        chained: without it no layer makes up for the error of those before, so that each can be looked at by itself.
 
     Raises:
         DeployError: there are no images, an image is not finite, or a name in `keep_float` is no layer's.
@@ -66,8 +68,8 @@ def quantize(
         done.append(name)
         report("round", len(done), layers)
 
-    result = reconstruct(net, images, statistics.images, recipe, thresholds, keep_float, layer_done)
-    if recipe.learning.steps:
+    result = reconstruct(net, images, statistics.images, recipe, thresholds, keep_float, layer_done, chained)
+    if recipe.learning.steps and chained:
         result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps))
     sample = next(rebatch(images, net.classifier.weight.device))
     rows = report_layers(net, result, removed, sample)

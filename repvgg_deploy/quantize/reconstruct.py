@@ -67,6 +67,7 @@ def reconstruct(
     thresholds: Thresholds | None = None,
     keep_float: Collection[str] = (),
     progress: Callable[[str], None] | None = None,
+    chained: bool = True,
 ) -> Reconstruction:
     """Quantize the layers of a fused `net` in the order of execution; each makes up for the error of those before.
 
@@ -78,6 +79,7 @@ def reconstruct(
         thresholds: clipping thresholds of the edges; without them they are chosen by output error.
         keep_float: names of layers that are not quantized.
         progress: called with the name of each layer when it is done.
+        chained: without it each layer is quantized as if all the others were float.
     """
     streams = _take_images(net, images, count, recipe.rounding.images)
     layers: dict[str, LayerIntegers] = {}
@@ -94,13 +96,14 @@ def reconstruct(
         rounded = [
             after_conv(block, run_layer(block.conv, x, weight, bias)) for x in torch.split(streams.rounded, BATCH)
         ]
-        streams.rounded = torch.cat(rounded)
+        streams.rounded = torch.cat(rounded) if chained else streams.exact
         if progress is not None:
             progress(name)
     if CLASSIFIER in keep_float:
         return Reconstruction(layers, None)
     pool = _choose_scale(streams, POOL, nn.Identity(), recipe, thresholds)
-    streams.rounded = quantize_activations(streams.rounded, pool)
+    if chained:
+        streams.rounded = quantize_activations(streams.rounded, pool)
     streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
     scale = _choose_scale(streams, CLASSIFIER, net.classifier, recipe, thresholds)
     streams.rounded = quantize_activations(streams.rounded, scale)

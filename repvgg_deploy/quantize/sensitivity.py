@@ -21,6 +21,8 @@ from repvgg_deploy.quantize.statistics import CalibrationStatistics
 class LayerSensitivity:
     """One layer: `error` is the energy of the logits' error in shares of theirs where it alone is int8.
 
+    The mean over the images, of which one with little or enormous energy counts no more than the others.
+
     `macs_share` is its share of the net's multiply-adds.
     """
 
@@ -36,15 +38,22 @@ class LayerSensitivity:
 
 @torch.no_grad()
 def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ...]:
-    """The quantized layers of `net`, the one worth most to keep float first, measured on `images` (N, C, H, W)."""
+    """The quantized layers of `net`, the one worth most to keep float first, measured on `images` (N, C, H, W).
+
+    Args:
+        net: from `quantize` with `chained=False`: a layer that makes up for the error of others is wrong without them.
+        images: a hundred or so.
+    """
     macs = count_macs(net.float_net, images[:1])
     total = sum(macs.values())
     exact = _run(net.float_net, images)
+    energy = exact.square().sum(1)
+    energy = torch.maximum(energy, energy.median()).clamp_min(torch.finfo(energy.dtype).tiny)
     found = []
     for name, integers in net.integers().items():
         pool = None if net.pool_scale is None or name != CLASSIFIER else float(net.pool_scale)
         alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool))
-        error = float((_run(alone, images) - exact).square().sum() / exact.square().sum())
+        error = float(((_run(alone, images) - exact).square().sum(1) / energy).mean())
         found.append(LayerSensitivity(name, error, macs[name] / total))
     return tuple(sorted(found, key=lambda layer: -layer.gain))
 
@@ -110,11 +119,12 @@ def quantize_within(
         sample: images (N, C, H, W) to rank the layers on; by default the first batch of `images`.
     """
     net = quantize(fused, images, recipe, statistics)
-    ranking = rank_layers(net, torch.as_tensor(next(iter(images))) if sample is None else sample)
-    shares = {layer.name: layer.macs_share for layer in ranking}
     best = MixedPrecision(net, (), 0.0, measure_drop(net))
     if best.drop <= max_drop:
         return best
+    apart = quantize(fused, images, recipe, statistics, chained=False)
+    ranking = rank_layers(apart, torch.as_tensor(next(iter(images))) if sample is None else sample)
+    shares = {layer.name: layer.macs_share for layer in ranking}
     low, high = 0, len(ranking)
     while high - low > 1:
         middle = (low + high) // 2
