@@ -121,7 +121,7 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
         expected = product.run()
         finished.result()
         written.result()
-        # The weights are in the file now, and ONNX Runtime brings its own copy.
+        # The weights are in the file now, which ONNX Runtime maps.
         del stage, product
         say("running the graph in ONNX Runtime")
         flushed = pool.submit(flush_files, staging)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.quantize.edges import BATCH, geometry
 
-MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 1 << 29
 """What the kept activations may take, of the widest edge and both streams together."""
 
 
