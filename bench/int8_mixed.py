@@ -31,24 +31,13 @@ from int8_setup import (
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from repvgg_deploy.plots import COLOURS, STYLE
 from repvgg_deploy.quantize import load_recipe, quantize
 from repvgg_deploy.quantize.sensitivity import LayerSensitivity, layers_within, rank_layers
 from repvgg_deploy.quantize.statistics import collect_statistics
 
 RANKING_IMAGES = 128
-# Two of Okabe and Ito's colours, which every common colour vision tells apart.
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "int8",
-}
+BLUE, ORANGE = COLOURS[:2]
 
 
 def shuffle(ranking: Sequence[LayerSensitivity], seed: int) -> tuple[LayerSensitivity, ...]:
@@ -77,11 +66,11 @@ def _draw_curve(axes: Axes, results: Sequence[dict[str, Any]], key: str) -> None
     groups = [[row for row in drawn if row["share"] == share] for share in shares]
     means = [(np.mean([r["macs_float"] for r in g]), np.mean([r[key] for r in g])) for g in groups]
     x, y = zip(*[(none[0]["macs_float"], none[0][key]), *means], strict=True)
-    axes.plot(np.array(x) * 100, y, color=_ORANGE, linestyle="--", label="at random: mean, and each draw")
+    axes.plot(np.array(x) * 100, y, color=ORANGE, linestyle="--", label="at random: mean, and each draw")
     x, y = zip(*[(row["macs_float"] * 100, row[key]) for row in drawn], strict=True)
-    axes.plot(x, y, "o", color=_ORANGE, markersize=3.5, alpha=0.7)
+    axes.plot(x, y, "o", color=ORANGE, markersize=3.5, alpha=0.7)
     x, y = zip(*[(row["macs_float"] * 100, row[key]) for row in chosen], strict=True)
-    axes.plot(x, y, color=_BLUE, marker="o", label="by measured sensitivity")
+    axes.plot(x, y, color=BLUE, marker="o", label="by measured sensitivity")
 
 
 def main() -> None:
@@ -126,7 +115,7 @@ def main() -> None:
             )  # fmt: skip
     print(f"written {path}")
     arguments.plots.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = draw_curves(results)
         for ending in ("png", "svg"):
             # Without a date the same results give the same file.

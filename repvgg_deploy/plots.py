@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 # Okabe and Ito's palette: told apart with every common colour vision (https://jfly.uni-koeln.de/color/).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vP*X"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -55,7 +55,7 @@ def draw_plots(records: Sequence[dict[str, Any]], baseline: str = "ResNet-50") -
     results = [result for record in records for result in record["results"]]
     ratios = [ratio for record in records for ratio in record["ratios"]]
     plots: list[Plot] = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for backend, precision, batch in _distinct(results, "backend", "precision", "batch"):
             chosen = [
                 r for r in results
@@ -150,7 +150,7 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
         plain = sorted(
             (m for m in unique if "g" not in m["model"].rsplit("-", 1)[-1]), key=lambda m: -m["images_per_sec"]
         )
-        style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.plot(*_columns(plain, "images_per_sec", "top1"), label=family, linewidth=1.4, markersize=5, **style)
         grouped = [m for m in unique if m not in plain]
         axes.plot(*_columns(grouped, "images_per_sec", "top1"), linestyle="none", markerfacecolor="white", **style)
@@ -193,7 +193,7 @@ def _over_batch(axes: Axes, results: Sequence[Result], value: Callable[[Result],
         by_batch = {r["batch"]: r for r in reversed(results) if r["model"] == model}
         rows = [by_batch[batch] for batch in sorted(by_batch)]
         axes.plot(
-            [r["batch"] for r in rows], [value(r) for r in rows], label=model, color=_COLOURS[index % len(_COLOURS)],
+            [r["batch"] for r in rows], [value(r) for r in rows], label=model, color=COLOURS[index % len(COLOURS)],
             linestyle=dashes[number % len(dashes)], marker=_MARKERS[index % len(_MARKERS)], markersize=4, linewidth=1.3,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -248,7 +248,7 @@ def _dot_rows(
         errors = [[r["ratio"] - r["low"] for r in rows], [r["high"] - r["ratio"] for r in rows]]
         axes.errorbar(
             values, [models.index(r["model"]) - offset for r in rows], xerr=errors, label=label(which),
-            fmt=_MARKERS[number % len(_MARKERS)], color=_COLOURS[number % len(_COLOURS)],
+            fmt=_MARKERS[number % len(_MARKERS)], color=COLOURS[number % len(COLOURS)],
             markersize=4.5, capsize=2, linewidth=1.2,
         )  # fmt: skip
     axes.set_yticks(range(len(models)), models)
@@ -281,7 +281,7 @@ def _roofline(axes: Axes, results: Sequence[Result], ceiling: dict[str, Any]) ->
         rows = [r for r in results if r["batch"] == batch]
         axes.plot(
             [r["roofline"]["flops_per_byte"] for r in rows], [r["roofline"]["tflops"] for r in rows],
-            linestyle="none", label=f"batch {batch}", color=_COLOURS[index % len(_COLOURS)],
+            linestyle="none", label=f"batch {batch}", color=COLOURS[index % len(COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)], markersize=5,
         )  # fmt: skip
         for row in rows:
