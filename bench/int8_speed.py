@@ -1,6 +1,7 @@
 """Speed of the INT8 graphs in ONNX Runtime on the CPU: fp32, ONNX Runtime's own Q/DQ, ours; interleaved rounds.
 
 python bench/int8_speed.py --arch A0 --size 64 -o bench/results
+python bench/int8_speed.py --arch resnet50 --size 64 -o bench/results     # is the baseline held back?
 """
 
 from __future__ import annotations
@@ -16,21 +17,32 @@ import onnxruntime as ort
 from int8_peers import quantize_onnxruntime
 from int8_setup import fuse_seeded, open_session, write_record
 
+from repvgg_deploy.baselines import find_baseline
+from repvgg_deploy.onnx_baseline import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
 from repvgg_deploy.quantize import load_recipe, quantize
 from repvgg_deploy.quantize.qdq import to_qdq_onnx
+from repvgg_deploy.seeded import seeded_baseline
 
 
 def write_models(arch: str, size: int, folder: Path) -> dict[str, Path]:
     """The three graphs of a seeded net; speed does not depend on the weights."""
-    net = fuse_seeded(arch)
     images = np.random.default_rng(0).standard_normal((32, 3, size, size)).astype(np.float32)
     paths = {name: folder / f"{name}.onnx" for name in ("fp32", "onnxruntime", "repvgg-deploy")}
     options = GraphOptions(size, size)
-    write_graph(to_onnx(net, FloatLayers(), options, {}), paths["fp32"])
+    baseline = find_baseline(arch)
+    if baseline is None:
+        net = fuse_seeded(arch)
+        fp32 = to_onnx(net, FloatLayers(), options, {})
+        int8 = to_qdq_onnx(quantize(net, [images], load_recipe("fast")), options, {})
+    else:
+        other = seeded_baseline(baseline)
+        fp32 = to_baseline_onnx(other, BaselineFloats(), options, {})
+        int8 = to_baseline_onnx(other, BaselineIntegers(find_ranges(other, images)), options, {})
+    write_graph(fp32, paths["fp32"])
     quantize_onnxruntime(paths["fp32"], "minmax", True, images, paths["onnxruntime"])
-    write_graph(to_qdq_onnx(quantize(net, [images], load_recipe("fast")), options, {}), paths["repvgg-deploy"])
+    write_graph(int8, paths["repvgg-deploy"])
     return paths
 
 
