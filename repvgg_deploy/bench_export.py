@@ -18,7 +18,7 @@ from repvgg_deploy.onnx_export import METADATA_PREFIX, FloatLayers, GraphOptions
 from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
 from repvgg_deploy.onnx_training import to_training_onnx
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, fused_blocks, walk
-from repvgg_deploy.quantize.qdq import Placement, to_qdq_onnx
+from repvgg_deploy.quantize.qdq import to_qdq_onnx
 from repvgg_deploy.quantize.quantized_net import QuantizedNet
 from repvgg_deploy.quantize.reconstruct import Layer, LayerIntegers, Reconstruction
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
@@ -57,7 +57,7 @@ def write_net(named: NamedNet, precision: Precision, form: str, folder: Path, fo
         precision: of the graph; the training form has fp32 only.
         form: `deploy` or `training`.
         folder: where to.
-        for_engine: place the Q/DQ nodes for TensorRT, not for ONNX Runtime.
+        for_engine: place the Q/DQ nodes of a baseline for TensorRT, not for ONNX Runtime.
     """
     options = GraphOptions(named.size, named.size)
     metadata = {
@@ -68,7 +68,7 @@ def write_net(named: NamedNet, precision: Precision, form: str, folder: Path, fo
     if form == "training":
         graph = to_training_onnx(cast(RepVGG, named.net), options)
     elif isinstance(named.net, RepVGG):
-        graph = _repvgg_graph(named, precision, options, metadata, for_engine)
+        graph = _repvgg_graph(named, precision, options, metadata)
     else:
         graph = _baseline_graph(named, precision, options, metadata, for_engine)
     path = folder / f"{named.name}.{form}.{precision}.onnx"
@@ -81,20 +81,13 @@ def _noise(named: NamedNet) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def _repvgg_graph(
-    named: NamedNet, precision: Precision, options: GraphOptions, metadata: dict[str, str], for_engine: bool
-) -> OnnxGraph:
+def _repvgg_graph(named: NamedNet, precision: Precision, options: GraphOptions, metadata: dict[str, str]) -> OnnxGraph:
     net = cast(RepVGG, named.net)
     if precision is Precision.INT8:
         quantized = quantize_plainly(net, torch.from_numpy(_noise(named)))
-        return to_qdq_onnx(quantized, options, metadata, None, _placement(for_engine))
+        return to_qdq_onnx(quantized, options, metadata)
     dtype = np.dtype(np.float16 if precision is Precision.FP16 else np.float32)
     return to_onnx(net, FloatLayers(dtype), options, metadata)
-
-
-def _placement(for_engine: bool) -> Placement:
-    """The same for the model and for the net it is compared with."""
-    return Placement.AFTER_RELU if for_engine else Placement.BOTH
 
 
 def _baseline_graph(
@@ -102,7 +95,7 @@ def _baseline_graph(
 ) -> OnnxGraph:
     net = cast(BaselineNet, named.net)
     if precision is Precision.INT8:
-        layers = BaselineIntegers(find_ranges(net, _noise(named)), _placement(for_engine))
+        layers = BaselineIntegers(find_ranges(net, _noise(named)), for_engine)
         return to_baseline_onnx(net, layers, options, metadata)
     dtype = np.dtype(np.float16 if precision is Precision.FP16 else np.float32)
     return to_baseline_onnx(net, BaselineFloats(dtype), options, metadata)

@@ -115,10 +115,10 @@ def int8_options(command: F) -> F:
         ),
         click.option(
             "--qdq",
-            type=click.Choice(["auto", "tensorrt", "onnxruntime"]),
-            default="auto",
-            help="Whom the places of the Q/DQ pairs suit, with the same integers; auto: tensorrt where an engine is"
-            " built, else onnxruntime [auto].",
+            type=click.Choice(["portable", "onnxruntime"]),
+            default="portable",
+            help="Who is to run the file: portable, TensorRT and ONNX Runtime; onnxruntime, that one alone, more"
+            " exactly [portable].",
         ),
         click.option("--keep-float", multiple=True, metavar="LAYER", help="Do not quantize this layer; repeatable."),
         click.option("--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="The most top-1 to lose."),

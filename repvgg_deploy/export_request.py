@@ -28,9 +28,8 @@ class Int8Request:
         cache: a file that keeps the statistics of a calibration for the next one.
         rest: the precision of what is not INT8.
         keep_float: layers that stay in that precision, by name.
-        qdq: whom the places of the Q/DQ pairs suit: `tensorrt`, behind the ReLU, which it fuses into one kernel; or
-            `onnxruntime`, on both sides of it, without which it computes in float. `auto` is the former where an
-            engine is built, else the latter. The integers are the same.
+        qdq: who is to run the file: `portable`, TensorRT and ONNX Runtime; or `onnxruntime` alone, with 255 in place
+            of 127 positive codes for activations. See `repvgg_deploy.quantize.codes`.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
     """
@@ -41,7 +40,7 @@ class Int8Request:
     cache: Path | None = None
     rest: Precision = Precision.FP32
     keep_float: tuple[str, ...] = ()
-    qdq: Literal["auto", "tensorrt", "onnxruntime"] = "auto"
+    qdq: Literal["portable", "onnxruntime"] = "portable"
     validation: Path | None = None
     max_drop: float | None = None
 

@@ -25,6 +25,7 @@ from repvgg_deploy.quantize import (
     load_recipe,
     quantize,
 )
+from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.sensitivity import quantize_within
 from repvgg_deploy.runners.torch_runner import TorchRunner
 from repvgg_deploy.staging import stage_files
@@ -37,9 +38,17 @@ Report = Callable[[str, float], None]
 
 
 def quantize_for_export(
-    fused: RepVGG, request: Int8Request, preprocessing: Preprocessing, sha256: str, say: Say, report: Report
+    fused: RepVGG,
+    request: Int8Request,
+    preprocessing: Preprocessing,
+    sha256: str,
+    for_engine: bool,
+    say: Say,
+    report: Report,
 ) -> tuple[QuantizedNet, QuantizationSummary]:
     """`fused` in INT8 as `request` says; `sha256` is the checkpoint's, which a calibration cache belongs to.
+
+    Where layers are kept float for a given drop, that is measured as an engine computes, or else as ONNX Runtime does.
 
     Raises:
         DeployError: there are no images, only broken ones, or the recipe or the cache does not fit.
@@ -55,11 +64,21 @@ def quantize_for_export(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         statistics = _statistics(fused, images, request.cache, sha256, progress)
+        target = Target(request.qdq)
         if request.max_drop is None or request.validation is None:
-            quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
+            quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress, target=target)
         else:
             quantized = _quantize_within(
-                fused, images, recipe, statistics, request.validation, request.max_drop, preprocessing, say
+                fused,
+                images,
+                recipe,
+                statistics,
+                target,
+                request.validation,
+                request.max_drop,
+                preprocessing,
+                for_engine,
+                say,
             )
     for warning in caught:
         say(f"warning: {warning.message}")
@@ -75,9 +94,11 @@ def _quantize_within(
     images: CalibrationImages,
     recipe: Recipe,
     statistics: CalibrationStatistics,
+    target: Target,
     validation: Path,
     max_drop: float,
     preprocessing: Preprocessing,
+    for_engine: bool,
     say: Say,
 ) -> QuantizedNet:
     """The net with the fewest float layers that loses at most `max_drop` points of top-1 on labelled images.
@@ -93,12 +114,12 @@ def _quantize_within(
     exact = top1(fused)
 
     def measure_drop(net: QuantizedNet) -> float:
-        drop = exact - top1(net)
+        drop = exact - top1(net.as_tensorrt() if for_engine else net)
         kept = net.float_layers()
         say(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
         return drop
 
-    mixed = quantize_within(fused, images, recipe, measure_drop, max_drop, statistics)
+    mixed = quantize_within(fused, images, recipe, measure_drop, max_drop, statistics, target=target)
     if mixed.drop > max_drop:
         raise VerificationError(
             f"top-1 drops by {mixed.drop:.2f} points, more than {max_drop:g}",

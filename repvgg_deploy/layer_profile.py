@@ -173,7 +173,7 @@ def _with_fused_names(model: onnx.ModelProto, costs: dict[str, Cost]) -> dict[st
     named = dict(costs)
     for node in model.graph.node:
         behind = next((by_tensor[name] for name in node.input if name in by_tensor), None)
-        if node.op_type in ("Add", "Relu", "LeakyRelu") and behind is not None:
+        if node.op_type in ("Add", "Relu") and behind is not None:
             named[node.name] = by_tensor[node.output[0]] = behind
     return named
 

@@ -29,7 +29,6 @@ from repvgg_deploy.onnx_export import (
     describe_input,
 )
 from repvgg_deploy.onnx_graph import GraphBuilder, OnnxGraph, make_graph
-from repvgg_deploy.quantize.qdq import Placement
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
 from repvgg_deploy.runners.onnx_runner import import_onnxruntime
 
@@ -50,13 +49,10 @@ class BaselineLayers(Protocol):
     def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
         """A linear layer."""
 
-    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
-        """A ReLU."""
+    def edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+        """A place where the activations are quantized in any case; `signed` where they may be negative."""
 
-    def edge(self, g: GraphBuilder, name: str, x: str) -> str:
-        """A place where the activations are quantized in any case."""
-
-    def inner_edge(self, g: GraphBuilder, name: str, x: str) -> str:
+    def inner_edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
         """A place where the activations are quantized if every operator is to be an integer one by itself."""
 
 
@@ -64,11 +60,11 @@ class BaselineLayers(Protocol):
 class BaselineFloats(FloatLayers):
     """Layers in float32 or float16."""
 
-    def edge(self, g: GraphBuilder, name: str, x: str) -> str:  # noqa: ARG002
+    def edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
         """Nothing."""
         return x
 
-    def inner_edge(self, g: GraphBuilder, name: str, x: str) -> str:  # noqa: ARG002
+    def inner_edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
         """Nothing."""
         return x
 
@@ -77,12 +73,12 @@ class BaselineFloats(FloatLayers):
 class BaselineIntegers:
     """Layers with int8 weights, one scale a filter, and Q/DQ pairs on the edges, one symmetric scale a tensor.
 
-    `placement` is that of the RepVGG it is compared with: for `both`, every operator is between pairs of its own, and
-    written as ONNX Runtime makes an integer one of it; for `after_relu` the pairs stand where TensorRT wants them.
+    As in the RepVGG that it is compared with, the pairs stand behind the ReLU and are unsigned there. `for_engine`
+    leaves out those in front of a sum and those that only ONNX Runtime needs to make an integer operator.
     """
 
     ranges: Scales
-    placement: Placement = Placement.BOTH
+    for_engine: bool = False
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
 
     def __post_init__(self) -> None:
@@ -97,24 +93,18 @@ class BaselineIntegers:
         """DQ of the weights, Gemm."""
         bias = self._floats.value(g, f"{name}.bias", linear.bias)
         weight = self._weight(g, name, linear.weight)
-        if self.placement is not Placement.BOTH:
+        if self.for_engine:
             return g.add("Gemm", [x, weight, bias], name, transB=1)
         return g.add("Add", [g.add("Gemm", [x, weight], f"{name}.product", transB=1), bias], name)
 
-    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
-        """A ReLU, or the LeakyRelu that does the same."""
-        return (
-            g.add("LeakyRelu", [x], name, alpha=0.0) if self.placement is Placement.BOTH else g.add("Relu", [x], name)
-        )
+    def inner_edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+        """Q/DQ, or nothing for an engine."""
+        return x if self.for_engine else self.edge(g, name, x, signed)
 
-    def inner_edge(self, g: GraphBuilder, name: str, x: str) -> str:
-        """Q/DQ, or nothing, by `placement`."""
-        return self.edge(g, name, x) if self.placement is Placement.BOTH else x
-
-    def edge(self, g: GraphBuilder, name: str, x: str) -> str:
-        """Q/DQ; the two edges in front of and behind a ReLU have one scale."""
+    def edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+        """Q/DQ."""
         scale = g.weight(f"{name}.scale", np.asarray(max(self.ranges[name], 1e-6) / 127, self.dtype))
-        zero = g.weight(f"{name}.zero_point", np.zeros((), np.int8))
+        zero = g.weight(f"{name}.zero_point", np.zeros((), np.int8 if signed else np.uint8))
         x = g.add("QuantizeLinear", [x, scale, zero], f"{name}.quantized")
         return g.add("DequantizeLinear", [x, scale, zero], f"{name}.dequantized")
 
@@ -143,7 +133,7 @@ def to_baseline_onnx(
     like, floats = cast(RepVGG, folded), cast(FloatLayers, layers)
     check_options(like, options)
     g = GraphBuilder()
-    x = layers.edge(g, "input", add_input(g, like, floats, options))
+    x = layers.edge(g, "input", add_input(g, like, floats, options), signed=True)
     x = _add_resnet(g, folded, layers, x) if isinstance(folded, ResNet) else _add_vgg(g, folded, layers, x)
     outputs = add_output(g, like, floats, options, x)
     if isinstance(layers, FloatLayers) and layers.rounding.overflowed:
@@ -153,8 +143,7 @@ def to_baseline_onnx(
 
 
 def _conv_relu(g: GraphBuilder, name: str, conv: nn.Conv2d, layers: BaselineLayers, x: str) -> str:
-    x = layers.inner_edge(g, f"{name}.output", layers.conv(g, name, conv, x))
-    return layers.edge(g, f"{name}.relu", layers.relu(g, f"{name}.activated", x))
+    return layers.edge(g, f"{name}.relu", g.add("Relu", [layers.conv(g, name, conv, x)], f"{name}.activated"))
 
 
 def _add_resnet(g: GraphBuilder, net: ResNet, layers: BaselineLayers, x: str) -> str:
@@ -176,10 +165,10 @@ def _add_residual_block(g: GraphBuilder, name: str, block: ResidualBlock, layers
     for index in range(1, block.depth):
         y = _conv_relu(g, f"{name}.conv{index}", block.conv(index), layers, y)
     last = f"{name}.conv{block.depth}"
-    y = layers.inner_edge(g, f"{last}.output", layers.conv(g, last, block.conv(block.depth), y))
+    y = layers.inner_edge(g, f"{last}.output", layers.conv(g, last, block.conv(block.depth), y), signed=True)
     if block.downsample is not None:
         conv = cast(nn.Conv2d, block.downsample[0])
-        x = layers.edge(g, f"{name}.downsample.output", layers.conv(g, f"{name}.downsample", conv, x))
+        x = layers.edge(g, f"{name}.downsample.output", layers.conv(g, f"{name}.downsample", conv, x), signed=True)
     # The sum has two readers, each with a pair of its own, so no pair stands around it and it stays float.
     return g.add("Relu", [g.add("Add", [y, x], f"{name}.sum")], f"{name}.activated")
 
@@ -193,8 +182,8 @@ def _add_vgg(g: GraphBuilder, net: Vgg, layers: BaselineLayers, x: str) -> str:
     x = layers.inner_edge(g, "features.output", g.add("Flatten", [x], "features"))
     *hidden, last = (cast(nn.Linear, linear) for linear in net.classifier)
     for index, linear in enumerate(hidden):
-        x = layers.inner_edge(g, f"classifier.{index}.output", layers.linear(g, f"classifier.{index}", linear, x))
-        x = layers.edge(g, f"classifier.{index}.relu", layers.relu(g, f"classifier.{index}.activated", x))
+        x = layers.linear(g, f"classifier.{index}", linear, x)
+        x = layers.edge(g, f"classifier.{index}.relu", g.add("Relu", [x], f"classifier.{index}.activated"))
     return layers.linear(g, f"classifier.{len(hidden)}", last, x)
 
 
@@ -204,19 +193,16 @@ class _EdgeNames(BaselineFloats):
 
     tensors: dict[str, str] = field(default_factory=dict)
 
-    def edge(self, g: GraphBuilder, name: str, x: str) -> str:  # noqa: ARG002
+    def edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
         self.tensors[name] = x
         return x
 
-    def inner_edge(self, g: GraphBuilder, name: str, x: str) -> str:
-        return self.edge(g, name, x)
+    def inner_edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+        return self.edge(g, name, x, signed)
 
 
 def find_ranges(net: BaselineNet, images: NDArray[np.float32]) -> dict[str, float]:
-    """The largest magnitude on every edge of `net` for `images` (N, C, H, W), as int8 layers want them.
-
-    What stands in front of a ReLU gets the range of what stands behind it: the integers are the same.
-    """
+    """The largest magnitude on every edge of `net` for `images` (N, C, H, W), as int8 layers want them."""
     layers = _EdgeNames()
     options = GraphOptions(images.shape[2], images.shape[3])
     model = to_baseline_onnx(net, layers, options, {}).to_proto()
@@ -227,9 +213,4 @@ def find_ranges(net: BaselineNet, images: NDArray[np.float32]) -> dict[str, floa
     peaks = {"images": float(np.abs(images).max())}
     for name, value in zip(seen, session.run(seen, {"images": images}), strict=True):
         peaks[name] = float(np.abs(value).max())
-    ranges = {edge: peaks[tensor] for edge, tensor in layers.tensors.items()}
-    for edge in ranges:
-        after = edge.removesuffix(".output") + ".relu"
-        if edge.endswith(".output") and after in ranges:
-            ranges[edge] = ranges[after]
-    return ranges
+    return {edge: peaks[tensor] for edge, tensor in layers.tensors.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -39,7 +39,6 @@ from repvgg_deploy.verification import VerificationInputs, choose_inputs
 
 if TYPE_CHECKING:
     from repvgg_deploy.engine import Engine
-    from repvgg_deploy.quantize.qdq import Placement
     from repvgg_deploy.quantize.quantized_net import QuantizationSummary
 
 Say = Callable[[str], None]
@@ -77,7 +76,7 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     start = time.perf_counter()
     # Imported while the checkpoint is hashed and fused, which needs no interpreter.
     Thread(target=import_module, args=("onnxsim",), daemon=True).start()
-    backend = _find_backend(request.engine, say)
+    backend = _find_backend(request, say)
     say(f"reading {request.checkpoint}")
     checkpoint = load_checkpoint(request.checkpoint, request.arch, request.ema, request.bn_eps)
     for note in checkpoint.notes:
@@ -96,7 +95,7 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     parity: dict[str, Parity] = {}
     say(f"making the {request.precision} graph")
     if request.precision is Precision.INT8:
-        product = _make_int8_graph(stage, parity, _placement(request, backend is not None, say), say, report)
+        product = _make_int8_graph(stage, parity, backend is not None, say, report)
     else:
         product = _make_float_graph(stage, parity)
     result = ExportResult(
@@ -134,9 +133,15 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     return replace(result, engine=engine, seconds=seconds, peak_bytes=peak_bytes())
 
 
-def _find_backend(name: str, say: Say) -> Any:
+def _find_backend(request: ExportRequest, say: Say) -> Any:
     """The engine backend, asked for before any work is done: a named one that is missing is an error at once."""
+    name = request.engine
     if name == "none":
+        return None
+    if request.int8 is not None and request.int8.qdq == "onnxruntime":
+        if name != "auto":
+            raise DeployError("no engine can be built from a graph for ONNX Runtime alone", "leave --qdq out")
+        say("no engine will be built: the graph is for ONNX Runtime alone")
         return None
     from repvgg_deploy.engine import Unavailable, find_backend
 
@@ -203,21 +208,7 @@ def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
     return _Product(graph, run, layers.rounding if half else None)
 
 
-def _placement(request: ExportRequest, builds_engine: bool, say: Say) -> Placement:
-    """Where the Q/DQ pairs of an INT8 graph stand: for the one who will read it first, unless the request says."""
-    from repvgg_deploy.quantize.qdq import Placement
-
-    wanted = "auto" if request.int8 is None else request.int8.qdq
-    if wanted == "auto":
-        wanted = "tensorrt" if builds_engine else "onnxruntime"
-        if not builds_engine:
-            say("the Q/DQ pairs stand as ONNX Runtime wants them; --qdq tensorrt is for an engine built elsewhere")
-    return Placement.AFTER_RELU if wanted == "tensorrt" else Placement.BOTH
-
-
-def _make_int8_graph(
-    stage: _Stage, parity: dict[str, Parity], placement: Placement, say: Say, report: Report
-) -> _Product:
+def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool, say: Say, report: Report) -> _Product:
     from repvgg_deploy.int8_export import quantize_for_export
     from repvgg_deploy.quantize.qdq import to_qdq_onnx
 
@@ -228,7 +219,7 @@ def _make_int8_graph(
     fused = stage.fused
     reference, _ = stage.run(parity)
     sha256 = stage.checkpoint.sha256
-    quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, say, report)
+    quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, for_engine, say, report)
     with torch.inference_mode():
         images = torch.from_numpy(normalize(stage.inputs.full, stage.preprocessing))
         expected: NDArray[np.float32] = quantized(images).numpy()
@@ -239,11 +230,11 @@ def _make_int8_graph(
         "images_sha256": summary.images_sha256,
         "seed": summary.seed,
         "kept_float": list(quantized.float_layers()),
-        "qdq": placement.value,
+        "qdq": request.qdq,
     }
     dtype = np.dtype(np.float16 if request.rest is Precision.FP16 else np.float32)
     metadata = _metadata(stage, {"quantization": about})
-    graph = to_qdq_onnx(quantized, _graph_options(stage), metadata, dtype, placement)
+    graph = to_qdq_onnx(quantized, _graph_options(stage), metadata, dtype)
     return _Product(graph, lambda: expected, None, summary)
 
 
@@ -334,7 +325,7 @@ def _build_and_compare(
 ) -> Engine:
     """The engine in the staging folder; where a GPU can run it, its outputs have agreed with ONNX Runtime's."""
     from repvgg_deploy.engine import build_engine
-    from repvgg_deploy.engine.checking import check_where_possible
+    from repvgg_deploy.engine.checking import check_where_possible, run_as_engine
 
     say(f"building the engine with {backend.label}")
 
@@ -343,7 +334,11 @@ def _build_and_compare(
 
     engine = build_engine(staged, backend, request.build, staged.parent, advance, say)
     images = _inputs_of(request, inputs, preprocessing)
-    compared = check_where_possible(engine, images, outputs, say)
+
+    def expected() -> Mapping[str, Array]:
+        return run_as_engine(staged, images) if request.precision is Precision.INT8 else outputs
+
+    compared = check_where_possible(engine, images, expected, say)
     if compared is not None:
         parity["engine"] = compared
     return engine

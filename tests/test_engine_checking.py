@@ -47,5 +47,5 @@ def test_real_outputs_pass(scores: np.ndarray) -> None:
 def test_an_engine_that_cannot_run_here_is_said_to_be_unverified(tmp_path: Path) -> None:
     engine = build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
     said: list[str] = []
-    assert check_where_possible(engine, np.zeros((1, 3, 32, 32), np.float32), {}, said.append) is None
+    assert check_where_possible(engine, np.zeros((1, 3, 32, 32), np.float32), dict, said.append) is None
     assert said == [f"note: the engine was built, and not run: {find_gpus().reason}"]

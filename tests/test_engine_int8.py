@@ -1,4 +1,4 @@
-"""INT8 engines from this project's own quantization: every place of the Q/DQ pairs, scales in both float types."""
+"""INT8 engines from this project's own quantization, scales in both float types."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from engine_graphs import PIXELS, make_net, narrow_spec, provenance, rtx_backend
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, build_engine
+from repvgg_deploy.engine.network import parse_onnx
+from repvgg_deploy.errors import GraphError
 from repvgg_deploy.onnx_export import GraphOptions, make_metadata
 from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize.qdq import Placement, to_qdq_onnx
+from repvgg_deploy.quantize.codes import Target
+from repvgg_deploy.quantize.qdq import to_qdq_onnx
 from repvgg_deploy.quantize.quantization import quantize
 from repvgg_deploy.quantize.quantized_net import QuantizedNet
 from repvgg_deploy.quantize.recipe import Recipe, RoundingOptions, ScaleOptions
@@ -26,21 +29,43 @@ QUICK = Recipe(
 )
 
 
-@pytest.fixture(scope="module", params=["A0", "B1g4"])
-def quantized(request: pytest.FixtureRequest) -> QuantizedNet:
+def quantized_net(arch: str, target: Target = Target.PORTABLE) -> QuantizedNet:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(16, 3, PIXELS, PIXELS, generator=generator) for _ in range(2)]
-    return quantize(make_net(narrow_spec(request.param)), images, QUICK)
+    return quantize(make_net(narrow_spec(arch)), images, QUICK, target=target)
+
+
+@pytest.fixture(scope="module", params=["A0", "B1g4"])
+def quantized(request: pytest.FixtureRequest) -> QuantizedNet:
+    return quantized_net(request.param)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("placement", list(Placement))
 def test_a_quantized_net_becomes_an_engine_with_int8_convolutions(
-    quantized: QuantizedNet, placement: Placement, dtype: str, tmp_path: Path
+    quantized: QuantizedNet, dtype: str, tmp_path: Path
 ) -> None:
     metadata = make_metadata(provenance(Precision.INT8))
-    graph = to_qdq_onnx(quantized, GraphOptions(PIXELS, PIXELS), metadata, np.dtype(dtype), placement)
+    graph = to_qdq_onnx(quantized, GraphOptions(PIXELS, PIXELS), metadata, np.dtype(dtype))
     onnx = tmp_path / "net.int8.onnx"
     write_graph(graph, onnx)
     engine = build_engine(onnx, rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
     assert engine.side.convolutions == {"int8": graph.op_histogram()["Conv"]}
+
+
+def test_the_parser_reads_unsigned_activations_as_int8(tmp_path: Path) -> None:
+    """What a portable file rests on: a uint8 zero-point of 0 is int8 to TensorRT."""
+    graph = to_qdq_onnx(quantized_net("A0"), GraphOptions(PIXELS, PIXELS), make_metadata(provenance(Precision.INT8)))
+    write_graph(graph, tmp_path / "net.onnx")
+    network = parse_onnx(rtx_backend(), tmp_path / "net.onnx").network
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    pairs = [layer for layer in layers if layer.type.name == "QUANTIZE"]
+    assert len(pairs) == graph.op_histogram()["QuantizeLinear"]
+    assert {layer.get_output(0).dtype.name for layer in pairs} == {"INT8"}
+
+
+def test_a_graph_for_onnx_runtime_alone_is_refused(tmp_path: Path) -> None:
+    net = quantized_net("A0", Target.ONNXRUNTIME)
+    graph = to_qdq_onnx(net, GraphOptions(PIXELS, PIXELS), make_metadata(provenance(Precision.INT8)))
+    write_graph(graph, tmp_path / "net.onnx")
+    with pytest.raises(GraphError, match="zero point"):
+        parse_onnx(rtx_backend(), tmp_path / "net.onnx")

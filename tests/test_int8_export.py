@@ -142,7 +142,7 @@ def test_a_layer_that_is_named_stays_float(images, tmp_path) -> None:
 def test_what_stays_float_can_be_fp16(images, tmp_path) -> None:
     int8(images, tmp_path, "--rest", "fp16")
     types = {w.data_type for w in onnx.load(tmp_path / "demo.int8.onnx").graph.initializer}
-    assert types == {TensorProto.INT8, TensorProto.FLOAT16}
+    assert types == {TensorProto.INT8, TensorProto.UINT8, TensorProto.FLOAT16}
 
 
 def test_the_layer_table_has_a_row_a_layer(images, tmp_path) -> None:
@@ -222,12 +222,22 @@ def test_a_drop_that_no_set_of_float_layers_mends_is_refused(images, tmp_path, m
     assert not out.exists()
 
 
-def test_the_places_of_the_pairs_do_not_change_the_integers(images, tmp_path) -> None:
-    parity = {}
-    pairs = {"tensorrt": 12, "onnxruntime": 23, "auto": 23}
-    for qdq, expected in pairs.items():
+def test_a_graph_for_onnx_runtime_alone_has_finer_scales(images, tmp_path) -> None:
+    scales = {}
+    for qdq in ("portable", "onnxruntime"):
         values = json.loads(int8(images, tmp_path / qdq, "--qdq", qdq, "--json").stdout)
-        parity[qdq] = values["parity"]["onnx"]["relative"]
-        ops = values["ops"]
-        assert ops["QuantizeLinear"] == expected
-    assert max(parity.values()) < 1e-4
+        assert values["parity"]["onnx"]["relative"] < 1e-4
+        scales[qdq] = [layer["scale"] for layer in values["quantization"]["layers"]]
+        (path,) = (tmp_path / qdq).glob("*.int8.onnx")
+        about = {item.key: item.value for item in onnx.load(path).metadata_props}
+        assert json.loads(about["repvgg_deploy.quantization"])["qdq"] == qdq
+    # The images have negative values, and keep their codes.
+    assert scales["onnxruntime"][0] == scales["portable"][0]
+    pairs = list(zip(scales["onnxruntime"], scales["portable"], strict=True))[1:]
+    assert all(fine < 0.7 * coarse for fine, coarse in pairs)
+
+
+def test_no_engine_is_built_from_a_graph_for_onnx_runtime_alone(images, tmp_path) -> None:
+    result = int8(images, tmp_path / "out", "--qdq", "onnxruntime", "--engine", "tensorrt-rtx", code=1)
+    assert "error: no engine can be built from a graph for ONNX Runtime alone" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -106,12 +106,12 @@ def test_thresholds_clip_an_outlier_and_keep_a_uniform_range() -> None:
     uniform = edge_of(generator.uniform(0, 10, 100_000))
     tailed = edge_of(np.append(np.abs(generator.normal(0, 1, 100_000)), 100.0))
     for observer in ("minmax", "percentile", "mse", "entropy"):
-        assert find_threshold(uniform, observer) == pytest.approx(10, rel=0.02), observer
-    assert find_threshold(tailed, "minmax") == 100.0
+        assert find_threshold(uniform, observer, 127) == pytest.approx(10, rel=0.02), observer
+    assert find_threshold(tailed, "minmax", 127) == 100.0
     # One value of 100,000 weighs enough in the square error to keep half of its range.
-    assert find_threshold(tailed, "mse") == pytest.approx(63.5)
+    assert find_threshold(tailed, "mse", 127) == pytest.approx(63.5)
     for observer in ("percentile", "entropy"):
-        assert 2.0 < find_threshold(tailed, observer) < 30.0, observer
+        assert 2.0 < find_threshold(tailed, observer, 127) < 30.0, observer
 
 
 @settings(max_examples=12, deadline=None)

@@ -16,7 +16,8 @@ from repvgg_deploy.errors import GraphError
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
 from repvgg_deploy.quantize import QuantizedNet, quantize
-from repvgg_deploy.quantize.qdq import Placement, to_qdq_onnx, with_fp16_scales
+from repvgg_deploy.quantize.codes import Target
+from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx, with_fp16_scales
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 OPTIONS = GraphOptions(32, 32)
@@ -30,6 +31,11 @@ def shape(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def quantized(shape: str) -> QuantizedNet:
     return quantize(fused_net(shape), [draw_images(64)], QUICK)
+
+
+@pytest.fixture(scope="module")
+def wide(shape: str) -> QuantizedNet:
+    return quantize(fused_net(shape), [draw_images(64)], QUICK, target=Target.ONNXRUNTIME)
 
 
 def run(model: onnx.ModelProto, images: torch.Tensor, optimized: Path | None = None) -> list[np.ndarray]:
@@ -54,11 +60,8 @@ def bias_of(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     return add.input[1]
 
 
-@pytest.mark.parametrize("placement", list(Placement))
-def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(
-    quantized: QuantizedNet, placement: Placement
-) -> None:
-    model = to_qdq_onnx(quantized, OPTIONS, {}, placement=placement).to_proto()
+def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(quantized: QuantizedNet) -> None:
+    model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     made = producers(model)
     weights = {item.name: item for item in model.graph.initializer}
     checked = 0
@@ -74,7 +77,11 @@ def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(
         assert dequantize.op_type == "DequantizeLinear", node.name
         assert made[dequantize.input[0]].op_type == "QuantizeLinear"
         assert weights[dequantize.input[1]].dims == []
-        assert onnx.numpy_helper.to_array(weights[dequantize.input[2]]).item() == 0
+        zero = weights[dequantize.input[2]]
+        assert onnx.numpy_helper.to_array(zero).item() == 0
+        # Only the images have negative values.
+        stem = node.name == "stages.0.0.conv"
+        assert zero.data_type == (onnx.TensorProto.INT8 if stem else onnx.TensorProto.UINT8)
         if not pooled:
             kernel = made[node.input[1]]
             assert kernel.op_type == "DequantizeLinear"
@@ -86,51 +93,71 @@ def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(
     assert checked == len(quantized.integers()) + 1
 
 
-def test_a_pair_stands_on_both_sides_of_a_relu_without_a_squeeze_excite(quantized: QuantizedNet, shape: str) -> None:
+def test_no_pair_stands_between_a_convolution_and_its_relu(quantized: QuantizedNet, shape: str) -> None:
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     made = producers(model)
-    relus = [node for node in model.graph.node if node.op_type.endswith("Relu") and ".se_" not in node.name]
-    before = {made[node.input[0]].op_type for node in relus}
-    # ONNX Runtime has an integer kernel for a LeakyRelu, none for a Relu.
-    between_pairs = [node for node in relus if node.op_type == "LeakyRelu"]
-    assert between_pairs == [node for node in relus if made[node.input[0]].op_type == "DequantizeLinear"]
-    assert all(node.attribute[0].f == 0.0 for node in between_pairs)
-    expected = {
-        "plain": {"DequantizeLinear"},
-        "grouped": {"DequantizeLinear"},
-        "se before": {"Mul"},
-        "se after": {"Conv"},
+    before = {
+        made[node.input[0]].op_type for node in model.graph.node if node.op_type == "Relu" and ".se_" not in node.name
     }
-    assert before == expected[shape]
-    after = to_qdq_onnx(quantized, OPTIONS, {}, placement=Placement.AFTER_RELU).to_proto()
-    assert "DequantizeLinear" not in {
-        producers(after)[n.input[0]].op_type for n in after.graph.node if n.op_type == "Relu"
-    }
-    assert "LeakyRelu" not in {node.op_type for node in after.graph.node}
+    assert before == {"Mul" if shape == "se before" else "Conv"}
 
 
-@pytest.mark.parametrize("placement", list(Placement))
-def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: QuantizedNet, placement: Placement) -> None:
+def agreeing_share(model: onnx.ModelProto, net: QuantizedNet, images: torch.Tensor, zero_point: int = 0) -> float:
+    """Of all activations, the share that has the same integer in ONNX Runtime and in torch."""
+    edges = net.edge_integers(images)
+    zeros = {node.output[0]: node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    types = {item.name: item.data_type for item in model.graph.initializer}
+    for edge in edges:
+        name = f"{edge}.input.quantized"
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, types[zeros[name]], None))
+    _, *integers = run(model, images)
+    equal = []
+    for edge, seen in zip(edges, integers, strict=True):
+        offset = zero_point if edge in net.unsigned else 0
+        equal.append(seen.astype(np.int64).ravel() - offset == edges[edge].numpy().ravel())
+    return float(np.concatenate(equal).mean())
+
+
+def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: QuantizedNet) -> None:
     images = draw_images(32, seed=11)
-    model = to_qdq_onnx(quantized, OPTIONS, {}, placement=placement).to_proto()
-    edges = quantized.edge_integers(images)
-    names = {edge: f"{edge}.input.quantized" for edge in edges}
-    for name in names.values():
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None))
-    logits, *integers = run(model, images)
-    equal = [np.asarray(a).ravel() == edges[e].numpy().ravel() for e, a in zip(names, integers, strict=True)]
-    assert np.concatenate(equal).mean() >= 0.999
+    model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
+    (logits,) = run(model, images)
     np.testing.assert_allclose(logits, quantized(images), atol=0.03 * float(quantized(images).abs().max()))
+    assert agreeing_share(model, quantized, images) >= 0.999
 
 
-def test_onnx_runtime_makes_every_layer_an_integer_one(tmp_path: Path) -> None:
-    quantized = quantize(fused_net("grouped"), [draw_images(32)], QUICK)
+def test_the_graph_as_tensorrt_reads_it_gives_the_integers_of_as_tensorrt(quantized: QuantizedNet) -> None:
+    # Twice as strong as any image of the calibration, so that much lies beyond the clipping thresholds.
+    images = draw_images(32, seed=11) * 2
+    model = as_tensorrt_reads(to_qdq_onnx(quantized, OPTIONS, {}).to_proto())
+    engine = quantized.as_tensorrt()
+    assert float(max(v.max() for v in engine.edge_integers(images).values())) == 127
+    assert float(max(v.max() for v in quantized.edge_integers(images).values())) > 127
+    assert agreeing_share(model, engine, images) >= 0.999
+    assert agreeing_share(to_qdq_onnx(quantized, OPTIONS, {}).to_proto(), engine, images) < 0.999
+
+
+def test_for_onnx_runtime_alone_activations_have_all_codes_and_a_zero_point(
+    quantized: QuantizedNet, wide: QuantizedNet
+) -> None:
+    images = draw_images(32, seed=11)
+    model = to_qdq_onnx(wide, OPTIONS, {}).to_proto()
+    for name, scale in ((name, layer.input_scale) for name, layer in wide.integers().items() if name in wide.unsigned):
+        assert scale < 0.7 * quantized.integers()[name].input_scale, name
+    assert agreeing_share(model, wide, images, zero_point=-128) >= 0.999
+    with pytest.raises(ValueError, match="TensorRT"):
+        wide.as_tensorrt()
+
+
+@pytest.mark.parametrize("target", list(Target))
+def test_onnx_runtime_makes_every_layer_an_integer_one(target: Target, tmp_path: Path) -> None:
+    quantized = quantize(fused_net("grouped"), [draw_images(32)], QUICK, target=target)
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     images = draw_images(16, seed=2)
     (logits,) = run(model, images, tmp_path / "optimized.onnx")
     ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert ops["QLinearConv"] == len(quantized.integers()) - 1
-    assert ops["QLinearLeakyRelu"] == ops["QLinearConv"]
+    assert ops["Relu"] == 0
     assert ops["QGemm"] == ops["QLinearGlobalAveragePool"] == 1
     assert ops["Conv"] == ops["FusedConv"] == ops["Gemm"] == ops["DequantizeLinear"] == 0
     np.testing.assert_allclose(logits, quantized(images), rtol=1e-4, atol=1e-4)

@@ -19,7 +19,6 @@ from repvgg_deploy.nets.vgg import Vgg, VggSpec
 from repvgg_deploy.onnx_baseline import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.onnx_export import GraphOptions
 from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize.qdq import Placement
 from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
 from repvgg_deploy.seeded import seed_weights
 
@@ -120,13 +119,13 @@ def test_the_graph_gives_the_nets_logits(
     assert relative(torch.from_numpy(logits), logits_of(net, torch.from_numpy(pictures))) < limit
 
 
-@pytest.mark.parametrize("placement", list(Placement))
+@pytest.mark.parametrize("for_engine", [False, True])
 @pytest.mark.parametrize("spec", SMALL, ids=["basic", "bottleneck", "vgg"])
 def test_the_int8_graph_is_near_and_all_its_convolutions_are_int8(
-    spec: ResNetSpec | VggSpec, placement: Placement, pictures: np.ndarray, tmp_path: Path
+    spec: ResNetSpec | VggSpec, for_engine: bool, pictures: np.ndarray, tmp_path: Path
 ) -> None:
     net = make(spec)
-    graph = to_baseline_onnx(net, BaselineIntegers(find_ranges(net, pictures), placement), GraphOptions(64, 64), {})
+    graph = to_baseline_onnx(net, BaselineIntegers(find_ranges(net, pictures), for_engine), GraphOptions(64, 64), {})
     made_by = {node.output[0]: node.op_type for node in graph.model.graph.node}
     convolutions = [node for node in graph.model.graph.node if node.op_type in ("Conv", "Gemm")]
     assert convolutions
@@ -134,8 +133,11 @@ def test_the_int8_graph_is_near_and_all_its_convolutions_are_int8(
         # As the Q/DQ graph of a RepVGG: a Flatten may stand between the pair and the classifier.
         assert made_by[node.input[0]] in ("DequantizeLinear", "Flatten", "MaxPool"), node.name
         assert made_by[node.input[1]] == "DequantizeLinear"
-    in_front = {made_by[node.input[0]] for node in graph.model.graph.node if node.op_type.endswith("Relu")}
-    assert ("DequantizeLinear" in in_front) == (placement is Placement.BOTH)
+    # In front of a sum TensorRT wants a pair on the skip alone.
+    sums = [node for node in graph.model.graph.node if node.name.endswith(".sum")]
+    main = {made_by[node.input[0]] for node in sums}
+    assert main == ({"Conv"} if for_engine else {"DequantizeLinear"}) or not sums
+    assert {made_by[node.input[1]] for node in sums} <= {"DequantizeLinear"}
     path = tmp_path / "net.onnx"
     write_graph(graph, path)
     logits = OnnxRunner(path).run(pictures)["logits"]

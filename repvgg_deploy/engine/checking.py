@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
+from onnx import load, save
 
 from repvgg_deploy.artifacts import Parity
 from repvgg_deploy.engine.backends import Backend, import_backend
@@ -14,6 +17,7 @@ from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.parity import compare, require_parity
 from repvgg_deploy.runners import Array
 from repvgg_deploy.runners.engine_runner import EngineRunner, open_engine
+from repvgg_deploy.runners.onnx_runner import OnnxRunner
 
 # Largest relative differences of the scores. FP32 engines may use TF32, with the mantissa of FP16; in INT8 a value
 # on the border between two steps may fall to either side in every layer.
@@ -42,9 +46,14 @@ def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Arr
 
 
 def check_where_possible(
-    engine: Engine, images: Array, expected: Mapping[str, Array], say: Callable[[str], None] = lambda _: None
+    engine: Engine,
+    images: Array,
+    expected: Callable[[], Mapping[str, Array]],
+    say: Callable[[str], None] = lambda _: None,
 ) -> Parity | None:
     """`check_engine` on the GPU of this machine; None where none can run `engine`, and `say` is told why.
+
+    `expected` gives the outputs to compare with, and is asked where the engine runs.
 
     A GPU that the library does not list is tried all the same; only what it computes there can fail the build.
 
@@ -68,7 +77,20 @@ def check_where_possible(
             return None
         raise
     with runner:
-        return check_engine(runner, images, expected)
+        return check_engine(runner, images, expected())
+
+
+def run_as_engine(onnx: Path, images: Array) -> dict[str, Array]:
+    """The outputs of a graph in ONNX Runtime, with the activations of an INT8 graph saturating as in TensorRT."""
+    runner = OnnxRunner(onnx)
+    if runner.precision != "int8":
+        return runner.run(images)
+    from repvgg_deploy.quantize.qdq import as_tensorrt_reads
+
+    with tempfile.TemporaryDirectory() as scratch:
+        read = Path(scratch) / onnx.name
+        save(as_tensorrt_reads(load(onnx)), read)
+        return OnnxRunner(read).run(images)
 
 
 def require_signal(scores: Array) -> None:

@@ -202,9 +202,8 @@ def refit_in_place(plan: Path, weights: Path, say: Callable[[str], None] = lambd
 def _check_refitted(engine: Engine, onnx: Path, say: Callable[[str], None]) -> None:
     """The comparison that follows every build, on drawn pictures, or on noise where the net takes no RGB."""
     from repvgg_deploy.drawn import draw_images
-    from repvgg_deploy.engine.checking import check_where_possible
+    from repvgg_deploy.engine.checking import check_where_possible, run_as_engine
     from repvgg_deploy.images import normalize
-    from repvgg_deploy.runners.onnx_runner import OnnxRunner
 
     side, images = engine.side, engine.side.inputs[0]
     takes_pixels = images.dtype == "uint8"
@@ -219,4 +218,4 @@ def _check_refitted(engine: Engine, onnx: Path, say: Callable[[str], None]) -> N
         half = (0.5,) * channels
         taken = normalize(taken, known or Preprocessing(height, width, max(height, width), half, half))
         taken = taken.astype(images.dtype)
-    check_where_possible(engine, taken, OnnxRunner(onnx).run(taken), say)
+    check_where_possible(engine, taken, lambda: run_as_engine(onnx, taken), say)

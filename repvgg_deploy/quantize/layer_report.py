@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.activation_scales import HIGHEST, quantize_activations
+from repvgg_deploy.quantize.activation_scales import quantize_activations
+from repvgg_deploy.quantize.codes import Target, highest_codes
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, after_conv, fused_blocks
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
@@ -53,26 +54,35 @@ def signal_to_noise_db(signal: Tensor, noisy: Tensor) -> float:
 
 @torch.no_grad()
 def report_layers(
-    net: RepVGG, result: Reconstruction, removed: Mapping[str, RemovedInputs], images: Tensor
+    net: RepVGG,
+    result: Reconstruction,
+    removed: Mapping[str, RemovedInputs],
+    images: Tensor,
+    target: Target = Target.PORTABLE,
 ) -> tuple[LayerRow, ...]:
     """One row a layer of the prepared `net`, measured on a few `images` (N, C, H, W)."""
     rows: list[LayerRow] = []
+    highest = highest_codes(net, target.highest)
     exact = rounded = images
     for name, block in fused_blocks(net):
         exact_out = block.conv(exact)
-        row, rounded_out = _row(name, block.conv, result.layers.get(name), rounded, exact_out, removed.get(name))
+        row, rounded_out = _row(
+            name, block.conv, result.layers.get(name), rounded, exact_out, removed.get(name), highest[name]
+        )
         rows.append(row)
         exact, rounded = after_conv(block, exact_out), after_conv(block, rounded_out)
     if result.pool_scale is not None:
-        quantized = quantize_activations(rounded, result.pool_scale)
+        quantized = quantize_activations(rounded, result.pool_scale, highest[POOL])
         db = signal_to_noise_db(exact.mean((2, 3)), quantized.mean((2, 3)))
-        scale, clipped = result.pool_scale, _saturation(rounded, result.pool_scale)
+        scale, clipped = result.pool_scale, _saturation(rounded, result.pool_scale, highest[POOL])
         noise = signal_to_noise_db(rounded, quantized)
         rows.append(LayerRow(POOL, False, scale, clipped, None, noise, db, 0, 0.0))
         rounded = quantized
     exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
     out = net.classifier(exact)
-    rows.append(_row(CLASSIFIER, net.classifier, result.layers.get(CLASSIFIER), rounded, out, None)[0])
+    rows.append(
+        _row(CLASSIFIER, net.classifier, result.layers.get(CLASSIFIER), rounded, out, None, highest[CLASSIFIER])[0]
+    )
     return tuple(rows)
 
 
@@ -83,19 +93,20 @@ def _row(
     x: Tensor,
     exact: Tensor,
     removed: RemovedInputs | None,
+    highest: int,
 ) -> tuple[LayerRow, Tensor]:
     columns, bound = (removed.columns, removed.bound) if removed is not None else (0, 0.0)
     if integers is None:
         out = cast(Tensor, layer(x))
         return LayerRow(name, True, None, None, None, None, signal_to_noise_db(exact, out), columns, bound), out
-    quantized = quantize_activations(x, integers.input_scale)
+    quantized = quantize_activations(x, integers.input_scale, highest)
     weight = integers.dequantized()
     out = run_layer(layer, quantized, weight, integers.bias)
     row = LayerRow(
         name,
         False,
         integers.input_scale,
-        _saturation(x, integers.input_scale),
+        _saturation(x, integers.input_scale, highest),
         signal_to_noise_db(layer.weight, weight),
         signal_to_noise_db(x, quantized),
         signal_to_noise_db(exact, out),
@@ -105,5 +116,5 @@ def _row(
     return row, out
 
 
-def _saturation(x: Tensor, scale: float) -> float:
-    return float((x.abs() > (HIGHEST + 0.5) * scale).double().mean())
+def _saturation(x: Tensor, scale: float, highest: int) -> float:
+    return float((x.abs() > (highest + 0.5) * scale).double().mean())

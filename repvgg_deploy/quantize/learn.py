@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.activation_scales import HIGHEST, LOWEST
-from repvgg_deploy.quantize.edges import CLASSIFIER, Images, after_conv, fused_blocks, per_channel, rebatch
+from repvgg_deploy.quantize.codes import LOWEST, Target, highest_codes
+from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, Images, after_conv, fused_blocks, per_channel, rebatch
 from repvgg_deploy.quantize.recipe import LearningOptions, Recipe
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantize.samples import run_layer
@@ -33,18 +33,23 @@ _MEMORY_BYTES = 1 << 29
 
 class _RoundActivations(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, highest: int) -> Tensor:
         ratio = x / scale
-        rounded = ratio.round().clamp_(LOWEST, HIGHEST)
+        rounded = ratio.round().clamp_(LOWEST, highest)
         ctx.save_for_backward(ratio, rounded)
+        ctx.highest = highest
         return rounded * scale
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         ratio, rounded = ctx.saved_tensors
         (grad,) = grad_outputs
-        inside = (ratio >= LOWEST) & (ratio <= HIGHEST)
-        return grad * inside, (grad * torch.where(inside, rounded - ratio, rounded)).sum()
+        inside = (ratio >= LOWEST) & (ratio <= ctx.highest)
+        return grad * inside, (grad * torch.where(inside, rounded - ratio, rounded)).sum(), None
+
+
+def _round_activations(x: Tensor, log_scale: Tensor, highest: int) -> Tensor:
+    return cast(Tensor, _RoundActivations.apply(x, log_scale.exp(), highest))  # type: ignore[no-untyped-call]
 
 
 class _RoundWeights(torch.autograd.Function):
@@ -65,16 +70,18 @@ class _Learnable:
     log_scale: Tensor
     bias: Tensor
     log_input: Tensor
+    highest: int
 
     @classmethod
-    def start(cls, layer: LayerIntegers) -> _Learnable:
+    def start(cls, layer: LayerIntegers, highest: int) -> _Learnable:
         device = layer.weight.device
         log_input = torch.tensor(math.log(layer.input_scale), device=device)
         parts = (layer.weight.float(), layer.weight_scale.log(), layer.bias.clone(), log_input)
-        return cls(*(part.requires_grad_() for part in parts))
+        weight, log_scale, bias, log_input = (part.requires_grad_() for part in parts)
+        return cls(weight, log_scale, bias, log_input, highest)
 
     def run(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-        x = cast(Tensor, _RoundActivations.apply(x, self.log_input.exp()))  # type: ignore[no-untyped-call]
+        x = _round_activations(x, self.log_input, self.highest)
         rounded = cast(Tensor, _RoundWeights.apply(self.weight))  # type: ignore[no-untyped-call]
         return run_layer(layer, x, rounded * per_channel(self.log_scale.exp(), rounded), self.bias)
 
@@ -90,6 +97,7 @@ def learn(
     images: Images,
     recipe: Recipe,
     progress: Callable[[int], None] | None = None,
+    target: Target = Target.PORTABLE,
 ) -> Reconstruction:
     """Improve `start` by descent on the distance of logits and stage outputs to those of the float `net`.
 
@@ -98,7 +106,8 @@ def learn(
     """
     options = recipe.learning
     kept = _keep_images(images, net.classifier.weight.device)
-    layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
+    highest = highest_codes(net, target.highest)
+    layers = {name: _Learnable.start(layer, highest[name]) for name, layer in start.layers.items()}
     pool = None
     if start.pool_scale is not None:
         pool = torch.tensor(math.log(start.pool_scale), device=kept.device, requires_grad=True)
@@ -109,7 +118,7 @@ def learn(
         decay = 0.5 * (1 + math.cos(math.pi * step / options.steps)) * min(1.0, (step + 1) / _WARM_UP)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
-        loss = _distance(net, layers, pool, next(draws), options.features)
+        loss = _distance(net, layers, pool, highest[POOL], next(draws), options.features)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -160,7 +169,7 @@ def _draw_batches(images: Tensor, options: LearningOptions, seed: int) -> Iterat
 
 
 def _distance(
-    net: RepVGG, layers: dict[str, _Learnable], pool: Tensor | None, images: Tensor, features: float
+    net: RepVGG, layers: dict[str, _Learnable], pool: Tensor | None, highest: int, images: Tensor, features: float
 ) -> Tensor:
     """The relative square error of the logits, plus `features` times the mean one of the stages' outputs."""
     ends = {f"stages.{s}.{len(stage) - 1}" for s, stage in enumerate(net.spec.stages)}
@@ -174,7 +183,7 @@ def _distance(
         if name in ends:
             errors.append(_relative_error(rounded, exact))
     if pool is not None:
-        rounded = cast(Tensor, _RoundActivations.apply(rounded, pool.exp()))  # type: ignore[no-untyped-call]
+        rounded = _round_activations(rounded, pool, highest)
     exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
     classifier = layers.get(CLASSIFIER)
     out = net.classifier(rounded) if classifier is None else classifier.run(net.classifier, rounded)

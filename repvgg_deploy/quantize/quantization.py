@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.codes import Target, highest_codes
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs, remove_dead_inputs
 from repvgg_deploy.quantize.edges import Images, edge_names, rebatch
 from repvgg_deploy.quantize.equalize import equalize
@@ -33,6 +34,7 @@ def quantize(
     keep_float: Collection[str] = (),
     progress: Progress | None = None,
     chained: bool = True,
+    target: Target = Target.PORTABLE,
 ) -> QuantizedNet:
     """`fused` with int8 weights and activations, as `recipe` says; `fused` itself is not changed.
 
@@ -46,6 +48,7 @@ def quantize(
         keep_float: names of layers (`stages.S.B`, `classifier`) that are not quantized.
         progress: see `Progress`.
         chained: without it no layer makes up for the error of those before, so that each can be looked at by itself.
+        target: see `Target`.
 
     Raises:
         DeployError: there are no images, an image is not finite, or a name in `keep_float` is no layer's.
@@ -60,7 +63,7 @@ def quantize(
             f"{statistics.images} calibration images are few; take at least {FEW_IMAGES}, better 512", stacklevel=2
         )
     removed = prepare(net, statistics, recipe)
-    thresholds = _thresholds(net, images, recipe)
+    thresholds = _thresholds(net, images, recipe, target)
     layers = len(edge_names(net)) - 1
     done: list[str] = []
 
@@ -68,13 +71,13 @@ def quantize(
         done.append(name)
         report("round", len(done), layers)
 
-    result = reconstruct(net, images, statistics.images, recipe, thresholds, keep_float, layer_done, chained)
+    result = reconstruct(net, images, statistics.images, recipe, thresholds, keep_float, layer_done, chained, target)
     if recipe.learning.steps and chained:
-        result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps))
+        result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps), target)
     sample = next(rebatch(images, net.classifier.weight.device))
-    rows = report_layers(net, result, removed, sample)
+    rows = report_layers(net, result, removed, sample, target)
     summary = QuantizationSummary(recipe.name, statistics.images, statistics.images_sha256, recipe.seed, rows)
-    return QuantizedNet(net, result, summary)
+    return QuantizedNet(net, result, summary, target)
 
 
 def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> dict[str, RemovedInputs]:
@@ -87,12 +90,13 @@ def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> d
     return removed
 
 
-def _thresholds(net: RepVGG, images: Images, recipe: Recipe) -> Thresholds | None:
+def _thresholds(net: RepVGG, images: Images, recipe: Recipe, target: Target) -> Thresholds | None:
     if recipe.scales.observer == "output":
         return None
     statistics = collect_statistics(net, images)
+    highest = highest_codes(net, target.highest)
     return {
-        name: find_threshold(edge, recipe.scales.observer, recipe.scales.percentile)
+        name: find_threshold(edge, recipe.scales.observer, highest[name], recipe.scales.percentile)
         for name, edge in statistics.edges.items()
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -11,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
-from repvgg_deploy.quantize.activation_scales import HIGHEST, LOWEST
+from repvgg_deploy.quantize.codes import (
+    LOWEST,
+    SIGNED_HIGHEST,
+    UNSIGNED_HIGHEST,
+    Target,
+    highest_codes,
+    unsigned_edges,
+)
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
 from repvgg_deploy.quantize.layer_report import LayerRow
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
@@ -29,7 +37,7 @@ class QuantizationSummary:
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or linear layer on int8 inputs: integers in, float32 out.
+    """A convolution or linear layer on eight-bit inputs: integers in, float32 out.
 
     The sum of products is exact in float32 as long as it stays below 2²⁴, and then scaled once.
     """
@@ -54,7 +62,7 @@ class IntegerLayer(nn.Module):
         return self.weight_scale * self.input_scale
 
     def total(self, integers: Tensor) -> Tensor:
-        """Sums of products and bias, whole numbers as floats, for inputs −128…127 given as floats."""
+        """Sums of products and bias, whole numbers as floats, for integers given as floats."""
         weight = self.weight.to(integers.dtype)
         bias = (self.bias / self.scale).round()
         if self.geometry is None:
@@ -62,7 +70,7 @@ class IntegerLayer(nn.Module):
         return F.conv2d(integers, weight, **self.geometry) + bias[:, None, None]
 
     def forward(self, integers: Tensor) -> Tensor:
-        """The layer's float32 output for quantized inputs −128…127, given as floats."""
+        """The layer's float32 output for integers given as floats."""
         total = self.total(integers)
         return total * (self.scale if self.geometry is None else self.scale[:, None, None])
 
@@ -71,22 +79,33 @@ class IntegerLayer(nn.Module):
         return LayerIntegers(self.weight, self.weight_scale, self.bias, float(self.input_scale))
 
 
-def to_integers(x: Tensor, scale: Tensor) -> Tensor:
-    """QuantizeLinear with zero-point 0: round half to even, saturate to −128…127; the result as floats."""
-    return (x / scale).round().clamp(LOWEST, HIGHEST)
+def to_integers(x: Tensor, scale: Tensor, highest: int) -> Tensor:
+    """QuantizeLinear with zero-point 0: round half to even, saturate to −128…`highest`; the result as floats."""
+    return (x / scale).round().clamp(LOWEST, highest)
 
 
 class QuantizedNet(nn.Module):
     """A fused RepVGG whose layers are int8 where `layers` has them, and float elsewhere.
 
-    Input normalized images (N, C, H, W), output logits (N, classes). `float_net` is the prepared net (equalized, dead
-    inputs removed), with the geometry, the squeeze-excites and the layers that stay float.
+    Input normalized images (N, C, H, W), output logits (N, classes), as ONNX Runtime computes them from the graph;
+    see `as_tensorrt`. `float_net` is the prepared net (equalized, dead inputs removed), with the geometry, the
+    squeeze-excites and the layers that stay float. `target` says for whom the scales were chosen.
     """
 
-    def __init__(self, float_net: RepVGG, result: Reconstruction, summary: QuantizationSummary | None = None) -> None:
+    def __init__(
+        self,
+        float_net: RepVGG,
+        result: Reconstruction,
+        summary: QuantizationSummary | None = None,
+        target: Target = Target.PORTABLE,
+    ) -> None:
         super().__init__()
         self.float_net = float_net
         self.summary = summary
+        self.target = target
+        self.unsigned = unsigned_edges(float_net)
+        # uint8, whatever the scales were chosen for.
+        self._highest = highest_codes(float_net, UNSIGNED_HIGHEST)
         self.layers = nn.ModuleDict()
         for name, block in fused_blocks(float_net):
             if name in result.layers:
@@ -98,6 +117,18 @@ class QuantizedNet(nn.Module):
         self.register_buffer("pool_scale", scale)
         self.requires_grad_(False)
         self.eval()
+
+    def as_tensorrt(self) -> QuantizedNet:
+        """The net as TensorRT computes it from the same graph: int8 activations, which saturate at 127.
+
+        Raises:
+            ValueError: the net's activations have more codes than TensorRT knows.
+        """
+        if self.target is not Target.PORTABLE:
+            raise ValueError(f"TensorRT cannot run a net quantized for {self.target.value}")
+        net = copy.copy(self)
+        net._highest = highest_codes(self.float_net, SIGNED_HIGHEST)
+        return net
 
     def integer_layer(self, name: str) -> IntegerLayer | None:
         """The quantized layer of that name, or None where it stays float."""
@@ -140,14 +171,14 @@ class QuantizedNet(nn.Module):
             if layer is None:
                 flow = _Flow(after_conv(block, block.conv(flow.values)))
                 continue
-            seen[name] = flow.integers_with(layer.input_scale)
+            seen[name] = flow.integers_with(layer.input_scale, self._highest[name])
             scale = self.edge_scale(reader)
             if scale is None or not is_plain(block):
                 flow = _Flow(after_conv(block, layer(seen[name])))
             else:
                 # As an integer convolution does it: one factor from the sums to the next integers.
                 factor = (layer.scale / scale)[:, None, None]
-                integers = (layer.total(seen[name]) * factor).round().clamp(0, HIGHEST)
+                integers = (layer.total(seen[name]) * factor).round().clamp(0, self._highest[reader])
                 flow = _Flow(integers * scale, integers)
         return self._run_head(flow, seen)
 
@@ -155,10 +186,11 @@ class QuantizedNet(nn.Module):
         classifier = self.integer_layer(CLASSIFIER)
         if self.pool_scale is None or classifier is None:
             return self.float_net.head(flow.values)
-        seen[POOL] = flow.integers_with(self.pool_scale)
+        seen[POOL] = flow.integers_with(self.pool_scale, self._highest[POOL])
         pixels = seen[POOL].shape[2] * seen[POOL].shape[3]
         factor = self.pool_scale / (classifier.input_scale * pixels)
-        seen[CLASSIFIER] = (seen[POOL].sum((2, 3)) * factor).round().clamp(LOWEST, HIGHEST)
+        means = (seen[POOL].sum((2, 3)) * factor).round()
+        seen[CLASSIFIER] = means.clamp(LOWEST, self._highest[CLASSIFIER])
         return cast(Tensor, classifier(seen[CLASSIFIER]))
 
 
@@ -169,8 +201,8 @@ class _Flow:
     values: Tensor
     known: Tensor | None = None
 
-    def integers_with(self, scale: Tensor) -> Tensor:
-        return to_integers(self.values, scale) if self.known is None else self.known
+    def integers_with(self, scale: Tensor, highest: int) -> Tensor:
+        return to_integers(self.values, scale, highest) if self.known is None else self.known
 
 
 def is_plain(block: FusedBlock) -> bool:

@@ -44,6 +44,7 @@ class RoundingOptions:
         method: `nearest`, or `feedback`, which lets the weights not yet rounded make up for the error of the others.
         compensate: refit each layer to the float net's output on the inputs that the quantized net really has.
         images: at most so many calibration images are kept in memory for it.
+        mirror: take the images mirrored left to right as well, which makes twice as many.
         samples: pixels of the input of a layer, over all images.
         damping: what is added to the diagonal of the inputs' covariance, in shares of its mean, for as many samples as
             a kernel has weights; fewer samples raise it, more lower it.
@@ -53,6 +54,7 @@ class RoundingOptions:
     method: Rounding = "feedback"
     compensate: bool = True
     images: int = 512
+    mirror: bool = False
     samples: int = 16384
     damping: float = 1.0
     correct_bias: bool = True

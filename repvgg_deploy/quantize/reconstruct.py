@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.activation_scales import HIGHEST, quantize_activations, scale_by_output
+from repvgg_deploy.quantize.activation_scales import quantize_activations, scale_by_output
+from repvgg_deploy.quantize.codes import Target, highest_codes
 from repvgg_deploy.quantize.edges import (
     BATCH,
     CLASSIFIER,
@@ -22,7 +23,7 @@ from repvgg_deploy.quantize.edges import (
     rebatch,
 )
 from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
-from repvgg_deploy.quantize.recipe import Recipe
+from repvgg_deploy.quantize.recipe import Recipe, RoundingOptions
 from repvgg_deploy.quantize.samples import MEMORY_BYTES, Moments, Streams, input_moments, run_layer
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
 
@@ -68,6 +69,7 @@ def reconstruct(
     keep_float: Collection[str] = (),
     progress: Callable[[str], None] | None = None,
     chained: bool = True,
+    target: Target = Target.PORTABLE,
 ) -> Reconstruction:
     """Quantize the layers of a fused `net` in the order of execution; each makes up for the error of those before.
 
@@ -80,15 +82,17 @@ def reconstruct(
         keep_float: names of layers that are not quantized.
         progress: called with the name of each layer when it is done.
         chained: without it each layer is quantized as if all the others were float.
+        target: which codes the activations have.
     """
-    streams = _take_images(net, images, count, recipe.rounding.images)
+    streams = _take_images(net, images, count, recipe.rounding)
+    highest = highest_codes(net, target.highest)
     layers: dict[str, LayerIntegers] = {}
     for index, (name, block) in enumerate(fused_blocks(net)):
         if name in keep_float:
             weight, bias = block.conv.weight, cast(Tensor, block.conv.bias)
         else:
-            scale = _choose_scale(streams, name, block.conv, recipe, thresholds)
-            streams.rounded = quantize_activations(streams.rounded, scale)
+            scale = _choose_scale(streams, name, block.conv, recipe, thresholds, highest[name])
+            streams.rounded = quantize_activations(streams.rounded, scale, highest[name])
             layers[name] = _quantize_layer(streams, block.conv, scale, recipe, index)
             weight, bias = layers[name].dequantized(), layers[name].bias
         exact = [after_conv(block, block.conv(x)) for x in torch.split(streams.exact, BATCH)]
@@ -101,31 +105,36 @@ def reconstruct(
             progress(name)
     if CLASSIFIER in keep_float:
         return Reconstruction(layers, None)
-    pool = _choose_scale(streams, POOL, nn.Identity(), recipe, thresholds)
+    pool = _choose_scale(streams, POOL, nn.Identity(), recipe, thresholds, highest[POOL])
     if chained:
-        streams.rounded = quantize_activations(streams.rounded, pool)
+        streams.rounded = quantize_activations(streams.rounded, pool, highest[POOL])
     streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
-    scale = _choose_scale(streams, CLASSIFIER, net.classifier, recipe, thresholds)
-    streams.rounded = quantize_activations(streams.rounded, scale)
+    scale = _choose_scale(streams, CLASSIFIER, net.classifier, recipe, thresholds, highest[CLASSIFIER])
+    streams.rounded = quantize_activations(streams.rounded, scale, highest[CLASSIFIER])
     layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers))
     if progress is not None:
         progress(CLASSIFIER)
     return Reconstruction(layers, pool)
 
 
-def _take_images(net: RepVGG, images: Images, count: int, most: int) -> Streams:
-    """Evenly spaced images, at most `most` and as many as the memory allows."""
+def _take_images(net: RepVGG, images: Images, count: int, options: RoundingOptions) -> Streams:
+    """Evenly spaced images, at most `options.images` and as many as the memory allows."""
+    most = options.images
+    copies = 2 if options.mirror else 1
     device = net.classifier.weight.device
     kept: list[Tensor] = []
     wanted: set[int] = set()
     start = 0
     for batch in rebatch(images, device):
         if not wanted:
-            most = min(most, max(16, MEMORY_BYTES // (2 * 4 * _widest(net, batch.shape))), count)
+            most = min(most, max(16, MEMORY_BYTES // (2 * 4 * copies * _widest(net, batch.shape))), count)
             wanted = {index * count // most for index in range(most)}
         kept.append(batch[[index for index in range(len(batch)) if start + index in wanted]])
         start += len(batch)
-    chosen = torch.cat(kept).contiguous(memory_format=torch.channels_last)
+    chosen = torch.cat(kept)
+    if options.mirror:
+        chosen = torch.cat([chosen, chosen.flip(3)])
+    chosen = chosen.contiguous(memory_format=torch.channels_last)
     return Streams(chosen, chosen)
 
 
@@ -139,12 +148,12 @@ def _widest(net: RepVGG, shape: torch.Size) -> int:
 
 
 def _choose_scale(
-    streams: Streams, name: str, layer: nn.Module, recipe: Recipe, thresholds: Thresholds | None
+    streams: Streams, name: str, layer: nn.Module, recipe: Recipe, thresholds: Thresholds | None, highest: int
 ) -> float:
     if thresholds is not None:
-        scale = thresholds[name] / HIGHEST
+        scale = thresholds[name] / highest
     else:
-        scale = scale_by_output(streams, layer, recipe.scales.thresholds)
+        scale = scale_by_output(streams, layer, recipe.scales.thresholds, highest)
     # What the graph stores is float32.
     return float(torch.tensor(scale, dtype=torch.float32))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.edges import BATCH, CLASSIFIER, Images, fused_blocks
 from repvgg_deploy.quantize.quantization import quantize
 from repvgg_deploy.quantize.quantized_net import QuantizedNet
@@ -52,7 +53,7 @@ def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ..
     found = []
     for name, integers in net.integers().items():
         pool = None if net.pool_scale is None or name != CLASSIFIER else float(net.pool_scale)
-        alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool))
+        alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool), target=net.target)
         error = float(((_run(alone, images) - exact).square().sum(1) / energy).mean())
         found.append(LayerSensitivity(name, error, macs[name] / total))
     return tuple(sorted(found, key=lambda layer: -layer.gain))
@@ -103,6 +104,7 @@ def quantize_within(
     max_drop: float,
     statistics: CalibrationStatistics | None = None,
     sample: Tensor | None = None,
+    target: Target = Target.PORTABLE,
 ) -> MixedPrecision:
     """The net with the fewest float layers, taken in the order of `rank_layers`, whose drop is at most `max_drop`.
 
@@ -117,19 +119,20 @@ def quantize_within(
         max_drop: in the same unit.
         statistics: see `quantize`.
         sample: images (N, C, H, W) to rank the layers on; by default the first batch of `images`.
+        target: see `quantize`.
     """
-    net = quantize(fused, images, recipe, statistics)
+    net = quantize(fused, images, recipe, statistics, target=target)
     best = MixedPrecision(net, (), 0.0, measure_drop(net))
     if best.drop <= max_drop:
         return best
-    apart = quantize(fused, images, recipe, statistics, chained=False)
+    apart = quantize(fused, images, recipe, statistics, chained=False, target=target)
     ranking = rank_layers(apart, torch.as_tensor(next(iter(images))) if sample is None else sample)
     shares = {layer.name: layer.macs_share for layer in ranking}
     low, high = 0, len(ranking)
     while high - low > 1:
         middle = (low + high) // 2
         names = tuple(layer.name for layer in ranking[:middle])
-        candidate = quantize(fused, images, recipe, statistics, keep_float=names)
+        candidate = quantize(fused, images, recipe, statistics, keep_float=names, target=target)
         mixed = MixedPrecision(candidate, names, sum(shares[name] for name in names), measure_drop(candidate))
         if mixed.drop <= max_drop:
             high, best = middle, mixed
