@@ -61,6 +61,7 @@ def test_both_libraries_have_every_method_of_the_interface(module: str) -> None:
         lambda cuda: cuda.copy_to_host(np.zeros(4), 0, 0),
         lambda cuda: cuda.synchronize(0),
         lambda cuda: cuda.create_event(),
+        lambda cuda: cuda.synchronize_event(0),
         lambda cuda: cuda.begin_capture(0),
         lambda cuda: cuda.end_capture(0),
     ],

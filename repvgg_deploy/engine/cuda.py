@@ -71,6 +71,9 @@ class Cuda(Protocol):
     def wait_event(self, event: Any, stream: int) -> None:
         """Let a stream wait for an event of another."""
 
+    def synchronize_event(self, event: Any) -> None:
+        """Wait until what was enqueued before an event is done."""
+
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that are over."""
 

@@ -98,9 +98,13 @@ class CudaBindings:
         """Through cudaStreamWaitEvent."""
         check(runtime.cudaStreamWaitEvent(stream, event, 0), "waiting for an event")
 
+    def synchronize_event(self, event: Any) -> None:
+        """Through cudaEventSynchronize; a failure of an earlier launch shows here."""
+        check(runtime.cudaEventSynchronize(event), "waiting for an event")
+
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Through cudaEventElapsedTime."""
-        check(runtime.cudaEventSynchronize(end), "waiting for an event")
+        self.synchronize_event(end)
         return float(check(runtime.cudaEventElapsedTime(start, end), "timing"))
 
     def destroy_event(self, event: Any) -> None:

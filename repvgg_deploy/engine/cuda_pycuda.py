@@ -100,9 +100,13 @@ class PyCuda:
         """Through Stream.wait_for_event."""
         self._stream(stream).wait_for_event(event)
 
+    def synchronize_event(self, event: Any) -> None:
+        """Through Event.synchronize; a failure of an earlier launch shows here."""
+        event.synchronize()
+
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Through Event.time_till."""
-        end.synchronize()
+        self.synchronize_event(end)
         return float(start.time_till(end))
 
     def destroy_event(self, event: Any) -> None:
