@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from repvgg_deploy.baselines import require_baseline
 from repvgg_deploy.bench_record import (
@@ -21,11 +21,18 @@ from repvgg_deploy.bench_record import (
 )
 from repvgg_deploy.contestants import Contestant, Entry, open_entry
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.machine import finish_machine, record_machine
+from repvgg_deploy.machine import GpuLoad, describe_identity, finish_machine, record_machine
 from repvgg_deploy.measure import Measurement, MeasureOptions, measure
 from repvgg_deploy.roofline import ELEMENT_BYTES, Ceiling, RooflinePoint, measure_ceiling
 
 Say = Callable[[str], None]
+
+
+class OpenAll(Protocol):
+    """Opens entries that are not open yet; those of `baseline` stay open beside them."""
+
+    def __call__(self, entries: Sequence[Entry], baseline: str | None = None) -> list[Contestant]:
+        """The contestants in the order of the entries."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,11 @@ def run_benchmark(
         if group.baseline is not None:
             require_baseline(group.baseline)
     record = earlier if earlier is not None else _new_record(request)
-    if earlier is not None and earlier["method"] != _method(request):
-        raise DeployError("the earlier result was measured with other options", "write to another file with -o")
+    if earlier is not None:
+        _require_same(earlier, request)
     done = {result["group"] for result in record["results"]}
     ceilings = {key: Ceiling(**values) for key, values in record["ceilings"].items()}
+    load = GpuLoad()
     with _opened_contestants(say) as open_all:
         for number, group in enumerate(request.groups, 1):
             if group.key in done:
@@ -93,10 +101,14 @@ def run_benchmark(
             # Before and after: a ceiling that was measured in a slow moment of the machine would be none.
             if request.roofline:
                 _raise_ceilings(ceilings, contestants, say)
-            measurements = measure(subjects, request.options, progress)
+            load.clear()
+            measurements = measure(subjects, request.options, progress, watch=load.read)
             if request.roofline:
                 _raise_ceilings(ceilings, contestants, say)
-            record = _add_group(record, group, contestants, measurements, ceilings)
+            # Before the next group takes memory of its own.
+            del subjects
+            record = _add_group(record, group, contestants, measurements, ceilings, load.summary())
+            del contestants
             save(record)
     return check_record(record)
 
@@ -114,16 +126,36 @@ def _new_record(request: BenchRequest) -> Record:
     }
 
 
+def _require_same(earlier: Record, request: BenchRequest) -> None:
+    """Nothing, where what is measured now can stand in one record with `earlier`.
+
+    Raises:
+        DeployError: it was another benchmark, with other options, or on another machine or with other versions.
+    """
+    elsewhere = "write to another file with -o"
+    if earlier["name"] != request.name:
+        raise DeployError(f"the earlier result is of {earlier['name']!r}, not of {request.name!r}", elsewhere)
+    if earlier["method"] != _method(request):
+        raise DeployError("the earlier result was measured with other options", elsewhere)
+    before, now = (describe_identity(machine) for machine in (earlier["machine"], record_machine()))
+    for what, value in now.items():
+        if before.get(what) != value:
+            raise DeployError(
+                f"the earlier result was measured with {what} {before.get(what) or 'unknown'}, here it is {value}",
+                elsewhere,
+            )
+
+
 def _method(request: BenchRequest) -> dict[str, Any]:
     return asdict(request.options)
 
 
-def _with_precisions(group: Group, open_all: Callable[[Sequence[Entry]], list[Contestant]]) -> tuple[Entry, ...]:
+def _with_precisions(group: Group, open_all: OpenAll) -> tuple[Entry, ...]:
     """All entries of the group; the baseline's are run as the models turn out to run once they are open."""
     if group.baseline is None:
         return group.entries
     known = []
-    for entry, contestant in zip(group.entries, open_all(group.entries), strict=True):
+    for entry, contestant in zip(group.entries, open_all(group.entries, group.baseline), strict=True):
         label = contestant.label
         if label.precision == "unknown":
             raise DeployError(
@@ -136,13 +168,13 @@ def _with_precisions(group: Group, open_all: Callable[[Sequence[Entry]], list[Co
 
 
 @contextmanager
-def _opened_contestants(say: Say) -> Iterator[Callable[[Sequence[Entry]], list[Contestant]]]:
-    """A function that opens entries, and closes those that the next group does not have."""
+def _opened_contestants(say: Say) -> Iterator[OpenAll]:
+    """A function that opens entries, and closes those that are not asked for again, but for their baseline."""
     opened: dict[Entry, Contestant] = {}
     with tempfile.TemporaryDirectory(prefix="repvgg-deploy-bench-") as folder:
 
-        def open_all(entries: Sequence[Entry]) -> list[Contestant]:
-            for entry in [entry for entry in opened if entry not in entries]:
+        def open_all(entries: Sequence[Entry], baseline: str | None = None) -> list[Contestant]:
+            for entry in [entry for entry in opened if entry not in entries and entry.model != baseline]:
                 opened.pop(entry).close()
             for entry in entries:
                 if entry not in opened:
@@ -176,6 +208,7 @@ def _add_group(
     contestants: Sequence[Contestant],
     measurements: Sequence[Measurement],
     ceilings: dict[str, Ceiling],
+    load: list[dict[str, Any]],
 ) -> Record:
     results: list[Record] = []
     ratios: list[Record] = []
@@ -189,7 +222,7 @@ def _add_group(
         ]
     return {
         **record,
-        "machine": finish_machine(record["machine"]),
+        "machine": finish_machine(record["machine"], group.key, load),
         "ceilings": {key: asdict(ceiling) for key, ceiling in ceilings.items()},
         "results": [*record["results"], *results],
         "ratios": [*record["ratios"], *ratios],

@@ -20,13 +20,12 @@ from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.measure import Label, Subject
-from repvgg_deploy.model import is_engine, is_onnx
+from repvgg_deploy.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.roofline import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
-from repvgg_deploy.runners import Array
-from repvgg_deploy.runners.onnx_runner import OnnxRunner
+from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
 from repvgg_deploy.runners.torch_runner import TorchEvents, TorchLane, TorchOptions, TorchPrecision, TorchRunner
-from repvgg_deploy.seeded import seeded_baseline, seeded_repvgg
+from repvgg_deploy.seeded import seeded_baseline, seeded_inputs, seeded_repvgg
 from repvgg_deploy.subjects import BlockingSubject, StreamSubject
 
 PROVIDERS = {
@@ -45,13 +44,13 @@ class Entry:
 
     Attributes:
         model: a checkpoint, an ONNX graph, an engine, or the name of an architecture, which gets seeded weights.
-        backend: one of `BACKENDS`; None for the natural one of the file.
+        backend: one of `BACKENDS`; None for the natural one of the file, on a GPU where the library finds one.
         precision: fp32, fp16, int8; on torch also bf16, tf32. None for the file's own, else fp32.
         form: `deploy`, or `training` for a RepVGG with all its branches.
         mode, channels_last: see `TorchOptions`.
         threads: of the CPU; 0 for the backend's choice.
         transfers: whether the copies to and from a GPU are part of a query.
-        streams: of an engine.
+        streams: of an engine, or of torch on a GPU.
         size: of the input in pixels, for an architecture.
     """
 
@@ -108,7 +107,7 @@ def open_entry(entry: Entry, folder: Path) -> Contestant:
     if entry.is_file and is_onnx(Path(entry.model)):
         return _open_graph(entry, Path(entry.model), Path(entry.model).name)
     net = _find_net(entry)
-    backend = entry.backend or "torch-cpu"
+    backend = entry.backend or ("torch-cuda" if torch.cuda.is_available() else "torch-cpu")
     entry = replace(entry, backend=backend, precision=entry.precision or "fp32")
     if backend.startswith("torch-"):
         return _open_torch(entry, net)
@@ -121,7 +120,7 @@ def _find_net(entry: Entry) -> NamedNet:
     if entry.is_file:
         checkpoint = load_checkpoint(path)
         name, net = path.name, build(checkpoint)
-        size, top1 = entry.size or 224, None
+        size, top1 = entry.size or choose_preprocessing(checkpoint, PreprocessingOptions()).height, None
     else:
         baseline = find_baseline(entry.model)
         if baseline is not None:
@@ -147,14 +146,6 @@ def _label(entry: Entry, name: str, version: str, mode: str = "") -> Label:
     return Label(name, cast(str, entry.backend), version, cast(str, entry.precision), 0, entry.form, mode)
 
 
-def _noise(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
-    """Inputs of the range that normalized images, or pixels, have."""
-    generator = np.random.default_rng(0)
-    if dtype == np.uint8:
-        return generator.integers(0, 256, shape, dtype=np.uint8)
-    return generator.standard_normal(shape, dtype=np.float32).astype(dtype, copy=False)
-
-
 def _open_torch(entry: Entry, named: NamedNet) -> Contestant:
     precision = cast(str, entry.precision)
     if precision not in get_args(TorchPrecision):
@@ -164,13 +155,14 @@ def _open_torch(entry: Entry, named: NamedNet) -> Contestant:
     if device == "cpu" and entry.threads:
         torch.set_num_threads(entry.threads)
     runner = TorchRunner(named.net, options)
-    label = _label(entry, named.name, runner.backend_version, options.label)
+    label = _label(entry, named.name, runner.backend_version, options.label + _streams_and_copies(entry))
 
     def at_batch(batch: int) -> Subject:
-        images = _noise((batch, named.in_channels, named.size, named.size))
+        images = seeded_inputs((batch, named.in_channels, named.size, named.size))
         here = replace(label, batch=batch)
         if device == "cuda":
-            return StreamSubject(here, [TorchLane(runner, images)], TorchEvents(), entry.transfers)
+            lanes = [TorchLane(runner, images) for _ in range(entry.streams)]
+            return StreamSubject(here, lanes, TorchEvents(), entry.transfers)
         placed = runner.place(images)
         return BlockingSubject(here, lambda: runner.forward(placed))
 
@@ -187,7 +179,9 @@ def _open_exported(entry: Entry, named: NamedNet, folder: Path) -> Contestant:
         raise DeployError(f"a graph has no precision {precision!r}", "fp32, fp16 or int8")
     path = write_net(named, Precision(precision), entry.form, folder, for_engine=entry.backend in ENGINES)
     if entry.backend in ENGINES:
-        opened = _open_plan(entry, _build_plan(entry, path, folder), named.name)
+        opened = replace(
+            _open_plan(entry, _build_plan(entry, path, folder), named.name), cost=_graph_cost(path, precision)
+        )
     else:
         opened = _open_graph(entry, path, named.name)
     return replace(opened, parameters=named.parameters, top1=named.top1)
@@ -201,12 +195,12 @@ def _build_plan(entry: Entry, graph: Path, folder: Path) -> Path:
     if isinstance(backend, Unavailable):
         raise DeployError(backend.reason, backend.hint)
     with stage_files(folder) as staging:
-        built = build_engine(graph, backend, BuildOptions(), staging)
+        built = build_engine(graph, backend, BuildOptions(tf32=False), staging)
     return folder / built.plan.name
 
 
 def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
-    backend = entry.backend or "onnxruntime-cpu"
+    backend = entry.backend or _natural_provider()
     if backend not in PROVIDERS:
         raise DeployError(f"{path} is an ONNX graph, and {backend} does not run it", f"one of: {', '.join(PROVIDERS)}")
     runner = OnnxRunner(path, PROVIDERS[backend], entry.threads)
@@ -223,15 +217,31 @@ def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
     def at_batch(batch: int) -> Subject:
         if runner.batch not in (None, batch):
             raise DeployError(f"{path} takes batches of {runner.batch}, not {batch}", "export it without --batch")
-        images = _noise((batch, *cast("tuple[int, ...]", runner.input_shape[1:])), dtype)
+        images = seeded_inputs((batch, *cast("tuple[int, ...]", runner.input_shape[1:])), dtype)
         return BlockingSubject(replace(label, batch=batch), lambda: runner.run(images))
 
+    return Contestant(label, at_batch, _graph_cost(path, runner.precision))
+
+
+def _natural_provider() -> str:
+    available = import_onnxruntime().get_available_providers()
+    return "onnxruntime-cuda" if PROVIDERS["onnxruntime-cuda"] in available else "onnxruntime-cpu"
+
+
+def _graph_cost(path: Path, precision: str) -> Callable[[int], Cost]:
+    """What a graph computes, by the batch."""
     model = onnx.load(path, load_external_data=False)
     for item in model.graph.initializer:
         # Shapes are all that is needed.
         item.ClearField("raw_data")
-    precision = runner.precision if runner.precision in ELEMENT_BYTES else "fp32"
-    return Contestant(label, at_batch, lambda batch: total_cost(graph_costs(model, batch, precision)))
+    known = precision if precision in ELEMENT_BYTES else "fp32"
+    return lambda batch: total_cost(graph_costs(model, batch, known))
+
+
+def _streams_and_copies(entry: Entry) -> str:
+    """What a label says of both, behind a mode."""
+    streams = "" if entry.streams == 1 else f", {entry.streams} streams"
+    return streams + (", with copies" if entry.transfers else "")
 
 
 def _open_plan(entry: Entry, path: Path, name: str) -> Contestant:
@@ -243,11 +253,10 @@ def _open_plan(entry: Entry, path: Path, name: str) -> Contestant:
     cleanup = ExitStack()
     cleanup.callback(runner.close)
     known = replace(entry, backend=runner.backend, precision=runner.precision)
-    mode = "" if entry.streams == 1 else f"{entry.streams} streams"
-    label = _label(known, name, runner.backend_version, mode)
+    label = _label(known, name, runner.backend_version, _streams_and_copies(entry).removeprefix(", "))
 
     def at_batch(batch: int) -> Subject:
-        images = _noise((batch, *runner.input.shape[1:]), np.dtype(runner.input.dtype))
+        images = seeded_inputs((batch, *runner.input.shape[1:]), np.dtype(runner.input.dtype))
         return StreamSubject(replace(label, batch=batch), runner.batch_lanes(images), runner.cuda, entry.transfers)
 
     return Contestant(label, at_batch, cleanup=cleanup)

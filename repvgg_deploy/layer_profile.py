@@ -18,6 +18,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.model import is_onnx
 from repvgg_deploy.roofline import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
+from repvgg_deploy.seeded import seeded_inputs
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _SUFFIX = "_kernel_time"
@@ -75,7 +76,7 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
     if plain.batch not in (None, batch):
         raise DeployError(f"{path} takes batches of {plain.batch}, not {batch}", "export it without --batch")
     shape = (batch, *(size or 0 for size in plain.input_shape[1:]))
-    images = np.random.default_rng(0).random(shape, dtype=np.float32).astype(dtype)
+    images = seeded_inputs(shape, dtype)
     events = _run_profiled(path, plain.input_name, images, threads, seconds)
     precision = plain.precision if plain.precision in ELEMENT_BYTES else "fp32"
     model = onnx.load(path, load_external_data=False)
@@ -113,7 +114,7 @@ def profile_engine(path: Path, batch: int, seconds: float = 3.0) -> Profile:
     runner = EngineRunner(loaded, graphs=False)
     try:
         shape = (batch, *runner.input.shape[1:])
-        images = np.random.default_rng(0).random(shape, dtype=np.float32).astype(np.dtype(runner.input.dtype))
+        images = seeded_inputs(shape, np.dtype(runner.input.dtype))
         lane = runner.batch_lanes(images)[0]
         times: LayerTimes = defaultdict(list)
         # The context calls it back after every run; it must live as long.

@@ -7,8 +7,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ _THROTTLE_REASONS = {
     0x40: "hardware thermal slowdown",
     0x80: "hardware power brake",
     0x100: "display clock setting",
+    0x200: "board limit",
+    0x400: "reliability",
 }
+# NVML's newer name first.
+_REASON_FUNCTIONS = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class GpuState:
     power_w: float | None
     power_limit_w: float | None
     temperature_c: int | None
-    throttle_reasons: tuple[str, ...]
+    throttle_reasons: tuple[str, ...] | None
     memory_used_bytes: int | None
     memory_total_bytes: int | None
 
@@ -63,15 +68,72 @@ def record_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(),
         "tool": {"version": repvgg_deploy.__version__, "commit": _commit()},
-        "gpus": [asdict(state) for state in read_gpus()],
+        "gpus": [asdict(state) for state in read_gpus()] or _name_gpus(),
         "driver": _driver(),
     }
 
 
-def finish_machine(machine: dict[str, Any]) -> dict[str, Any]:
-    """`machine` with the load and the GPUs as they are after the measurement, under `after`."""
+def finish_machine(machine: dict[str, Any], group: str, gpu_load: list[dict[str, Any]]) -> dict[str, Any]:
+    """`machine` with the load and the GPUs after the measurement, under `after`, and during it, under `under_load`.
+
+    `gpu_load` is what `GpuLoad` saw while `group` was measured.
+    """
     load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-    return {**machine, "after": {"load_average": load, "gpus": [asdict(state) for state in read_gpus()]}}
+    after = {"load_average": load, "gpus": [asdict(state) for state in read_gpus()]}
+    if not gpu_load:
+        return {**machine, "after": after}
+    return {**machine, "after": after, "under_load": {**machine.get("under_load", {}), group: gpu_load}}
+
+
+def describe_identity(machine: dict[str, Any]) -> dict[str, str]:
+    """What must not change between two parts of one record."""
+    return {
+        "the CPU": str(machine["cpu"]["model"]),
+        "the GPUs": ", ".join(gpu["name"] for gpu in machine["gpus"]) or "none",
+        "the versions": ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items())),
+    }
+
+
+class GpuLoad:
+    """The state of the GPUs at moments at which they have just been at work: clocks read when they idle say nothing."""
+
+    def __init__(self, nvml: Any = None) -> None:
+        self._nvml = nvml or _open_nvml()
+        self._states: list[list[GpuState]] = []
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._states = []
+
+    def read(self) -> None:
+        """Look once."""
+        if self._nvml is not None:
+            self._states.append(read_gpus(self._nvml))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One object a GPU: the lowest and the median SM clock, the most power and heat, every throttle reason."""
+        return [_summarize(states) for states in zip(*self._states, strict=True)]
+
+
+def _summarize(states: Sequence[GpuState]) -> dict[str, Any]:
+    clocks = sorted(state.sm_clock_mhz for state in states if state.sm_clock_mhz is not None)
+    reasons = {reason for state in states for reason in state.throttle_reasons or ()}
+    return {
+        "name": states[0].name,
+        "readings": len(states),
+        "sm_clock_mhz": {"min": clocks[0], "median": clocks[len(clocks) // 2]} if clocks else None,
+        "power_w": max((s.power_w for s in states if s.power_w is not None), default=None),
+        "temperature_c": max((s.temperature_c for s in states if s.temperature_c is not None), default=None),
+        "throttle_reasons": sorted(reasons),
+    }
+
+
+def _name_gpus() -> list[dict[str, Any]]:
+    """The GPUs without NVML: their names and memory, as CUDA tells them."""
+    from repvgg_deploy.engine.gpus import find_gpus
+
+    unknown = dict.fromkeys(field.name for field in fields(GpuState))
+    return [{**unknown, "name": gpu.name, "memory_total_bytes": gpu.memory_bytes} for gpu in find_gpus().gpus]
 
 
 def _describe_cpu() -> dict[str, Any]:
@@ -121,7 +183,17 @@ def _versions() -> dict[str, str]:
     for name in _LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return found
+    return found | _cuda_versions()
+
+
+def _cuda_versions() -> dict[str, str]:
+    """Of the CUDA libraries that torch brings, which decide how fast its convolutions are."""
+    import torch
+
+    if torch.version.cuda is None:
+        return {}
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
 
 
 def _commit() -> str | None:
@@ -171,7 +243,8 @@ def read_gpus(nvml: Any = None) -> list[GpuState]:
 def _read_gpu(nvml: Any, gpu: Any) -> GpuState:
     name = nvml.nvmlDeviceGetName(gpu)
     power, limit = _ask(nvml, "nvmlDeviceGetPowerUsage", gpu), _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", gpu)
-    reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", gpu) or 0
+    answers = (_ask(nvml, function, gpu) for function in _REASON_FUNCTIONS)
+    reasons = next((answer for answer in answers if answer is not None), None)
     memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", gpu)
     return GpuState(
         name=name.decode() if isinstance(name, bytes) else name,
@@ -181,7 +254,9 @@ def _read_gpu(nvml: Any, gpu: Any) -> GpuState:
         power_w=None if power is None else power / 1e3,
         power_limit_w=None if limit is None else limit / 1e3,
         temperature_c=_ask(nvml, "nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU),
-        throttle_reasons=tuple(text for bit, text in _THROTTLE_REASONS.items() if reasons & bit),
+        throttle_reasons=None
+        if reasons is None
+        else tuple(text for bit, text in _THROTTLE_REASONS.items() if reasons & bit),
         memory_used_bytes=None if memory is None else int(memory.used),
         memory_total_bytes=None if memory is None else int(memory.total),
     )

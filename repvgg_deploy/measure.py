@@ -69,6 +69,10 @@ class Subject(Protocol):
     def label(self) -> Label:
         """What it is."""
 
+    @property
+    def spins(self) -> bool:
+        """Whether threads of its own go on waiting for work, on a core, when it has none."""
+
     def run(self, queries: int) -> list[Query]:
         """Run so many batches one after another and wait for the last; what may overlap does."""
 
@@ -81,8 +85,9 @@ class MeasureOptions:
         warmup_s: of each subject, before anything counts.
         min_iterations, min_duration_s, min_rounds: floors; a subject's measurement ends when it has passed all.
         slice_s: one subject's turn, after which the next has its own; at least one query.
-        pause_s: between two turns, where there are several subjects: threads of the subject before (ONNX Runtime's, and
-            OpenMP's) wait for work by spinning, for some 50 ms, and would take a core from this one.
+        pause_s: between two turns, where there are several subjects that compute on the CPU: threads of the subject
+            before (ONNX Runtime's, and OpenMP's) wait for work by spinning, for some 50 ms, and would take a core from
+            this one. A GPU gets no pause: it would cool, and its clocks would be higher than under steady load.
         settle_s: queries shorter than this are run, and dropped, for so long at the begin of each turn: the caches
             hold what the subject before has used.
     """
@@ -176,6 +181,7 @@ def measure(
     progress: Callable[[float], None] = lambda _share: None,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
+    watch: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
     """Measure all subjects side by side: A B C A B C …, one slice each, until every one has passed all floors.
 
@@ -185,8 +191,10 @@ def measure(
         progress: called with the share that is done, 0 to 1.
         clock: see `Clock`; of the warm-up only, the queries bring their own times.
         sleep: lets so many seconds pass.
+        watch: called after every round, when the machine has just been at work.
     """
     options = options or MeasureOptions()
+    pauses = len(subjects) > 1 and options.pause_s > 0 and any(subject.spins for subject in subjects)
     query_s = [_warm_up(subject, options.warmup_s, clock) for subject in subjects]
     counts = [max(1, round(options.slice_s / seconds)) if seconds > 0 else 1 for seconds in query_s]
     settling = [math.ceil(options.settle_s / s) if 0 < s < options.settle_s else 0 for s in query_s]
@@ -194,11 +202,12 @@ def measure(
     done = 0.0
     while done < 1.0:
         for subject, count, dropped, taken in zip(subjects, counts, settling, slices, strict=True):
-            if len(subjects) > 1 and options.pause_s > 0:
+            if pauses:
                 sleep(options.pause_s)
             if dropped:
                 subject.run(dropped)
             taken.append(Slice(tuple(subject.run(count))))
+        watch()
         done = min((_share_done(taken, options) for taken in slices), default=1.0)
         progress(min(done, 1.0))
     return [Measurement(s.label, tuple(taken)) for s, taken in zip(subjects, slices, strict=True)]

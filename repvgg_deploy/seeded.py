@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
 from repvgg_deploy.archs import Card
 from repvgg_deploy.baselines import Baseline, BaselineNet
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.runners import Array
 
 _SETTLING_BATCH, _SETTLING_SIZE = 4, 64
 
@@ -60,3 +64,11 @@ def seeded_baseline(baseline: Baseline, seed: int = 0) -> BaselineNet:
     net = baseline.build()
     seed_weights(net, net.spec.in_channels, seed=seed)
     return net
+
+
+def seeded_inputs(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+    """Inputs in the range that normalized images have, or pixels where `dtype` is uint8; the same each time."""
+    generator = np.random.default_rng(0)
+    if dtype == np.uint8:
+        return generator.integers(0, 256, shape, dtype=np.uint8)
+    return generator.standard_normal(shape, dtype=np.float32).astype(dtype, copy=False)

@@ -8,9 +8,14 @@ from typing import Any, Protocol
 
 from repvgg_deploy.measure import Clock, Label, Query
 
+IN_FLIGHT = 2
+"""Queries on a stream at a time, as trtexec has them: one that runs, and the next."""
+
 
 class BlockingSubject:
     """A call that returns when the batch is done; what it takes is compute and latency alike."""
+
+    spins = True
 
     def __init__(self, label: Label, call: Callable[[], object], clock: Clock = time.perf_counter) -> None:
         self.label = label
@@ -55,12 +60,16 @@ class EventTimer(Protocol):
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that are over."""
 
+    def synchronize_event(self, event: Any) -> None:
+        """Wait for an event."""
+
 
 class StreamSubject:
-    """Batches on one or more streams, each enqueued while those before still run; times are the GPU's own.
+    """Batches on one or more streams, each enqueued while the one before still runs; times are the GPU's own.
 
-    All queries of a call are enqueued at once: so the GPU always has the next batch at hand, as with trtexec's queries
-    in flight, and waits for the host only where enqueuing is slower than computing.
+    A stream has `IN_FLIGHT` queries at a time: so the GPU always has the next batch at hand, and waits for the host
+    only where enqueuing is slower than computing. More would fill CUDA's queue of launches, about a thousand, and then
+    enqueuing waits for the GPU and seems as slow as computing.
 
     Args:
         label: what it is.
@@ -69,6 +78,8 @@ class StreamSubject:
         transfers: whether the copies to and from the device are part of a query.
         clock: of the enqueue times.
     """
+
+    spins = False
 
     def __init__(
         self,
@@ -90,7 +101,12 @@ class StreamSubject:
         while len(self._pool) < queries:
             self._pool.append(self._create_marks())
         base = self._clock()
-        enqueue_ms = [self._enqueue(self._lanes[n % len(self._lanes)], self._pool[n]) for n in range(queries)]
+        enqueue_ms = []
+        in_flight = IN_FLIGHT * len(self._lanes)
+        for n in range(queries):
+            if n >= in_flight:
+                self._events.synchronize_event(self._pool[n - in_flight][3])
+            enqueue_ms.append(self._enqueue(self._lanes[n % len(self._lanes)], self._pool[n]))
         for lane in self._lanes:
             lane.synchronize()
         first = self._pool[0][0]

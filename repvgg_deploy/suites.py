@@ -72,7 +72,7 @@ def _read_groups(table: dict[str, Any], threads: int, path: Path) -> Iterator[Gr
     sets = [[model] for model in table["models"]] if together == "model" else [table["models"]]
     for models, batch in itertools.product(sets, table.get("batches", [1])):
         entries = tuple(_entries(table, models, threads))
-        yield Group(_key(table, models, batch), entries, batch, table.get("baseline"))
+        yield Group(_key(table, models, batch, threads), entries, batch, table.get("baseline"))
 
 
 def _entries(table: dict[str, Any], models: list[str], threads: int) -> Iterator[Entry]:
@@ -97,9 +97,11 @@ def _entries(table: dict[str, Any], models: list[str], threads: int) -> Iterator
         )
 
 
-def _key(table: dict[str, Any], models: list[str], batch: int) -> str:
+def _key(table: dict[str, Any], models: list[str], batch: int, threads: int) -> str:
     """The name of a group in the results: what it consists of, so that a changed suite is measured anew."""
     parts = ["+".join(models)]
     names = ("backends", "precisions", "forms", "modes", "channels_last")
     parts += ["+".join(str(value) for value in table[name]) for name in names if name in table]
+    parts += [f"{name} {table[name]}" for name in ("streams", "transfers", "baseline") if name in table]
+    parts += [f"threads {threads}"] if threads else []
     return " ".join(parts) + f" batch {batch}"

@@ -24,22 +24,33 @@ class SimulatedEvent:
 class SimulatedGpu:
     """Its events."""
 
+    time: SimulatedTime = field(default_factory=SimulatedTime)
+
     def create_event(self) -> SimulatedEvent:
         return SimulatedEvent()
 
     def elapsed_ms(self, start: SimulatedEvent, end: SimulatedEvent) -> float:
         return 1e3 * (end.at - start.at)
 
+    def synchronize_event(self, event: SimulatedEvent) -> None:
+        self.time.now = max(self.time.now, event.at)
+
 
 @dataclass
 class SimulatedLane:
-    """A stream: work begins when the host has enqueued it and all work before is done."""
+    """A stream: work begins when the host has enqueued it and all work before is done.
+
+    A run is `launches` kernels, of which CUDA queues no more than `queue`: then enqueuing waits.
+    """
 
     time: SimulatedTime
     compute_s: float
     enqueue_s: float = 0.0
     copy_s: float = 0.0
     free_at: float = field(default=0.0)
+    launches: int = 1
+    queue: int = 1000
+    _ends: list[float] = field(default_factory=list)
 
     def _work(self, seconds: float) -> None:
         self.free_at = max(self.free_at, self.time.now) + seconds
@@ -49,7 +60,11 @@ class SimulatedLane:
 
     def enqueue(self) -> None:
         self.time.now += self.enqueue_s
+        self._ends = [end for end in self._ends if end > self.time.now]
+        while (len(self._ends) + 1) * self.launches > self.queue:
+            self.time.now = self._ends.pop(0)
         self._work(self.compute_s)
+        self._ends.append(self.free_at)
 
     def download(self) -> None:
         self._work(self.copy_s)

@@ -190,6 +190,36 @@ def test_other_options_do_not_go_on_with_an_old_result(checkpoint: Path, tmp_pat
     assert "other options" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "another"}, "is of 'another'"),
+        ({"versions": {"torch": "1.0"}}, "measured with the versions torch 1.0"),
+        ({"gpus": [{"name": "NVIDIA H200"}]}, "measured with the GPUs NVIDIA H200"),
+    ],
+    ids=["suite", "versions", "gpu"],
+)
+def test_another_suite_or_machine_does_not_go_on_with_an_old_result(
+    change: dict[str, object], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    suite, output = tmp_path / "suite.toml", tmp_path / "out.json"
+    suite.write_text(SUITE.format(a=checkpoint, b=checkpoint), encoding="utf-8")
+    run("bench", "--suite", suite, "-o", output)
+    record = json.loads(output.read_text(encoding="utf-8"))
+    changed = {**record, **change} if "name" in change else {**record, "machine": {**record["machine"], **change}}
+    output.write_text(json.dumps(changed), encoding="utf-8")
+    result = run("bench", "--suite", suite, "-o", output)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_the_baseline_is_opened_once_for_all_batches(graph: Path) -> None:
+    result = run("bench", graph, "--baseline", "resnet18", "--batch", 1, "--batch", 2, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("opening resnet18") == 1
+    assert result.stderr.count(f"opening {graph}") == 1
+
+
 def test_the_profile_names_every_convolution(graph: Path) -> None:
     result = run("bench", graph, "--profile", "--json", "--duration", "0.05")
     assert result.exit_code == 0, result.stderr

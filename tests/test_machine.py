@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from repvgg_deploy.machine import finish_machine, read_gpus, record_machine
+from repvgg_deploy.machine import GpuLoad, describe_identity, finish_machine, read_gpus, record_machine
 
 
 def test_the_record_is_json_and_names_the_cpu_and_the_versions() -> None:
-    machine = json.loads(json.dumps(finish_machine(record_machine())))
+    machine = json.loads(json.dumps(finish_machine(record_machine(), "A0 batch 1", [])))
     assert machine["cpu"]["model"]
     assert machine["cpu"]["usable_cores"] >= 1
     assert {"torch", "onnx", "numpy"} <= machine["versions"].keys()
@@ -62,10 +62,43 @@ def test_a_gpus_answers_come_in_units_of_people() -> None:
 def test_what_a_gpu_does_not_answer_is_none() -> None:
     (state,) = read_gpus(_nvml())
     assert state.sm_clock_mhz is state.power_w is state.temperature_c is None
-    assert state.throttle_reasons == ()
+    assert state.throttle_reasons is None
 
 
 def test_the_names_of_nvml_are_the_librarys() -> None:
     pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
     for name in vars(_nvml()):
         assert hasattr(pynvml, name)
+
+
+def test_what_the_driver_does_not_tell_is_not_no_throttling() -> None:
+    (state,) = read_gpus(_nvml())
+    assert state.throttle_reasons is None
+    (free,) = read_gpus(_nvml(nvmlDeviceGetCurrentClocksThrottleReasons=1))
+    assert free.throttle_reasons == ()
+
+
+def test_the_load_is_the_lowest_clock_and_every_reason() -> None:
+    clocks, reasons = iter((1980, 1500, 1755)), iter((0x1, 0x4, 0x20))
+    nvml = _nvml(nvmlDeviceGetPowerUsage=690_000)
+    nvml.nvmlDeviceGetClockInfo = lambda *_: next(clocks)
+    nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda *_: next(reasons)
+    load = GpuLoad(nvml)
+    for _ in range(3):
+        load.read()
+    (gpu,) = load.summary()
+    assert gpu["sm_clock_mhz"] == {"min": 1500, "median": 1755}
+    assert gpu["throttle_reasons"] == ["power cap", "software thermal slowdown"]
+    assert (gpu["readings"], gpu["power_w"]) == (3, 690.0)
+    machine = finish_machine(finish_machine(record_machine(), "a", [gpu]), "b", [gpu])
+    assert machine["under_load"] == {"a": [gpu], "b": [gpu]}
+    load.clear()
+    assert load.summary() == []
+
+
+def test_another_gpu_or_version_is_another_machine() -> None:
+    machine = record_machine()
+    other = {**machine, "versions": {**machine["versions"], "torch": "1.0"}}
+    assert describe_identity(machine) != describe_identity(other)
+    gpu = {**machine, "gpus": [{"name": "NVIDIA H200"}]}
+    assert describe_identity(gpu)["the GPUs"] == "NVIDIA H200"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -182,16 +183,47 @@ def test_a_known_duration_is_measured_to_one_percent_on_the_real_clock() -> None
 def test_images_per_second_are_the_gpus_where_the_gpu_limits() -> None:
     clock = SimulatedTime()
     lane = SimulatedLane(clock, compute_s=0.004, enqueue_s=0.0005)
-    (result,) = measure([StreamSubject(LABEL, [lane], SimulatedGpu(), clock=clock)], clock=clock)
+    (result,) = measure([StreamSubject(LABEL, [lane], SimulatedGpu(clock), clock=clock)], clock=clock)
     assert result.images_per_sec == pytest.approx(LABEL.batch / result.compute.p50 * 1e3, rel=0.02)
     assert result.compute.p50 == pytest.approx(4.0)
     assert not result.unstable
 
 
+def test_a_full_queue_of_launches_is_no_slow_host() -> None:
+    """Enqueuing waits for the GPU where a thousand launches are in flight: the harness must not come there."""
+    clock = SimulatedTime()
+    lane = SimulatedLane(clock, compute_s=0.0025, enqueue_s=0.0002, launches=60)
+    (result,) = measure([StreamSubject(LABEL, [lane], SimulatedGpu(clock), clock=clock)], clock=clock)
+    assert result.enqueue is not None
+    assert result.enqueue.max == pytest.approx(0.2)
+    assert not result.unstable
+
+
+def test_a_gpu_is_not_left_to_cool_between_turns() -> None:
+    clock = SimulatedTime()
+    lanes = [SimulatedLane(clock, compute_s=0.004) for _ in range(2)]
+    gpu = SimulatedGpu(clock)
+    subjects = [StreamSubject(named(name), [lane], gpu, clock=clock) for name, lane in zip("ab", lanes, strict=True)]
+    pauses: list[float] = []
+    measure(subjects, MeasureOptions(min_duration_s=0.3), clock=clock, sleep=pauses.append)
+    assert pauses == []
+    measure([*subjects, BlockingSubject(LABEL, steady(clock, 0.01), clock)], clock=clock, sleep=pauses.append)
+    assert set(pauses) == {MeasureOptions().pause_s}
+
+
+def test_the_machine_is_watched_after_every_round() -> None:
+    clock = SimulatedTime()
+    seen: list[float] = []
+    subjects = [BlockingSubject(named(name), steady(clock, 0.01), clock) for name in "ab"]
+    results = measure(subjects, SHORT, clock=clock, sleep=lambda _: None, watch=lambda: seen.append(clock.now))
+    assert len(seen) == len(results[0].slices)
+    assert all(later > earlier for earlier, later in pairwise(seen))
+
+
 def test_a_host_that_limits_is_reported() -> None:
     clock = SimulatedTime()
     lane = SimulatedLane(clock, compute_s=0.001, enqueue_s=0.003)
-    (result,) = measure([StreamSubject(LABEL, [lane], SimulatedGpu(), clock=clock)], clock=clock)
+    (result,) = measure([StreamSubject(LABEL, [lane], SimulatedGpu(clock), clock=clock)], clock=clock)
     assert result.images_per_sec == pytest.approx(LABEL.batch / 0.003, rel=0.03)
     assert result.unstable
     assert any("host limits" in warning for warning in result.warnings)
@@ -200,7 +232,7 @@ def test_a_host_that_limits_is_reported() -> None:
 def test_copies_are_part_of_the_latency_only_where_asked_for() -> None:
     clock = SimulatedTime()
     lane = SimulatedLane(clock, compute_s=0.004, copy_s=0.001)
-    subjects = [StreamSubject(LABEL, [lane], SimulatedGpu(), transfers, clock) for transfers in (False, True)]
+    subjects = [StreamSubject(LABEL, [lane], SimulatedGpu(clock), transfers, clock) for transfers in (False, True)]
     without, with_copies = measure(subjects, clock=clock)
     assert without.latency.p50 == pytest.approx(4.0)
     assert with_copies.latency.p50 == pytest.approx(6.0)
@@ -211,7 +243,7 @@ def test_copies_are_part_of_the_latency_only_where_asked_for() -> None:
 def test_two_streams_run_side_by_side() -> None:
     clock = SimulatedTime()
     lanes = [SimulatedLane(clock, compute_s=0.004) for _ in range(2)]
-    (result,) = measure([StreamSubject(LABEL, lanes, SimulatedGpu(), clock=clock)], clock=clock)
+    (result,) = measure([StreamSubject(LABEL, lanes, SimulatedGpu(clock), clock=clock)], clock=clock)
     assert result.images_per_sec == pytest.approx(2 * LABEL.batch / 0.004, rel=0.05)
 
 

@@ -83,3 +83,11 @@ def test_a_wrong_suite_is_an_error(text: str, message: str, tmp_path: Path) -> N
 def test_a_missing_suite_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="cannot read"):
         load_suite(tmp_path / "none.toml")
+
+
+def test_a_group_is_another_one_with_other_copies_streams_threads_or_baseline(tmp_path: Path) -> None:
+    plain = '[[group]]\nmodels = ["A0"]\n'
+    lines = ("", "transfers = true", "streams = 2", 'baseline = "resnet50"')
+    texts = [*(plain + line for line in lines), "threads = 1\n" + plain]
+    keys = [load_suite(write(tmp_path, text)).groups[0].key for text in texts]
+    assert len(set(keys)) == len(keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -38,6 +39,32 @@ def test_the_compiled_net_gives_the_same_logits(images: torch.Tensor) -> None:
     runner = TorchRunner(net, TorchOptions(mode="compiled"))
     logits = torch.from_numpy(runner.run(images.numpy())["logits"])
     assert relative(logits, logits_of(net, images)) < 5e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_batch_falls_back_to_eager_however_many_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch counts the compilations of all nets of a class together, and stops after eight of them in silence."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    batches = range(1, 12)
+    compiled_runs = []
+
+    def compile_for_test(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        def run(*inputs: object) -> object:
+            compiled_runs.append(graph)
+            return graph(*inputs)
+
+        return run
+
+    compile_net = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **options: compile_net(net, backend=compile_for_test, **options))
+    runner = TorchRunner(make_net(blocks=(1, 1, 1, 1)), TorchOptions(mode="compiled"))
+    for _ in range(2):
+        for batch in batches:
+            runner.forward(torch.zeros(batch, 3, 32, 32))
+    assert len(set(map(id, compiled_runs))) == len(batches)
+    assert len(compiled_runs) == 2 * len(batches)
 
 
 def test_options_leave_the_net_as_it_is() -> None:

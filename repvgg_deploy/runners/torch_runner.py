@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -85,8 +85,9 @@ class TorchRunner:
             if options.channels_last:
                 self._net = self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._forward: Callable[[Tensor], Tensor] = self._net
+        self._compiled_shapes: set[torch.Size] = set()
         if self.options.mode == "compiled":
-            self._forward = torch.compile(self._net, dynamic=False)
+            self._forward = torch.compile(self._net, dynamic=False, fullgraph=True)
 
     def run(self, images: Array) -> dict[str, Array]:
         """`logits` (N, classes) of normalized images (N, C, H, W), on the host."""
@@ -100,8 +101,23 @@ class TorchRunner:
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits of images that `place` gave, on the device; on a GPU this only enqueues."""
-        with self.settings():
+        with self.settings(), self._compiling(images.shape):
             return self._forward(images)
+
+    def _compiling(self, shape: torch.Size) -> AbstractContextManager[Any]:
+        """Where this call compiles: without torch's limit on compilations, beyond which it runs eagerly in silence.
+
+        The limit counts all nets of one class and all their batches together.
+        """
+        if self.options.mode != "compiled" or shape in self._compiled_shapes:
+            return nullcontext()
+        self._compiled_shapes.add(shape)
+        from torch._dynamo import config
+
+        limits = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
+        return cast(
+            AbstractContextManager[Any], config.patch({name: 1 << 20 for name in limits if hasattr(config, name)})
+        )
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -145,6 +161,8 @@ class TorchLane:
             with runner.settings(), torch.cuda.graph(self._graph, stream=self._stream):
                 self._logits = runner.forward(self._images)
         self._results = torch.empty(self._logits.shape, dtype=self._logits.dtype, pin_memory=True)
+        # What cuDNN's search took would lie idle on this stream, out of the other lanes' reach.
+        torch.cuda.empty_cache()
 
     def upload(self) -> None:
         """Enqueue the copy of the batch to the GPU."""
@@ -153,11 +171,13 @@ class TorchLane:
 
     def enqueue(self) -> None:
         """Enqueue one run."""
-        with torch.cuda.stream(self._stream):
-            if self._graph is not None:
-                self._graph.replay()
-            else:
+        if self._graph is None:
+            with torch.cuda.stream(self._stream):
                 self._logits = self._runner.forward(self._images)
+            return
+        # Some versions of torch write to tensors that were made during the capture.
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            self._graph.replay()
 
     def download(self) -> None:
         """Enqueue the copy of the logits to the host."""
@@ -183,3 +203,7 @@ class TorchEvents:
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that are over."""
         return cast(float, start.elapsed_time(end))
+
+    def synchronize_event(self, event: Any) -> None:
+        """Wait for an event."""
+        event.synchronize()
