@@ -2,8 +2,9 @@
 
     python bench/int8_draws.py --checkpoint CKPT --calib DIR --val DIR --seeds 11 12 13 -o bench/results
 
-Settings were chosen with the images of seed 0; the figures here are of draws that no setting was chosen with. Every
-graph runs in ONNX Runtime on the CPU, with every convolution and the classifier in INT8.
+Settings were chosen with the images of seeds 0 to 2; the figures here are of draws that no setting was chosen with.
+Every graph runs in ONNX Runtime on the CPU, with every convolution and the classifier in INT8: the portable file as it
+is and as TensorRT reads it, and the file for ONNX Runtime alone.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from int8_peers import quantize_ours
+from int8_peers import quantize_ours, write_as_tensorrt_reads
 from int8_setup import (
     add_data_options,
     compare,
@@ -30,13 +32,15 @@ from int8_setup import (
     write_record,
 )
 
+from repvgg_deploy.quantize.codes import Target
 
-def summarize(rows: Sequence[dict[str, Any]], recipe: str) -> dict[str, Any]:
+
+def summarize(rows: Sequence[dict[str, Any]], recipe: str, runs_on: str) -> dict[str, Any]:
     """Mean and sample standard deviation over the draws of one recipe; the drop is in points, positive where it lost.
 
     The spread is None for a single draw.
     """
-    own = [row for row in rows if row["recipe"] == recipe]
+    own = [row for row in rows if (row["recipe"], row["runs_on"]) == (recipe, runs_on)]
     values = {
         "drop": [row["top1_fp32"] - row["top1"] for row in own],
         "agreement": [row["agreement"] for row in own],
@@ -44,6 +48,7 @@ def summarize(rows: Sequence[dict[str, Any]], recipe: str) -> dict[str, Any]:
     }
     return {
         "recipe": recipe,
+        "runs_on": runs_on,
         "draws": len(own),
         "mean": {name: round(statistics.mean(given), 2) for name, given in values.items()},
         "spread": {n: round(statistics.stdev(given), 2) if len(given) > 1 else None for n, given in values.items()},
@@ -55,22 +60,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_data_options(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
-    parser.add_argument("--recipes", nargs="+", default=["fast", "accurate"])
+    parser.add_argument("--recipes", nargs="+", default=["fast", "accurate", "thorough"])
     arguments = parser.parse_args()
     fused = load_fused(arguments.checkpoint)
     images, labels = read_validation(arguments.val)
     exact = run_torch(fused, images)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / "int8.onnx"
-        for seed in arguments.seeds:
+        graph, as_engine = Path(scratch) / "int8.onnx", Path(scratch) / "engine.onnx"
+        for seed, recipe, target in product(arguments.seeds, arguments.recipes, Target):
             calibration = read_calibration(arguments.calib, arguments.count, seed)
-            for recipe in arguments.recipes:
-                _, seconds = timed(partial(quantize_ours, fused, recipe, calibration, target))
-                figures = compare(run_onnx(target, images), exact, labels)
-                rows.append({"recipe": recipe, "seed": seed, "seconds": seconds, **asdict(figures)})
+            _, seconds = timed(partial(quantize_ours, fused, recipe, target, calibration, graph))
+            paths = {target.value: graph}
+            if target is Target.PORTABLE:
+                write_as_tensorrt_reads(graph, as_engine)
+                paths["as TensorRT"] = as_engine
+            for runs_on, path in paths.items():
+                figures = compare(run_onnx(path, images), exact, labels)
+                row = {"recipe": recipe, "runs_on": runs_on, "seed": seed, "seconds": seconds}
+                rows.append({**row, **asdict(figures)})
                 print(rows[-1], flush=True)
-    summary = [summarize(rows, recipe) for recipe in arguments.recipes]
+    ways = dict.fromkeys((row["recipe"], row["runs_on"]) for row in rows)
+    summary = [summarize(rows, recipe, runs_on) for recipe, runs_on in ways]
     print(*summary, sep="\n")
     path = write_record(arguments.output, "int8-draws", rows, calibration_images=arguments.count, summary=summary)
     print(f"written {path}")

@@ -2,9 +2,10 @@
 
     python bench/int8_peers.py --checkpoint CKPT --calib DIR --val DIR -o bench/results
 
-Every graph runs in ONNX Runtime on the CPU, every convolution in INT8. modelopt is measured where it is installed:
-`pip install --no-deps nvidia-modelopt==0.47.0 onnx-graphsurgeon polygraphy onnxslim onnxconverter-common` and its
-pure-Python dependencies.
+Every graph runs in ONNX Runtime on the CPU, every convolution in INT8. This project's portable file is measured as it
+is, and as TensorRT reads it (activations saturate at 127); the file for ONNX Runtime alone besides. modelopt is measured
+where it is installed: `pip install --no-deps nvidia-modelopt==0.47.0 onnx-graphsurgeon polygraphy onnxslim
+onnxconverter-common` and its pure-Python dependencies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from int8_setup import (
     PIXELS,
     Floats,
@@ -40,13 +42,19 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
 from repvgg_deploy.quantize import load_recipe, quantize
-from repvgg_deploy.quantize.qdq import to_qdq_onnx
+from repvgg_deploy.quantize.codes import Target
+from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx
 
 
-def quantize_ours(fused: RepVGG, recipe: str, images: Floats, target: Path) -> None:
+def quantize_ours(fused: RepVGG, recipe: str, runs_on: Target, images: Floats, target: Path) -> None:
     """This project's Q/DQ graph."""
-    net = quantize(fused, in_batches(images), load_recipe(recipe))
+    net = quantize(fused, in_batches(images), load_recipe(recipe), target=runs_on)
     write_graph(to_qdq_onnx(net, GraphOptions(PIXELS, PIXELS), {}), target)
+
+
+def write_as_tensorrt_reads(source: Path, target: Path) -> None:
+    """A portable graph whose activations saturate as in TensorRT."""
+    onnx.save(as_tensorrt_reads(onnx.load(source)), target)
 
 
 def quantize_onnxruntime(source: Path, method: str, per_channel: bool, images: Floats, target: Path) -> None:
@@ -96,7 +104,11 @@ def main() -> None:
     exact = run_torch(fused, images)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "fp32.onnx"
+
+        def path_of(name: str) -> Path:
+            return Path(scratch) / f"{name.replace(' ', '-')}.onnx"
+
+        source = path_of("fp32")
         write_graph(to_onnx(fused, FloatLayers(), GraphOptions(PIXELS, PIXELS), {}), source)
         jobs: dict[str, Callable[[Path], None]] = {}
         for per_channel, methods in product((False, True), ("minmax", "percentile", "entropy")):
@@ -108,11 +120,15 @@ def main() -> None:
             for method in ("max", "entropy"):
                 jobs[f"modelopt {method}"] = partial(quantize_modelopt, source, method, calibration)
         for recipe in ("fast", "accurate", "thorough"):
-            jobs[f"repvgg-deploy {recipe}"] = partial(quantize_ours, fused, recipe, calibration)
+            ours = f"repvgg-deploy {recipe}"
+            jobs[ours] = partial(quantize_ours, fused, recipe, Target.PORTABLE, calibration)
+            jobs[f"{ours}, as TensorRT"] = partial(write_as_tensorrt_reads, path_of(ours))
+            alone = partial(quantize_ours, fused, recipe, Target.ONNXRUNTIME, calibration)
+            jobs[f"{ours}, for ONNX Runtime alone"] = alone
         for name, job in jobs.items():
             if arguments.only and not any(part in name for part in arguments.only):
                 continue
-            target = Path(scratch) / f"{name.replace(' ', '-')}.onnx"
+            target = path_of(name)
             _, seconds = timed(partial(job, target))
             figures = compare(run_onnx(target, images), exact, labels)
             results.append({"tool": name, "seconds": seconds, "bytes": target.stat().st_size, **asdict(figures)})

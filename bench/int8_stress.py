@@ -126,10 +126,10 @@ def main() -> None:
         exact = run_torch(net, images)
         for recipe in arguments.recipes:
             quantized = quantize(net, calibration, load_recipe(recipe))
-            results.append(
-                {"case": name, "recipe": recipe, **asdict(compare(run_torch(quantized, images), exact, labels))}
-            )
-            print(results[-1], flush=True)
+            for runs_on, candidate in (("portable", quantized), ("as TensorRT", quantized.as_tensorrt())):
+                figures = compare(run_torch(candidate, images), exact, labels)
+                results.append({"case": name, "recipe": recipe, "runs_on": runs_on, **asdict(figures)})
+                print(results[-1], flush=True)
     path = write_record(arguments.output, f"int8-stress-{arguments.name}", results)
     print(f"written {path}")
 
