@@ -70,7 +70,7 @@ def main() -> None:
         graph, as_engine = Path(scratch) / "int8.onnx", Path(scratch) / "engine.onnx"
         for seed, recipe, target in product(arguments.seeds, arguments.recipes, Target):
             calibration = read_calibration(arguments.calib, arguments.count, seed)
-            _, seconds = timed(partial(quantize_ours, fused, recipe, target, calibration, graph))
+            _, seconds = timed(partial(quantize_ours, fused, recipe, calibration, graph, target))
             paths = {target.value: graph}
             if target is Target.PORTABLE:
                 write_as_tensorrt_reads(graph, as_engine)

@@ -3,8 +3,8 @@
     python bench/int8_peers.py --checkpoint CKPT --calib DIR --val DIR -o bench/results
 
 Every graph runs in ONNX Runtime on the CPU, every convolution in INT8. This project's portable file is measured as it
-is, and as TensorRT reads it (activations saturate at 127); the file for ONNX Runtime alone besides. modelopt is measured
-where it is installed: `pip install --no-deps nvidia-modelopt==0.47.0 onnx-graphsurgeon polygraphy onnxslim
+is, and as TensorRT reads it (activations saturate at 127); the file for ONNX Runtime alone besides. modelopt is
+measured where it is installed: `pip install --no-deps nvidia-modelopt==0.47.0 onnx-graphsurgeon polygraphy onnxslim
 onnxconverter-common` and its pure-Python dependencies.
 """
 
@@ -46,7 +46,7 @@ from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx
 
 
-def quantize_ours(fused: RepVGG, recipe: str, runs_on: Target, images: Floats, target: Path) -> None:
+def quantize_ours(fused: RepVGG, recipe: str, images: Floats, target: Path, runs_on: Target = Target.PORTABLE) -> None:
     """This project's Q/DQ graph."""
     net = quantize(fused, in_batches(images), load_recipe(recipe), target=runs_on)
     write_graph(to_qdq_onnx(net, GraphOptions(PIXELS, PIXELS), {}), target)
@@ -121,9 +121,9 @@ def main() -> None:
                 jobs[f"modelopt {method}"] = partial(quantize_modelopt, source, method, calibration)
         for recipe in ("fast", "accurate", "thorough"):
             ours = f"repvgg-deploy {recipe}"
-            jobs[ours] = partial(quantize_ours, fused, recipe, Target.PORTABLE, calibration)
+            jobs[ours] = partial(quantize_ours, fused, recipe, calibration)
             jobs[f"{ours}, as TensorRT"] = partial(write_as_tensorrt_reads, path_of(ours))
-            alone = partial(quantize_ours, fused, recipe, Target.ONNXRUNTIME, calibration)
+            alone = partial(quantize_ours, fused, recipe, calibration, runs_on=Target.ONNXRUNTIME)
             jobs[f"{ours}, for ONNX Runtime alone"] = alone
         for name, job in jobs.items():
             if arguments.only and not any(part in name for part in arguments.only):
