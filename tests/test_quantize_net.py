@@ -11,7 +11,7 @@ import torch
 from test_quantize_preparation import SHAPES, draw_images, fused_net, in_batches, kill_channel
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.quantize import Recipe, collect_statistics, load_recipe, quantize
+from repvgg_deploy.quantize import Recipe, collect_statistics, load_recipe, quantize, reconstruct
 from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
 from repvgg_deploy.quantize.layer_report import signal_to_noise_db
 from repvgg_deploy.quantize.recipe import LearningOptions, RoundingOptions, ScaleOptions
@@ -170,6 +170,30 @@ def test_learning_lowers_the_error_and_is_repeatable() -> None:
     before = signal_to_noise_db(exact, quantize(net, images, NAIVE)(images[0]))
     assert signal_to_noise_db(exact, learned(images[0])) > before + 0.5
     assert torch.equal(learned(images[0]), again(images[0]))
+
+
+def with_views(views: int) -> Recipe:
+    return replace(QUICK, rounding=RoundingOptions("feedback", views=views))
+
+
+def test_where_the_memory_is_short_images_come_before_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images = fused_net(), draw_images(48)
+    plain, viewed = (quantize(net, [images], with_views(views)) for views in (1, 2))
+    assert not torch.equal(plain(images), viewed(images))
+    # Room for two thirds of both views.
+    monkeypatch.setattr(reconstruct, "MEMORY_BYTES", 64 * 2 * 4 * reconstruct._widest(net, images.shape))
+    assert torch.equal(quantize(net, [images], with_views(2))(images), plain(images))
+
+
+def test_a_view_is_the_image_moved() -> None:
+    image = torch.arange(64.0 * 64).reshape(1, 1, 64, 64)
+    assert torch.equal(reconstruct._view(image, False, 0.0, 0.0), image)
+    moved = reconstruct._view(image, True, -3 / 64, 2 / 64)
+    assert torch.equal(moved[:, :, :-3, 2:], image.flip(3)[:, :, 3:, :-2])
+    assert moved.shape == image.shape
+    # What comes in is the border mirrored; an image of one pixel stays as it is.
+    assert torch.equal(moved[:, :, :-3, 1], image.flip(3)[:, :, 3:, 1])
+    assert reconstruct._view(image[:, :, :1, :1], False, 3 / 64, -2 / 64).shape == (1, 1, 1, 1)
 
 
 def test_the_report_has_a_row_for_each_layer_and_the_pool() -> None:

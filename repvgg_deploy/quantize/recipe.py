@@ -18,6 +18,7 @@ else:
 
 Observer = Literal["output", "minmax", "percentile", "entropy", "mse"]
 Rounding = Literal["nearest", "feedback"]
+MOST_VIEWS = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class RoundingOptions:
         method: `nearest`, or `feedback`, which lets the weights not yet rounded make up for the error of the others.
         compensate: refit each layer to the float net's output on the inputs that the quantized net really has.
         images: at most so many calibration images are kept in memory for it.
-        mirror: take the images mirrored left to right as well, which makes twice as many.
+        views: how often each image is taken: as it is, mirrored left to right, and shifted by a few pixels, up to 4.
+            Fewer where the memory does not hold them.
         samples: pixels of the input of a layer, over all images.
         damping: what is added to the diagonal of the inputs' covariance, in shares of its mean, for as many samples as
             a kernel has weights; fewer samples raise it, more lower it.
@@ -54,7 +56,7 @@ class RoundingOptions:
     method: Rounding = "feedback"
     compensate: bool = True
     images: int = 512
-    mirror: bool = False
+    views: int = 1
     samples: int = 16384
     damping: float = 1.0
     correct_bias: bool = True
@@ -144,6 +146,7 @@ def _check(recipe: Recipe, path: Path) -> None:
         ("scales.thresholds", recipe.scales.thresholds, all(0 < t <= 1 for t in recipe.scales.thresholds)),
         ("rounding.method", recipe.rounding.method, recipe.rounding.method in get_args(Rounding)),
         ("rounding.damping", recipe.rounding.damping, recipe.rounding.damping > 0),
+        ("rounding.views", recipe.rounding.views, recipe.rounding.views in range(1, MOST_VIEWS + 1)),
         ("count", recipe.count, recipe.count > 0),
         ("equalize", recipe.equalize, recipe.equalize is None or 0 <= recipe.equalize <= 1),
     ]
