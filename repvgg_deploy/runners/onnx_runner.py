@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.onnx_skeleton import read_skeleton
 from repvgg_deploy.runners import Array
+
+_CUDA = "CUDAExecutionProvider"
+_INSTALL = "install what that provider needs, or leave it out; `repvgg-deploy doctor` tells more"
 
 
 class OnnxRunner:
@@ -40,18 +45,18 @@ class OnnxRunner:
         if provider != "CPUExecutionProvider":
             # A node that the provider cannot take fails the session, where it would run on the CPU in silence.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            _load_cuda(runtime)
         try:
             self._session = runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:
             # ONNX Runtime's exceptions share no base class but Exception.
             if type(error).__module__.split(".")[0] != "onnxruntime":
                 raise
-            first = str(error).splitlines()[0]
-            raise GraphError(f"ONNX Runtime does not load {path}: {first}", "check the file with `inspect`") from error
-        if self._session.get_providers()[0] != provider:
+            raise _explain(error, path, provider) from error
+        first = self._session.get_providers()[0]
+        if first != provider:
             raise DeployError(
-                f"ONNX Runtime cannot use {provider} here; it would have run on the CPU instead",
-                "install what that provider needs, or leave it out; `repvgg-deploy doctor` tells more",
+                f"{provider} of ONNX Runtime does not load here; {path} would have run on {first} instead", _INSTALL
             )
         self.backend = "onnxruntime-" + provider.removesuffix("ExecutionProvider").lower()
         self.backend_version: str = runtime.__version__
@@ -82,19 +87,43 @@ class OnnxRunner:
         return dict(zip(self.output_names, values, strict=True))
 
 
-def choose_providers(runtime: Any, provider: str) -> list[str]:
+def _explain(error: Exception, path: Path, provider: str) -> DeployError:
+    said = str(error).splitlines()[0]
+    if "default CPU EP" in said:
+        # A provider whose libraries are missing is left out of the session, which then finds the CPU's alone.
+        return DeployError(
+            f"{provider} of ONNX Runtime does not load here, or lacks an operator of {path}, "
+            "which would have run on the CPU instead",
+            _INSTALL,
+        )
+    return GraphError(f"ONNX Runtime does not load {path}: {said}", "check the file with `inspect`")
+
+
+def _load_cuda(runtime: Any) -> None:
+    """Let ONNX Runtime find the CUDA libraries of pip's nvidia packages, where this release (1.21 on) can be told."""
+    if hasattr(runtime, "preload_dlls"):
+        # It prints what is missing; the session says so in an error.
+        with redirect_stdout(StringIO()):
+            runtime.preload_dlls()
+
+
+def choose_providers(runtime: Any, provider: str) -> list[Any]:
     """The providers of a session that is to run on `provider` alone; TensorRT's leaves what it lacks to CUDA.
+
+    FP32 is without TF32 on CUDA, as it is in torch; ONNX Runtime's default is with it.
 
     Raises:
         DeployError: the installed ONNX Runtime was built without it.
     """
     available = runtime.get_available_providers()
+    wanted = [provider, _CUDA] if provider == "TensorrtExecutionProvider" else [provider]
     if provider not in available:
+        instead = next((name for name in wanted if name in available), "CPUExecutionProvider")
         raise DeployError(
-            f"this ONNX Runtime has no {provider}; it would have run on the CPU instead",
+            f"this ONNX Runtime has no {provider}; it would have run on {instead} instead",
             f"it has {', '.join(available)}; pip install 'repvgg-deploy[gpu]' after removing onnxruntime",
         )
-    return [provider, "CUDAExecutionProvider"] if provider == "TensorrtExecutionProvider" else [provider]
+    return [(name, {"use_tf32": "0"}) if name == _CUDA else name for name in wanted]
 
 
 def import_onnxruntime() -> Any:
