@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 import repvgg_deploy.engine
+from repvgg_deploy.engine import cuda as cuda_module
 from repvgg_deploy.engine.cuda import LIBRARIES, Cuda, DeviceArray, open_cuda, stream_handle
-from repvgg_deploy.engine.gpus import find_gpus
+from repvgg_deploy.engine.gpus import FoundGpus, Gpu, find_gpus
 from repvgg_deploy.errors import DeployError
 
+H200 = Gpu("NVIDIA H200", "9.0", 141 << 30)
 ENGINE = Path(repvgg_deploy.engine.__file__).parent
 without_gpu = pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
 
@@ -60,6 +62,7 @@ def test_both_libraries_have_every_method_of_the_interface(module: str) -> None:
         lambda cuda: cuda.copy_to_device(0, np.zeros(4), 0),
         lambda cuda: cuda.copy_to_host(np.zeros(4), 0, 0),
         lambda cuda: cuda.synchronize(0),
+        lambda cuda: cuda.synchronize_device(),
         lambda cuda: cuda.create_event(),
         lambda cuda: cuda.synchronize_event(0),
         lambda cuda: cuda.begin_capture(0),
@@ -78,6 +81,97 @@ def test_opening_cuda_without_a_gpu_says_why() -> None:
     with pytest.raises(DeployError, match="engines cannot run") as raised:
         open_cuda()
     assert raised.value.hint
+
+
+def test_only_missing_memory_is_told_as_missing_memory() -> None:
+    error = cuda_bindings().cudaError_t
+    check = importlib.import_module("repvgg_deploy.engine.cuda_bindings").check
+    with pytest.raises(DeployError, match="too little free memory"):
+        check((error.cudaErrorMemoryAllocation,), "allocating")
+    # Too many registers or threads for one launch, however much memory there is.
+    with pytest.raises(DeployError, match=r"launching: CUDA says too many resources requested for launch \(701\)"):
+        check((error.cudaErrorLaunchOutOfResources,), "launching")
+
+
+class Library:
+    """A module of the package: opens, or says why not."""
+
+    def __init__(self, opened: object) -> None:
+        self._opened = opened
+
+    def open_library(self) -> object:
+        if isinstance(self._opened, DeployError):
+            raise self._opened
+        return self._opened
+
+
+def test_a_library_that_does_not_fit_the_driver_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    too_new = DeployError("choosing the GPU: CUDA says CUDA driver version is insufficient (35)")
+    modules = {"cuda_bindings": Library(too_new), "cuda_pycuda": Library("pycuda's")}
+    monkeypatch.setattr(cuda_module, "_import_quietly", lambda name: modules[name.split(".")[-1]])
+    monkeypatch.delenv("REPVGG_DEPLOY_CUDA", raising=False)
+    assert open_cuda() == "pycuda's"
+    monkeypatch.setattr(cuda_module, "find_gpus", lambda: FoundGpus((H200,)))
+    with pytest.raises(DeployError, match=r"no CUDA library for Python works here .*insufficient") as raised:
+        open_cuda("cuda.bindings")
+    assert "of the driver's CUDA version" in raised.value.hint
+
+
+def test_what_a_library_warns_of_at_its_start_is_not_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "import warnings; warnings.warn('no siphash here'); opened = True"
+    (tmp_path / "warning_library.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cuda_module._import_quietly("warning_library").opened
+
+
+SMI = """#!/bin/sh
+echo "NVIDIA H200, 9.0, 143771, 550.54.15"
+"""
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One H200, as nvidia-smi tells it."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI, encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, driver: int, count: tuple[Any, int], properties: Any = None) -> Any:
+    """Let the CUDA runtime give these answers."""
+    runtime = cuda_bindings()
+    monkeypatch.setattr(runtime, "cudaDriverGetVersion", lambda: (runtime.cudaError_t.cudaSuccess, driver))
+    monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: count)
+    monkeypatch.setattr(runtime, "cudaGetDeviceProperties", lambda _: properties)
+
+
+@pytest.mark.usefixtures("nvidia_smi")
+def test_a_driver_that_is_too_old_for_the_bindings_hides_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = cuda_bindings().cudaError_t
+    answer(monkeypatch, 12040, (error.cudaErrorInsufficientDriver, 0))
+    found = find_gpus.__wrapped__()
+    assert [(gpu.name, gpu.compute_capability) for gpu in found.gpus] == [("NVIDIA H200", "9.0")]
+    assert (found.driver, found.cuda) == ("550.54.15", "12.4")
+
+
+@pytest.mark.usefixtures("nvidia_smi")
+def test_a_gpu_that_cuda_may_not_use_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As with an empty CUDA_VISIBLE_DEVICES, of which nvidia-smi knows nothing.
+    error = cuda_bindings().cudaError_t
+    answer(monkeypatch, 13000, (error.cudaErrorNoDevice, 0))
+    found = find_gpus.__wrapped__()
+    assert not found.gpus
+    assert "no CUDA-capable device" in found.reason
+
+
+@pytest.mark.usefixtures("nvidia_smi")
+def test_a_gpu_that_does_not_answer_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = cuda_bindings().cudaError_t
+    answer(monkeypatch, 13000, (error.cudaSuccess, 1), (error.cudaErrorECCUncorrectable, None))
+    found = find_gpus.__wrapped__()
+    assert not found.gpus
+    assert "ECC" in found.reason
 
 
 def test_an_unknown_cuda_library_is_refused() -> None:
@@ -122,5 +216,20 @@ def test_a_host_array_is_refused() -> None:
 def test_streams_of_every_library_become_handles() -> None:
     kinds = [type(name, (), {name: 77})() for name in ("cuda_stream", "ptr", "handle")]
     assert [stream_handle(stream) for stream in (77, *kinds)] == [77] * 4
+    protocol = type("Stream", (), {"__cuda_stream__": lambda _: (0, 77)})()
+    assert stream_handle(protocol) == 77
+
+
+@pytest.mark.parametrize("stream", ["default", "77", 77.0, None, np.float32(77).item()])
+def test_what_is_no_stream_is_refused(stream: object) -> None:
     with pytest.raises(DeployError, match="is no CUDA stream"):
-        stream_handle("default")
+        stream_handle(stream)
+
+
+def test_streams_of_cuda_bindings_become_handles() -> None:
+    runtime = cuda_bindings()
+    driver = pytest.importorskip("cuda.bindings.driver")
+    assert stream_handle(runtime.cudaStream_t(77)) == 77
+    assert stream_handle(driver.CUstream(77)) == 77
+    # cuda.core's stream before it had the protocol.
+    assert stream_handle(type("Stream", (), {"handle": driver.CUstream(77)})()) == 77

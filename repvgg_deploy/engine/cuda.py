@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.errors import DeployError
 
 LIBRARIES = ("cuda.bindings", "pycuda")
@@ -33,7 +35,7 @@ class Cuda(Protocol):
         """Whether a stream can be captured into a graph."""
 
     def close(self) -> None:
-        """Leave the GPU's context; nothing of it may be used any more."""
+        """Say that one engine needs the GPU no more; the process stays in its context."""
 
     def allocate(self, size: int) -> int:
         """A device pointer to `size` bytes."""
@@ -61,6 +63,9 @@ class Cuda(Protocol):
 
     def synchronize(self, stream: int) -> None:
         """Wait until all of a stream is done."""
+
+    def synchronize_device(self) -> None:
+        """Wait until all streams are done, those of other libraries too."""
 
     def create_event(self) -> Any:
         """An event that keeps the time."""
@@ -97,10 +102,10 @@ class Cuda(Protocol):
 
 
 def open_cuda(library: str | None = None) -> Cuda:
-    """The CUDA library that was named (or the environment's REPVGG_DEPLOY_CUDA), else the first that is installed.
+    """The CUDA library that was named (or the environment's REPVGG_DEPLOY_CUDA), else the first that works here.
 
     Raises:
-        DeployError: it is not installed, or there is no GPU.
+        DeployError: it is not installed or does not fit the driver, or there is no GPU.
     """
     name = library or os.environ.get("REPVGG_DEPLOY_CUDA") or None
     if name is not None and name not in LIBRARIES:
@@ -109,13 +114,36 @@ def open_cuda(library: str | None = None) -> Cuda:
     for candidate in (name,) if name is not None else LIBRARIES:
         module = "cuda_bindings" if candidate == "cuda.bindings" else "cuda_pycuda"
         try:
-            opened: Cuda = importlib.import_module(f"repvgg_deploy.engine.{module}").open_library()
+            opened: Cuda = _import_quietly(f"repvgg_deploy.engine.{module}").open_library()
             return opened
         except ImportError as error:
             reasons.append(f"{candidate}: {str(error).splitlines()[0]}")
+        except DeployError as error:
+            # A cuda.bindings that is too new for the driver says nothing of pycuda, which may fit it.
+            reasons.append(f"{candidate}: {error.message}")
+    found = find_gpus()
+    if not found.gpus:
+        raise DeployError(
+            f"engines cannot run here: {found.reason} ({'; '.join(reasons)})",
+            "run them on a machine with an NVIDIA GPU",
+        )
     raise DeployError(
-        f"engines cannot run: no CUDA library for Python ({'; '.join(reasons)})",
+        f"engines cannot run: no CUDA library for Python works here ({'; '.join(reasons)})",
         "pip install cuda-python, of the driver's CUDA version",
+    )
+
+
+def _import_quietly(module: str) -> Any:
+    # What pycuda warns of when it is imported is not the user's.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)
+
+
+def out_of_memory(doing: str) -> DeployError:
+    """The error of both libraries for memory that the GPU does not have."""
+    return DeployError(
+        f"{doing}: the GPU has too little free memory", "a smaller batch; `nvidia-smi` shows who holds the memory"
     )
 
 
@@ -173,15 +201,21 @@ def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...
 
 
 def stream_handle(stream: Any) -> int:
-    """The CUDA stream as an integer: an integer, or a stream of torch, cupy, pycuda or cuda.core.
+    """The CUDA stream as an integer: an integer, or a stream of torch, cupy, pycuda, cuda.core or cuda.bindings.
 
     Raises:
         DeployError: it is none of these.
     """
     if isinstance(stream, int):
         return stream
+    if hasattr(stream, "__cuda_stream__"):
+        # cuda.core's protocol: the version of the protocol, and the handle.
+        return int(stream.__cuda_stream__()[1])
     for attribute in ("cuda_stream", "ptr", "handle"):
         value = getattr(stream, attribute, None)
         if value is not None:
             return int(value)
+    if hasattr(stream, "__int__") and not isinstance(stream, float):
+        # cudaStream_t and CUstream of cuda.bindings.
+        return int(stream)
     raise DeployError(f"a {type(stream).__name__} is no CUDA stream", "give its handle as an integer")

@@ -9,11 +9,9 @@ import numpy as np
 from cuda.bindings import runtime
 from numpy.typing import NDArray
 
+from repvgg_deploy.engine.cuda import out_of_memory
 from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.errors import DeployError
-
-# The first one is what cudaMalloc says, the second what a graph or a launch may say.
-_OUT_OF_MEMORY = (runtime.cudaError_t.cudaErrorMemoryAllocation, runtime.cudaError_t.cudaErrorLaunchOutOfResources)
 
 
 def check(returned: Any, doing: str) -> Any:
@@ -25,11 +23,8 @@ def check(returned: Any, doing: str) -> Any:
     status, *values = returned
     if status == runtime.cudaError_t.cudaSuccess:
         return values[0] if len(values) == 1 else values
-    if status in _OUT_OF_MEMORY:
-        raise DeployError(
-            f"{doing}: the GPU has too little free memory",
-            "a smaller batch; `nvidia-smi` shows who holds the memory",
-        )
+    if status == runtime.cudaError_t.cudaErrorMemoryAllocation:
+        raise out_of_memory(doing)
     _, text = runtime.cudaGetErrorString(status)
     said = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
     raise DeployError(f"{doing}: CUDA says {said} ({int(status)})", "`repvgg-deploy doctor` tells about the driver")
@@ -86,6 +81,10 @@ class CudaBindings:
         """Through cudaStreamSynchronize; a failure of an earlier launch shows here."""
         check(runtime.cudaStreamSynchronize(stream), "running the engine")
 
+    def synchronize_device(self) -> None:
+        """Through cudaDeviceSynchronize; a failure of an earlier launch shows here."""
+        check(runtime.cudaDeviceSynchronize(), "waiting for the GPU")
+
     def create_event(self) -> Any:
         """Through cudaEventCreate: with timing."""
         return check(runtime.cudaEventCreate(), "creating an event")
@@ -129,6 +128,8 @@ class CudaBindings:
         status, graph = runtime.cudaStreamEndCapture(stream)
         if status == runtime.cudaError_t.cudaSuccess:
             check(runtime.cudaGraphDestroy(graph), "dropping a CUDA graph")
+        # The runtime remembers a failure until it is asked for it; the next user must not find this one.
+        runtime.cudaGetLastError()
 
     def launch(self, graph: Any, stream: int) -> None:
         """Through cudaGraphLaunch."""

@@ -35,14 +35,18 @@ class FoundGpus:
 def find_gpus() -> FoundGpus:
     """The GPUs of this machine; never fails."""
     smi = _ask_nvidia_smi()
-    found = _ask_cuda()
+    found = _ask_cuda(smi.gpus)
     if found is None:
         return smi
     return FoundGpus(found.gpus, found.reason, smi.driver, found.cuda)
 
 
-def _ask_cuda() -> FoundGpus | None:
-    """What the CUDA runtime sees; None where its Python bindings are not installed."""
+def _ask_cuda(listed: tuple[Gpu, ...]) -> FoundGpus | None:
+    """What the CUDA runtime sees; None where its Python bindings are not installed.
+
+    Where the bindings are for a newer CUDA than the driver's they see nothing, and `listed` is what there is: TensorRT
+    and pycuda may well fit that driver.
+    """
     try:
         from cuda.bindings import runtime
     except ImportError:
@@ -50,11 +54,15 @@ def _ask_cuda() -> FoundGpus | None:
     _, version = runtime.cudaDriverGetVersion()
     cuda = f"{version // 1000}.{version % 1000 // 10}" if version else ""
     status, count = runtime.cudaGetDeviceCount()
+    if status == runtime.cudaError_t.cudaErrorInsufficientDriver and version and listed:
+        return FoundGpus(listed, cuda=cuda)
     if status != runtime.cudaError_t.cudaSuccess:
         return FoundGpus((), _explain(runtime, status, version), cuda=cuda)
     gpus = []
     for index in range(count):
-        _, properties = runtime.cudaGetDeviceProperties(index)
+        status, properties = runtime.cudaGetDeviceProperties(index)
+        if properties is None:
+            return FoundGpus((), _explain(runtime, status, version), cuda=cuda)
         name = properties.name.split(b"\0")[0].decode(errors="replace")
         gpus.append(Gpu(name, f"{properties.major}.{properties.minor}", int(properties.totalGlobalMem)))
     return FoundGpus(tuple(gpus), "" if gpus else "CUDA sees no GPU", cuda=cuda)
