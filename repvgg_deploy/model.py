@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -178,13 +179,7 @@ def open_model(
     if ema is not None and path.is_file() and (is_engine(path) or is_onnx(path)):
         raise DeployError(f"{path} holds one set of weights", "--ema and --no-ema are for checkpoints")
     if path.is_file() and is_engine(path):
-        from repvgg_deploy.runners.engine_runner import open_engine
-
-        engine = open_engine(path, trust)
-        outputs = {tensor.name: _dynamic(tensor.shape) for tensor in engine.outputs}
-        signature = _Signature(_dynamic(engine.input.shape), engine.input.dtype, outputs)
-        require_arch(path, engine.provenance, arch)
-        return _describe(path, engine, signature, engine.provenance, options)
+        return _open_engine(path, options, arch, trust)
     if path.is_file() and is_onnx(path):
         runner = OnnxRunner(path)
         dtype = runner.input_type.removeprefix("tensor(").removesuffix(")")
@@ -202,6 +197,21 @@ def open_model(
         checkpoint.spec.classes,
         checkpoint.spec.in_channels,
     )
+
+
+def _open_engine(path: Path, options: PreprocessingOptions, arch: str | None, trust: bool) -> Model:
+    from repvgg_deploy.engine.cleanup import give_back
+    from repvgg_deploy.runners.engine_runner import open_engine
+
+    engine = open_engine(path, trust)
+    with ExitStack() as cleanup:
+        give_back(cleanup, engine.close)
+        outputs = {tensor.name: _dynamic(tensor.shape) for tensor in engine.outputs}
+        signature = _Signature(_dynamic(engine.input.shape), engine.input.dtype, outputs)
+        require_arch(path, engine.provenance, arch)
+        model = _describe(path, engine, signature, engine.provenance, options)
+        cleanup.pop_all()
+    return model
 
 
 def require_arch(path: Path, provenance: Provenance | None, arch: str | None) -> None:

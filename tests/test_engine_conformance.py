@@ -21,7 +21,7 @@ LISTS = Path(__file__).resolve().parents[2] / "shared" / "tensorrt_api"
 SOURCES = sorted(Path(repvgg_deploy.engine.__file__).parent.glob("*.py"))
 
 # What the module is called where it is used, and the classes of the objects: by expression, in a file or function.
-MODULE = {"trt", "module", "backend.module", "self._loaded.backend.module"}
+MODULE = {"trt", "module", "backend.module", "loaded.backend.module", "self._loaded.backend.module"}
 OBJECTS = {
     "network": {
         "builder": "Builder",
@@ -40,8 +40,14 @@ OBJECTS = {
     },
     "timing_cache": {"config": "IBuilderConfig", "cache": "ITimingCache"},
     "loading": {"runtime": "Runtime", "engine": "ICudaEngine"},
-    "lane": {"context": "IExecutionContext", "self.context": "IExecutionContext", "loaded.engine": "ICudaEngine"},
-    "inspection": {"inspector": "EngineInspector", "engine": "ICudaEngine"},
+    "context": {"context": "IExecutionContext", "config": "IRuntimeConfig", "loaded.engine": "ICudaEngine"},
+    "lane": {
+        "context": "IExecutionContext",
+        "self.context": "IExecutionContext",
+        "prepared.context": "IExecutionContext",
+        "loaded.engine": "ICudaEngine",
+    },
+    "inspection": {"inspector": "EngineInspector", "loaded.engine": "ICudaEngine"},
     "refit": {
         "refitter": "Refitter",
         "parser": "OnnxParserRefitter",
@@ -55,8 +61,7 @@ OURS = {
     ("building", "cache"),
     ("checking", "engine"),
     ("refit", "engine"),
-    ("cuda_pycuda", "self._context"),
-    ("cuda_pycuda", "context"),
+    ("loading", "self.engine"),
 }
 LIBRARY_NAMES = {"builder", "network", "parser", "config", "context", "engine", "refitter", "inspector", "cache"}
 
@@ -124,7 +129,13 @@ def test_the_collector_sees_the_adapters_calls() -> None:
         "Builder.build_serialized_network_to_stream",
         "BuilderFlag.STRIP_PLAN",
         "IBuilderConfig.set_timing_cache",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
+        "ExecutionContextAllocationStrategy.USER_MANAGED",
+        "ICudaEngine.create_execution_context",
+        "ICudaEngine.device_memory_size_v2",
         "ICudaEngine.get_tensor_profile_shape",
+        "IExecutionContext.set_device_memory",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
         "IExecutionContext.execute_async_v3",
         "IProgressMonitor",
         "LayerType.DEQUANTIZE",

@@ -24,9 +24,11 @@ OLDEST: dict[BackendName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rt
 OPTIONAL = frozenset(
     {
         "ComputeCapability",
+        "DynamicShapesKernelSpecializationStrategy",
         "IBuilderConfig.num_compute_capabilities",
         "IBuilderConfig.set_compute_capability",
         "IExecutionContext.is_stream_capturable",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
         "SerializationFlag.INCLUDE_REFIT",
     }
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.engine.context import create_context, set_batch
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
 from repvgg_deploy.engine.side_file import SideFile
 from repvgg_deploy.errors import DeployError
@@ -18,8 +18,9 @@ from repvgg_deploy.errors import DeployError
 _FORMATS = (
     ("int8", re.compile(r"int8", re.IGNORECASE)),
     ("fp8", re.compile(r"fp8|float8|e4m3", re.IGNORECASE)),
-    ("fp16", re.compile(r"fp16|half|float16", re.IGNORECASE)),
+    # Before fp16: "BFloat16" also holds "float16".
     ("bf16", re.compile(r"bf16|bfloat16", re.IGNORECASE)),
+    ("fp16", re.compile(r"fp16|half|float16", re.IGNORECASE)),
     ("fp32", re.compile(r"fp32|float", re.IGNORECASE)),
 )
 
@@ -73,21 +74,22 @@ def inspect_engine(plan: Path) -> EngineReport:
     try:
         return EngineReport(plan, side, read_layers(loaded))
     finally:
-        loaded.cuda.close()
+        loaded.close()
 
 
 def read_layers(loaded: LoadedEngine) -> tuple[Layer, ...]:
-    """The layers of a deserialized engine, from the library's EngineInspector.
+    """The layers of a deserialized engine, from the library's EngineInspector; of a dynamic batch at the best one.
 
     Raises:
-        DeployError: the inspector's text is not the JSON that is known.
+        DeployError: the inspector's text is not the JSON that is known, or the GPU has too little memory.
     """
-    return parse_layers(_inspect(loaded.backend, loaded.engine))
-
-
-def _inspect(backend: Backend, engine: Any) -> str:
-    inspector = engine.create_engine_inspector()
-    return str(inspector.get_engine_information(backend.module.LayerInformationFormat.JSON))
+    inspector = loaded.engine.create_engine_inspector()
+    if loaded.inputs[0].shape[0] < 0:
+        # Without a batch the types of the tensors are "N/A due to dynamic shapes".
+        context = create_context(loaded)
+        set_batch(loaded, context, loaded.profile[1])
+        inspector.execution_context = context
+    return parse_layers(str(inspector.get_engine_information(loaded.backend.module.LayerInformationFormat.JSON)))
 
 
 def parse_layers(text: str) -> tuple[Layer, ...]:

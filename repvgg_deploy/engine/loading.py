@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.engine.backends import MODULES, Backend, BackendName, Unavailable, import_backend
 from repvgg_deploy.engine.cancellation import run_cancellable
+from repvgg_deploy.engine.cleanup import give_back
 from repvgg_deploy.engine.cuda import Cuda, open_cuda
 from repvgg_deploy.engine.gpus import find_gpus
-from repvgg_deploy.engine.messages import collect_messages, explain_failure, get_logger
+from repvgg_deploy.engine.messages import collect_messages, construct, explain_failure, get_logger
 from repvgg_deploy.engine.network import DTYPES, Tensor
 from repvgg_deploy.engine.side_file import (
     SideFile,
@@ -24,7 +26,7 @@ from repvgg_deploy.engine.side_file import (
 from repvgg_deploy.errors import DeployError
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadedEngine:
     """A deserialized engine and what it needs to live.
 
@@ -43,6 +45,12 @@ class LoadedEngine:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     profile: tuple[int, int, int]
+
+    def close(self) -> None:
+        """Give the engine's memory back, whoever still holds this object; its contexts must be gone before."""
+        self.engine = None
+        self.runtime = None
+        self.cuda.close()
 
 
 def check_plan(plan: Path, trust: bool = False) -> tuple[bytes, SideFile | None]:
@@ -79,12 +87,15 @@ def load_plan(
     if side is not None:
         require_same_library(plan, side, library)
     opened = open_cuda(cuda)
-    found = find_gpus()
-    if side is not None and found.gpus:
-        require_same_gpu(plan, side, found.gpus[0], library)
-    runtime, engine = _deserialize(library, plan, content, side)
-    inputs, outputs = _read_tensors(library, engine)
-    profile = _read_profile(plan, engine, inputs)
+    with ExitStack() as cleanup:
+        give_back(cleanup, opened.close)
+        found = find_gpus()
+        if side is not None and found.gpus:
+            require_same_gpu(plan, side, found.gpus[0], library)
+        runtime, engine = _deserialize(library, plan, content, side)
+        inputs, outputs = _read_tensors(library, engine)
+        profile = _read_profile(plan, engine, inputs)
+        cleanup.pop_all()
     return LoadedEngine(plan, library, opened, runtime, engine, side, inputs, outputs, profile)
 
 
@@ -107,7 +118,7 @@ def _choose_library(plan: Path, side: SideFile | None, name: str | None) -> Back
 def _deserialize(backend: Backend, plan: Path, content: bytes, side: SideFile | None) -> tuple[Any, Any]:
     trt = backend.module
     with collect_messages(backend) as messages:
-        runtime = trt.Runtime(get_logger(backend))
+        runtime = construct(backend, f"loading {plan}", messages, lambda: trt.Runtime(get_logger(backend)))
         if side is not None and side.options.version_compatible:
             # Such a plan carries the runtime of its own version, which is code for the host.
             runtime.engine_host_code_allowed = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -106,14 +106,17 @@ _MEANINGS = (
 )
 
 
+_OTHER_LIBRARY = "use TensorRT on this GPU: --engine tensorrt"
+
+
 def explain_failure(backend: Backend, doing: str, messages: Messages, refittable: bool = False) -> DeployError:
     """The error that says what the library could not do, from what it logged while `doing`."""
     found = find_gpus()
     errors = _causes(messages.errors)
     text = "\n".join(errors)
-    if found.gpus and not backend.supports(found.gpus[0]):
-        hint = f"use TensorRT on this GPU: --engine tensorrt; the library said: {first_line(errors)}"
-        return DeployError(f"{doing} failed: {unsupported_gpu(backend, found.gpus[0])}", hint)
+    unlisted = _unlisted_gpu(backend)
+    if unlisted:
+        return DeployError(f"{doing} failed: {unlisted}", f"{_OTHER_LIBRARY}; the library said: {first_line(errors)}")
     if refittable and not found.gpus:
         return DeployError(
             f"{doing} failed: {backend.label} builds refittable and weight-stripped engines on a GPU only, "
@@ -124,6 +127,41 @@ def explain_failure(backend: Backend, doing: str, messages: Messages, refittable
         if any(said in text for said in meaning.said):
             return DeployError(f"{doing} failed: {meaning.message}", f"{meaning.hint}; {first_line(errors)}")
     return DeployError(f"{doing} failed in {backend.label}: {first_line(errors)}", _rest(errors))
+
+
+def construct(backend: Backend, doing: str, messages: Messages, constructor: Callable[[], Any]) -> Any:
+    """What a constructor of the library gives; `messages` are those collected around the call.
+
+    Raises:
+        DeployError: it gave null, which pybind11 tells as a TypeError: the library could not start CUDA.
+    """
+    try:
+        return constructor()
+    except TypeError as error:
+        raise explain_failure(backend, doing, messages) from error
+
+
+@contextmanager
+def naming_gpu(backend: Backend) -> Iterator[None]:
+    """Inside the block a failure of CUDA names the GPU, where the library does not list it.
+
+    Kernels that were not made for a GPU fail when it runs them, long after the library took the plan.
+    """
+    try:
+        yield
+    except DeployError as error:
+        unlisted = _unlisted_gpu(backend)
+        if not unlisted:
+            raise
+        raise DeployError(f"{error.message}; {unlisted}", _OTHER_LIBRARY) from error
+
+
+def _unlisted_gpu(backend: Backend) -> str:
+    """The message for this machine's GPU where the library does not list it, else nothing."""
+    found = find_gpus()
+    if not found.gpus or backend.supports(found.gpus[0]):
+        return ""
+    return unsupported_gpu(backend, found.gpus[0])
 
 
 def _causes(errors: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.artifacts import Provenance
+from repvgg_deploy.engine.cleanup import give_back
+from repvgg_deploy.engine.context import batch_shape, create_context, execute, require_batch, set_batch
 from repvgg_deploy.engine.cuda import DeviceArray, stream_handle
-from repvgg_deploy.engine.lane import BatchLane, Lane, batch_shape, create_context, execute, set_batch
+from repvgg_deploy.engine.lane import BatchLane, Lane
 from repvgg_deploy.engine.loading import LoadedEngine, load_plan
+from repvgg_deploy.engine.messages import naming_gpu
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.runners import Array
@@ -33,8 +36,7 @@ class EngineRunner:
     """
 
     def __init__(self, loaded: LoadedEngine, streams: int = 1, graphs: bool = True) -> None:
-        if streams < 1:
-            raise DeployError(f"{streams} streams", "at least 1")
+        """Take `loaded` over: it is closed with the runner, and also where the runner cannot be made."""
         self._loaded = loaded
         self.backend: str = loaded.backend.name
         self.backend_version: str = loaded.backend.version
@@ -47,12 +49,15 @@ class EngineRunner:
         self.lanes: list[Lane] = []
         self._borrowing: Any = None
         self._closed = False
-        try:
+        with ExitStack() as cleanup:
+            give_back(cleanup, loaded.close)
+            if streams < 1:
+                raise DeployError(f"{streams} streams", "at least 1")
             for _ in range(streams):
                 self.lanes.append(Lane(loaded, graphs))
-        except BaseException:
-            self.close()
-            raise
+                give_back(cleanup, self.lanes[-1].close)
+            give_back(cleanup, self._let_go)
+            self._cleanup = cleanup.pop_all()
 
     @property
     def batch(self) -> int | None:
@@ -107,6 +112,7 @@ class EngineRunner:
             DeployError: the shape, the type or the batch does not fit.
         """
         self._require_input(images.shape, images.dtype)
+        require_batch(self._loaded, len(images))
         return [BatchLane(lane, images) for lane in self.lanes]
 
     def run_on_device(
@@ -118,8 +124,10 @@ class EngineRunner:
             images: whatever has `__cuda_array_interface__` (torch, cupy, pycuda, numba), or a DeviceArray made of a
                 raw pointer; contiguous, in the engine's type, of a batch within the profile.
             outputs: arrays to write to, by name; those that are not given are allocated.
-            stream: a stream of torch, cupy or pycuda, or its handle. With one, the run is only enqueued, and all
-                arrays must live until it is done. Without one, this call waits.
+            stream: a stream of torch, cupy, pycuda, cuda.core or cuda.bindings, or its handle: the one that fills
+                `images`, or one that waits for it. With one, the run is only enqueued, and all arrays must live
+                until it is done. Without one, this call first waits for everything on the GPU, so that `images` is
+                complete whoever fills it, and then for the run.
 
         Raises:
             DeployError: an array does not fit, or the GPU fails.
@@ -135,10 +143,14 @@ class EngineRunner:
         context.set_tensor_address(self.input.name, borrowed.pointer)
         for name, array in results.items():
             context.set_tensor_address(name, array.pointer)
-        handle = self.lanes[0].stream if stream is None else stream_handle(stream)
-        execute(self._loaded, context, handle)
-        if stream is None:
-            self.cuda.synchronize(handle)
+        if stream is not None:
+            execute(self._loaded, context, stream_handle(stream))
+            return results
+        # The lane's stream waits for no other, not even for the default one, in which torch fills its tensors.
+        with naming_gpu(self._loaded.backend):
+            self.cuda.synchronize_device()
+        execute(self._loaded, context, self.lanes[0].stream)
+        self.lanes[0].synchronize()
         return results
 
     def _output_array(self, tensor: Tensor, batch: int, given: Any) -> DeviceArray:
@@ -164,15 +176,17 @@ class EngineRunner:
             )
 
     def close(self) -> None:
-        """Give the GPU's memory back; a second call does nothing."""
-        if self._closed:
-            return
+        """Give the GPU's memory back, whatever fails on the way; a second call does nothing.
+
+        Raises:
+            DeployError: the first failure, where there was one.
+        """
+        self._cleanup.close()
+
+    def _let_go(self) -> None:
         self._closed = True
         self._borrowing = None
-        for lane in self.lanes:
-            lane.close()
         self.lanes.clear()
-        self.cuda.close()
 
     def __enter__(self) -> EngineRunner:
         return self
@@ -180,7 +194,8 @@ class EngineRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # Told of the block's error, so that no failure to give things back hides it.
+        self._cleanup.__exit__(kind, error, trace)
 
 
 class _OwnedMemory:
@@ -193,7 +208,9 @@ class _OwnedMemory:
     def __del__(self) -> None:
         pointer = getattr(self, "pointer", None)
         if pointer is not None:
-            self._cuda.free(pointer)
+            # When the interpreter ends the CUDA library may be gone, and its memory with it.
+            with suppress(Exception):
+                self._cuda.free(pointer)
 
 
 def _allocate(cuda: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +40,9 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 @pytest.fixture(params=LIBRARIES)
-def cuda(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        opened = open_cuda(request.param)
-    except DeployError as error:
-        pytest.skip(error.message)
-    yield request.param
-    opened.close()
+def cuda(request: pytest.FixtureRequest) -> str:
+    require_cuda(request.param)
+    return str(request.param)
 
 
 def build(
@@ -54,6 +51,13 @@ def build(
     net = make_net(narrow_spec("A0"), seed)
     onnx = write_onnx(folder, net, precision, GraphOptions(PIXELS, PIXELS, **options))
     return onnx, build_engine(onnx, backend, RANGE, folder)
+
+
+def require_cuda(library: str) -> None:
+    try:
+        open_cuda(library).close()
+    except DeployError as error:
+        pytest.skip(error.message)
 
 
 def draw(count: int, seed: int = 0) -> np.ndarray:
@@ -151,6 +155,30 @@ def test_torch_tensors_and_streams_are_taken(backend: Backend, tmp_path: Path) -
         np.testing.assert_allclose(written.cpu().numpy(), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
+def test_without_a_stream_the_input_is_waited_for(backend: Backend, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    _, engine = build(tmp_path, backend)
+    images = draw(4)
+    with load_engine(engine.plan) as runner:
+        expected = runner(images)
+        given, wanted = torch.zeros(images.shape, device="cuda"), torch.from_numpy(images).cuda()
+        runner(given)
+        large = torch.ones((4096, 4096), device="cuda")
+        for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+            given.zero_()
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                # Tens of milliseconds before the input is there.
+                for _ in range(100):
+                    large = (large @ large).clamp(max=1)
+                given.copy_(wanted)
+            outputs = runner.run_on_device(given)
+            logits = torch.as_tensor(outputs["logits"], device="cuda").cpu().numpy()
+            np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
 def test_inputs_that_do_not_fit_are_refused(backend: Backend, tmp_path: Path) -> None:
     _, engine = build(tmp_path, backend)
     with load_engine(engine.plan) as runner:
@@ -164,13 +192,98 @@ def test_inputs_that_do_not_fit_are_refused(backend: Backend, tmp_path: Path) ->
 
 def test_graphs_are_captured_once_a_batch_size(backend: Backend, tmp_path: Path) -> None:
     _, engine = build(tmp_path, backend)
-    runner = open_engine(engine.plan, cuda="cuda.bindings")
-    with runner:
+    require_cuda("cuda.bindings")
+    with open_engine(engine.plan, cuda="cuda.bindings") as runner:
         for count in (2, 5, 2, 5):
             runner(draw(count))
-        assert set(runner.lanes[0]._captured) <= {2, 5}
+        (lane,) = runner.lanes
+        assert set(lane._prepared) == {2, 5}
+        captured = {batch for batch, prepared in lane._prepared.items() if prepared.graph is not None}
+        assert captured | set(lane.without_graph) == {2, 5}
         if backend.name == "tensorrt":
-            assert set(runner.lanes[0]._captured) == {2, 5}
+            assert captured == {2, 5}, lane.without_graph
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_graphs_of_several_batch_sizes_replay_what_they_captured(
+    backend: Backend, precision: Precision, tmp_path: Path
+) -> None:
+    _, engine = build(tmp_path, backend, precision)
+    images = draw(8)
+    counts = (8, 3, 8, 1, 3, 8, 5, 1, 3, 5, 8) * 4
+    with load_engine(engine.plan, graphs=False) as runner:
+        plain = {count: runner(images[:count]) for count in set(counts)}
+    with load_engine(engine.plan) as runner:
+        for count in counts:
+            np.testing.assert_allclose(runner(images[:count]), plain[count], atol=1e-2 * np.abs(plain[8]).max())
+
+
+def test_more_batch_sizes_than_graphs(backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx, engine = build(tmp_path, backend)
+    monkeypatch.setattr("repvgg_deploy.engine.lane.MAX_GRAPHS", 2)
+    images = draw(8)
+    reference = OnnxRunner(onnx).run(images)["logits"]
+    with load_engine(engine.plan) as runner:
+        for count in (1, 2, 3, 4, 3, 2, 1, 4) * 2:
+            np.testing.assert_allclose(runner(images[:count]), reference[:count], atol=1e-2 * np.abs(reference).max())
+
+
+def test_a_failed_capture_leaves_an_engine_that_runs(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_cuda("cuda.bindings")
+    _, engine = build(tmp_path, backend)
+    images = draw(3)
+    with load_engine(engine.plan, graphs=False) as runner:
+        plain = runner(images)
+    with load_engine(engine.plan, cuda="cuda.bindings") as runner:
+        end_capture = runner.cuda.end_capture
+
+        def refuse(stream: int) -> None:
+            runner.cuda.destroy_graph(end_capture(stream))
+            raise DeployError("no graph today")
+
+        monkeypatch.setattr(runner.cuda, "end_capture", refuse)
+        for _ in range(3):
+            np.testing.assert_allclose(runner(images), plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
+        assert set(runner.lanes[0].without_graph) == {3}
+
+
+def test_closing_gives_the_gpus_memory_back(backend: Backend, cuda: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    _, engine = build(tmp_path, backend)
+    free = []
+    held = []
+    for _ in range(6):
+        runner = open_engine(engine.plan, cuda=cuda, streams=2)
+        runner(draw(20))
+        runner.close()
+        held.append(runner)
+        free.append(torch.cuda.mem_get_info()[0])
+    # The first rounds may load modules, which stay. A context alone is some MiB.
+    assert free[2] - free[-1] < 4 << 20
+
+
+def test_many_engines_are_closed_in_any_order_and_one_not_at_all(backend: Backend, cuda: str, tmp_path: Path) -> None:
+    _, engine = build(tmp_path, backend)
+    script = (
+        "import sys, numpy as np\n"
+        "from repvgg_deploy.runners.engine_runner import open_engine\n"
+        "runners = [open_engine(sys.argv[1], cuda=sys.argv[2]) for _ in range(3)]\n"
+        f"images = np.ones((2, 3, {PIXELS}, {PIXELS}), np.float32)\n"
+        "runners[0].close()\n"
+        "runners[2](images)\n"
+        "runners[2].close()\n"
+        "print(runners[1](images).shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(engine.plan), cuda], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"(2, {CLASSES})"
+    assert "PyCUDA ERROR" not in done.stderr
 
 
 @pytest.mark.parametrize("precision", list(Precision))
@@ -185,6 +298,15 @@ def test_the_engine_computes_convolutions_in_the_graphs_precision(
     wanted = read_convolution_precisions(backend, parse_onnx(backend, onnx).network)
     found = convolution_precisions(report.layers, tuple(wanted))
     assert found == wanted
+
+
+def test_the_layers_of_a_dynamic_batch_have_precisions(backend: Backend, tmp_path: Path) -> None:
+    _, engine = build(tmp_path, backend, Precision.FP16)
+    report = inspect_engine(engine.plan)
+    assert report.layers, report.why_no_layers
+    if backend.name == "tensorrt-rtx":
+        pytest.skip(f"TensorRT-RTX fuses into {len(report.layers)} layers that name no types of their own")
+    assert "fp16" in {layer.precision for layer in report.layers}
 
 
 @pytest.mark.parametrize("strip", [False, True])
@@ -203,6 +325,12 @@ def test_new_weights_go_into_a_refittable_engine(backend: Backend, strip: bool, 
         refitted = refit_engine(engine.plan, onnx, folder)
         with load_engine(refitted.plan) as runner:
             check_engine(runner, images, run_as_engine(onnx, images))
+    if refitted.side.options.needs_refit:
+        # The side file says that a refitted engine takes weights once more.
+        again = tmp_path / "again"
+        again.mkdir()
+        with load_engine(refit_engine(refitted.plan, second, again).plan) as runner:
+            check_engine(runner, images, run_as_engine(second, images))
 
 
 def test_a_gpu_that_is_not_listed_is_named(tmp_path: Path) -> None:
