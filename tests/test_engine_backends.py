@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from engine_graphs import provenance, rtx_backend, small_onnx
+from test_engine_side_file import make_side
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, Unavailable, build_engine, find_backend
 from repvgg_deploy.engine.backends import Backend, Capabilities, has, import_backend, release, unsupported_gpu
 from repvgg_deploy.engine.gpus import Gpu, find_gpus
-from repvgg_deploy.engine.refit import _check_refitted, export_for_refit, graph_options, refit_engine, require_same_net
+from repvgg_deploy.engine.refit import (
+    _check_refitted,
+    describe_refitted,
+    export_for_refit,
+    graph_options,
+    refit_engine,
+    require_same_net,
+)
 from repvgg_deploy.engine.side_file import SideFile, read_side_file
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.export_request import ExportRequest
@@ -119,6 +128,19 @@ def test_an_engine_that_was_not_built_for_it_takes_no_new_weights(tmp_path: Path
     with pytest.raises(DeployError, match="was not built to take new weights") as raised:
         refit_engine(engine.plan, onnx, tmp_path)
     assert "--refittable" in raised.value.hint
+
+
+def test_a_refitted_engine_says_whether_it_takes_further_weights() -> None:
+    built = make_side(refittable=True, strip_weights=True)
+    again = describe_refitted(replace(built, has_weights=False), rtx_backend())
+    assert again == replace(built, has_weights=True)
+    # TensorRT before 10.14, which has no INCLUDE_REFIT.
+    module = ModuleType("tensorrt_10_13")
+    old = Backend("tensorrt", "10.13.3.9", module, Capabilities(False, True, True, False, None))
+    last = describe_refitted(replace(built, has_weights=False), old)
+    assert last.has_weights
+    assert not last.options.needs_refit
+    assert "TensorRT 10.13.3.9" in last.warnings[-1]
 
 
 def side_of(tmp_path: Path, precision: Precision, options: GraphOptions) -> SideFile:

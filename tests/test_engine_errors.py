@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import onnx
 import pytest
 from engine_graphs import rtx_backend, small_onnx
 from onnx import TensorProto, helper
+from simulated_engine import SimulatedCuda, simulate
 
-from repvgg_deploy.engine import BuildOptions, build_engine
-from repvgg_deploy.engine.gpus import find_gpus
-from repvgg_deploy.engine.messages import Messages, explain_failure
+from repvgg_deploy.engine import BuildOptions, build_engine, loading, messages, network
+from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.engine.gpus import FoundGpus, Gpu, find_gpus
+from repvgg_deploy.engine.loading import _deserialize
+from repvgg_deploy.engine.messages import Messages, construct, explain_failure
+from repvgg_deploy.engine.network import create_builder
+from repvgg_deploy.engine.refit import _put_weights
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.onnx_skeleton import read_onnx_metadata
 
@@ -116,6 +122,67 @@ def test_what_the_library_logs_becomes_one_error_with_a_hint(logged: str, said: 
     error = explain_failure(rtx_backend(), "the engine build", Messages([logged], []))
     assert said in error.message
     assert error.hint
+
+
+@without_gpu
+def test_what_the_library_cannot_make_is_told_with_what_it_logged() -> None:
+    def constructor() -> object:
+        # As pybind11 says it.
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    logged = Messages(["Error Code 2: OutOfMemory (Requested size was 8589934592 bytes.)"], [])
+    with pytest.raises(DeployError, match=r"loading net\.plan failed: the GPU has too little free memory"):
+        construct(rtx_backend(), "loading net.plan", logged, constructor)
+    assert construct(rtx_backend(), "loading net.plan", Messages(), lambda: 7) == 7
+
+
+def module_without_cuda() -> Backend:
+    """TensorRT-RTX with constructors that give null, as where CUDA does not start."""
+    real = rtx_backend()
+
+    def refuse(*_: object) -> object:
+        raise TypeError("factory function returned nullptr")
+
+    module = ModuleType("tensorrt_without_cuda")
+    module.__dict__.update(vars(real.module))
+    for name in ("Builder", "Runtime", "Refitter"):
+        setattr(module, name, refuse)
+    return replace(real, module=module)
+
+
+def test_a_builder_that_does_not_start_names_a_gpu_that_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = FoundGpus((Gpu("NVIDIA H200", "9.0", 141 << 30),))
+    monkeypatch.setattr(messages, "find_gpus", lambda: found)
+    monkeypatch.setattr(network, "find_gpus", lambda: found)
+    with pytest.raises(DeployError, match="does not support the NVIDIA H200") as raised:
+        create_builder(module_without_cuda())
+    assert "--engine tensorrt" in raised.value.hint
+
+
+@without_gpu
+def test_a_builder_that_does_not_start_without_a_gpu_says_so() -> None:
+    with pytest.raises(DeployError, match="cannot build engines here") as raised:
+        create_builder(module_without_cuda())
+    assert "tensorrt-rtx" in raised.value.hint
+
+
+@without_gpu
+def test_a_runtime_and_a_refitter_that_do_not_start_are_errors(tmp_path: Path) -> None:
+    backend = module_without_cuda()
+    with pytest.raises(DeployError, match=r"loading net\.plan failed"):
+        _deserialize(backend, Path("net.plan"), b"", None)
+    with pytest.raises(DeployError, match=r"preparing simulated\.plan for new weights failed"):
+        _put_weights(simulate(backend), small_onnx(tmp_path))
+
+
+@without_gpu
+def test_a_plan_that_does_not_load_leaves_no_gpu_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimulatedCuda()
+    monkeypatch.setattr(loading, "open_cuda", lambda _: cuda)
+    engine = build_engine(small_onnx(tmp_path), rtx_backend(), NO_CACHE, tmp_path)
+    with pytest.raises(DeployError, match=r"loading .* failed"):
+        loading.load_plan(engine.plan)
+    assert cuda.closed == 1
 
 
 def test_metadata_is_read_without_the_graph(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine.backends import Backend
 from repvgg_deploy.engine.cancellation import run_cancellable
 from repvgg_deploy.engine.gpus import find_gpus
-from repvgg_deploy.engine.messages import collect_messages, first_line, get_logger
+from repvgg_deploy.engine.messages import collect_messages, explain_failure, first_line, get_logger
 from repvgg_deploy.errors import DeployError, GraphError
 
 # trt.DataType by name: what a tensor is in NumPy's words.
@@ -56,7 +56,7 @@ def create_builder(backend: Backend) -> Any:
     """The library's Builder.
 
     Raises:
-        DeployError: it needs a GPU and there is none, or the driver is too old.
+        DeployError: it needs a GPU and there is none, or does not support the one here, or the driver is too old.
     """
     with collect_messages(backend) as messages:
         try:
@@ -64,6 +64,8 @@ def create_builder(backend: Backend) -> Any:
         except TypeError as error:
             # pybind11's "factory function returned nullptr": the library could not start CUDA.
             found = find_gpus()
+            if found.gpus:
+                raise explain_failure(backend, "starting the engine builder", messages) from error
             why = found.reason or first_line(messages.errors)
             raise DeployError(
                 f"{backend.label} cannot build engines here: {why}",

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
-from repvgg_deploy.engine.backends import has
+from repvgg_deploy.engine.backends import Backend, has
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.cancellation import run_cancellable
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
-from repvgg_deploy.engine.messages import collect_messages, explain_failure, get_logger
+from repvgg_deploy.engine.messages import collect_messages, construct, explain_failure, get_logger
 from repvgg_deploy.engine.side_file import SideFile, side_path
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.onnx_export import GraphOptions, read_metadata
@@ -120,7 +120,8 @@ def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:
     """Put the weights of `onnx` into the engine of `plan`; the new plan and side file go to `folder` (`stage_files`).
 
     `onnx` is a graph of the same net: same nodes and names, as `export` makes it from any checkpoint of one
-    architecture. The new plan has the name of the old one, stays refittable, and holds all weights.
+    architecture. The new plan has the name of the old one and holds all weights. It stays refittable, except with
+    TensorRT before 10.14; the side file says so.
 
     Raises:
         DeployError: the plan does not take new weights, the graph is of another net, or there is no GPU.
@@ -135,25 +136,40 @@ def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:
         target = folder / plan.name
         target.write_bytes(content)
     finally:
-        loaded.cuda.close()
+        loaded.close()
     changed = replace(
-        side,
+        describe_refitted(side, loaded.backend),
         sha256=hashlib.sha256(content).hexdigest(),
         bytes=len(memoryview(content)),
         onnx_sha256=hash_file(onnx),
         provenance=provenance,
-        has_weights=True,
     )
     side_path(target).write_text(changed.to_json(), encoding="utf-8")
     return Engine(target, changed)
+
+
+def describe_refitted(side: SideFile, backend: Backend) -> SideFile:
+    """What is to be said of an engine with new weights: it holds them, and takes others where the library can say so.
+
+    A plan that TensorRT before 10.14 writes with its weights is not refittable: it lacks INCLUDE_REFIT.
+    """
+    if has(backend.module, "SerializationFlag.INCLUDE_REFIT"):
+        return replace(side, has_weights=True)
+    return replace(
+        side,
+        has_weights=True,
+        options=replace(side.options, refittable=False, strip_weights=False),
+        warnings=(*side.warnings, f"{backend.label} writes a refitted engine so that it takes no further weights"),
+    )
 
 
 def _put_weights(loaded: LoadedEngine, onnx: Path) -> None:
     trt = loaded.backend.module
     logger = get_logger(loaded.backend)
     with collect_messages(loaded.backend) as messages:
-        refitter = trt.Refitter(loaded.engine, logger)
-        parser = trt.OnnxParserRefitter(refitter, logger)
+        doing = f"preparing {loaded.plan} for new weights"
+        refitter = construct(loaded.backend, doing, messages, lambda: trt.Refitter(loaded.engine, logger))
+        parser = construct(loaded.backend, doing, messages, lambda: trt.OnnxParserRefitter(refitter, logger))
         if not run_cancellable(lambda: parser.refit_from_file(str(onnx))):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             messages.errors[:0] = errors
@@ -169,7 +185,7 @@ def _put_weights(loaded: LoadedEngine, onnx: Path) -> None:
 
 
 def _serialize(loaded: LoadedEngine) -> Any:
-    """The engine with its weights as a plan that can be refitted again."""
+    """The engine with its weights as a plan, which can be refitted again where the library has a flag for it."""
     trt = loaded.backend.module
     config = loaded.engine.create_serialization_config()
     config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
