@@ -63,7 +63,7 @@ def quantize_for_export(
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        statistics = _statistics(fused, images, request.cache, sha256, progress)
+        statistics = _statistics(fused, images, recipe.views, request.cache, sha256, progress)
         target = Target(request.qdq)
         if request.max_drop is None or request.validation is None:
             quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress, target=target)
@@ -132,6 +132,7 @@ def _quantize_within(
 def _statistics(
     fused: RepVGG,
     images: CalibrationImages,
+    views: int,
     cache: Path | None,
     sha256: str,
     progress: Callable[[str, int, int], None],
@@ -144,10 +145,10 @@ def _statistics(
     def count(number: int) -> None:
         nonlocal seen
         seen += number
-        progress("calibrating", seen, len(images.paths))
+        progress("calibrating", seen, len(images.paths) * views)
 
     try:
-        statistics = collect_statistics(fused, images, sha256, progress=count)
+        statistics = collect_statistics(fused, images, sha256, views, count)
     except DeployError:
         if images.broken.reasons and len(images.broken.reasons) == len(images.paths):
             reason = next(iter(images.broken.reasons.values()))

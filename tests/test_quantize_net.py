@@ -11,11 +11,12 @@ import torch
 from test_quantize_preparation import SHAPES, draw_images, fused_net, in_batches, kill_channel
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.quantize import Recipe, collect_statistics, load_recipe, quantize, reconstruct
+from repvgg_deploy.quantize import Recipe, collect_statistics, load_recipe, quantize
 from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
 from repvgg_deploy.quantize.layer_report import signal_to_noise_db
 from repvgg_deploy.quantize.recipe import LearningOptions, RoundingOptions, ScaleOptions
 from repvgg_deploy.quantize.samples import Streams, input_moments
+from repvgg_deploy.quantize.views import MOST_VIEWS, Views
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
 
 QUICK = Recipe("quick", rounding=RoundingOptions(images=40, samples=2048))
@@ -172,28 +173,32 @@ def test_learning_lowers_the_error_and_is_repeatable() -> None:
     assert torch.equal(learned(images[0]), again(images[0]))
 
 
-def with_views(views: int) -> Recipe:
-    return replace(QUICK, rounding=RoundingOptions("feedback", views=views))
+def test_statistics_of_other_views_are_refused() -> None:
+    net, images = fused_net(), [draw_images(32)]
+    with pytest.raises(DeployError, match="1 views of each image, and the recipe quick takes 2"):
+        quantize(net, images, replace(QUICK, views=2), collect_statistics(net, images))
 
 
-def test_where_the_memory_is_short_images_come_before_views(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_more_images_but_not_more_files() -> None:
     net, images = fused_net(), draw_images(48)
-    plain, viewed = (quantize(net, [images], with_views(views)) for views in (1, 2))
+    plain, viewed = (quantize(net, [images], replace(QUICK, views=views)) for views in (1, 2))
+    assert viewed.summary is not None
+    assert viewed.summary.images == 48
     assert not torch.equal(plain(images), viewed(images))
-    # Room for two thirds of both views.
-    monkeypatch.setattr(reconstruct, "MEMORY_BYTES", 64 * 2 * 4 * reconstruct._widest(net, images.shape))
-    assert torch.equal(quantize(net, [images], with_views(2))(images), plain(images))
+    # As if the mirrored images had been given.
+    both = quantize(net, [images, images.flip(3)], QUICK)
+    assert torch.equal(both(images), viewed(images))
 
 
 def test_a_view_is_the_image_moved() -> None:
     image = torch.arange(64.0 * 64).reshape(1, 1, 64, 64)
-    assert torch.equal(reconstruct._view(image, False, 0.0, 0.0), image)
-    moved = reconstruct._view(image, True, -3 / 64, 2 / 64)
-    assert torch.equal(moved[:, :, :-3, 2:], image.flip(3)[:, :, 3:, :-2])
-    assert moved.shape == image.shape
+    first, mirrored, *shifted = (batch for batch in Views([image], MOST_VIEWS))
+    assert torch.equal(first, image)
+    assert torch.equal(mirrored, image.flip(3))
+    assert torch.equal(shifted[1][:, :, :-3, 2:], mirrored[:, :, 3:, :-2])
     # What comes in is the border mirrored; an image of one pixel stays as it is.
-    assert torch.equal(moved[:, :, :-3, 1], image.flip(3)[:, :, 3:, 1])
-    assert reconstruct._view(image[:, :, :1, :1], False, 3 / 64, -2 / 64).shape == (1, 1, 1, 1)
+    assert torch.equal(shifted[1][:, :, :-3, 1], mirrored[:, :, 3:, 1])
+    assert {batch.shape for batch in Views([image[:, :, :1, :1]], MOST_VIEWS)} == {(1, 1, 1, 1)}
 
 
 def test_the_report_has_a_row_for_each_layer_and_the_pool() -> None:

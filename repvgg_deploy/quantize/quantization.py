@@ -19,6 +19,7 @@ from repvgg_deploy.quantize.recipe import Recipe
 from repvgg_deploy.quantize.reconstruct import Thresholds, reconstruct
 from repvgg_deploy.quantize.statistics import CalibrationStatistics, collect_statistics
 from repvgg_deploy.quantize.thresholds import find_threshold
+from repvgg_deploy.quantize.views import Views
 
 FEW_IMAGES = 32
 
@@ -51,19 +52,27 @@ def quantize(
         target: see `Target`.
 
     Raises:
-        DeployError: there are no images, an image is not finite, or a name in `keep_float` is no layer's.
+        DeployError: there are no images, an image is not finite, a name in `keep_float` is no layer's, or `statistics`
+            are of other views than the recipe's.
     """
     _check_names(fused, keep_float)
     report = progress or _say_nothing
     net = copy.deepcopy(fused).eval().requires_grad_(False)
     if statistics is None:
-        statistics = collect_statistics(net, images, progress=_count(report, "calibrate"))
+        statistics = collect_statistics(net, images, views=recipe.views, progress=_count(report, "calibrate"))
+    elif statistics.views != recipe.views:
+        raise DeployError(
+            f"the statistics are of {statistics.views} views of each image, "
+            f"and the recipe {recipe.name} takes {recipe.views}",
+            "take the recipe that they were made with, or leave out --calib-cache",
+        )
     if statistics.images < FEW_IMAGES:
         warnings.warn(
             f"{statistics.images} calibration images are few; take at least {FEW_IMAGES}, better 512", stacklevel=2
         )
     removed = prepare(net, statistics, recipe)
-    thresholds = _thresholds(net, images, recipe, target)
+    views = Views(images, recipe.views)
+    thresholds = _thresholds(net, views, recipe, target)
     layers = len(edge_names(net)) - 1
     done: list[str] = []
 
@@ -71,7 +80,8 @@ def quantize(
         done.append(name)
         report("round", len(done), layers)
 
-    result = reconstruct(net, images, statistics.images, recipe, thresholds, keep_float, layer_done, chained, target)
+    count = statistics.images * statistics.views
+    result = reconstruct(net, views, count, recipe, thresholds, keep_float, layer_done, chained, target)
     if recipe.learning.steps and chained:
         result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps), target)
     sample = next(rebatch(images, net.classifier.weight.device))

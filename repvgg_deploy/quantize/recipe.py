@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.locate import data_folder
+from repvgg_deploy.quantize.views import MOST_VIEWS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,7 +19,6 @@ else:
 
 Observer = Literal["output", "minmax", "percentile", "entropy", "mse"]
 Rounding = Literal["nearest", "feedback"]
-MOST_VIEWS = 4
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class RoundingOptions:
     Attributes:
         method: `nearest`, or `feedback`, which lets the weights not yet rounded make up for the error of the others.
         compensate: refit each layer to the float net's output on the inputs that the quantized net really has.
-        images: at most so many calibration images are kept in memory for it.
-        views: how often each image is taken: as it is, mirrored left to right, and shifted by a few pixels, up to 4.
-            Fewer where the memory does not hold them.
+        images: at most so many calibration images, each view counted, are kept in memory for it.
         samples: pixels of the input of a layer, over all images.
         damping: what is added to the diagonal of the inputs' covariance, in shares of its mean, for as many samples as
             a kernel has weights; fewer samples raise it, more lower it.
@@ -56,7 +54,6 @@ class RoundingOptions:
     method: Rounding = "feedback"
     compensate: bool = True
     images: int = 512
-    views: int = 1
     samples: int = 16384
     damping: float = 1.0
     correct_bias: bool = True
@@ -83,6 +80,7 @@ class Recipe:
         name: of the recipe.
         count: calibration images to take.
         seed: of their choice and of every other draw.
+        views: how often each image is taken: as it is, mirrored left to right, and shifted by a few pixels; up to 4.
         dead_inputs: a kernel column is removed if it can add no more than this share of an output's root mean square;
             0 removes only the inputs that are always zero, and None nothing.
         equalize: the exponent of the activation's range in the equalizing scale, or None for no equalization.
@@ -91,6 +89,7 @@ class Recipe:
     name: str
     count: int = 512
     seed: int = 0
+    views: int = 1
     dead_inputs: float | None = 1e-3
     equalize: float | None = 0.5
     scales: ScaleOptions = field(default_factory=ScaleOptions)
@@ -146,7 +145,7 @@ def _check(recipe: Recipe, path: Path) -> None:
         ("scales.thresholds", recipe.scales.thresholds, all(0 < t <= 1 for t in recipe.scales.thresholds)),
         ("rounding.method", recipe.rounding.method, recipe.rounding.method in get_args(Rounding)),
         ("rounding.damping", recipe.rounding.damping, recipe.rounding.damping > 0),
-        ("rounding.views", recipe.rounding.views, recipe.rounding.views in range(1, MOST_VIEWS + 1)),
+        ("views", recipe.views, recipe.views in range(1, MOST_VIEWS + 1)),
         ("count", recipe.count, recipe.count > 0),
         ("equalize", recipe.equalize, recipe.equalize is None or 0 <= recipe.equalize <= 1),
     ]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
@@ -24,7 +23,7 @@ from repvgg_deploy.quantize.edges import (
     rebatch,
 )
 from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
-from repvgg_deploy.quantize.recipe import MOST_VIEWS, Recipe, RoundingOptions
+from repvgg_deploy.quantize.recipe import Recipe
 from repvgg_deploy.quantize.samples import MEMORY_BYTES, Moments, Streams, input_moments, run_layer
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
 
@@ -76,7 +75,7 @@ def reconstruct(
 
     Args:
         net: fused and equalized; it is not changed.
-        images: the calibration images; the kept ones are spaced evenly over all `count` of them.
+        images: the calibration images, in all their views; the kept ones are spaced evenly over all `count` of them.
         count: how many there are.
         recipe: its `scales` and `rounding` are used.
         thresholds: clipping thresholds of the edges; without them they are chosen by output error.
@@ -85,7 +84,7 @@ def reconstruct(
         chained: without it each layer is quantized as if all the others were float.
         target: which codes the activations have.
     """
-    streams = _take_images(net, images, count, recipe.rounding)
+    streams = _take_images(net, images, count, recipe.rounding.images)
     highest = highest_codes(net, target.highest)
     layers: dict[str, LayerIntegers] = {}
     for index, (name, block) in enumerate(fused_blocks(net)):
@@ -118,40 +117,20 @@ def reconstruct(
     return Reconstruction(layers, pool)
 
 
-def _take_images(net: RepVGG, images: Images, count: int, options: RoundingOptions) -> Streams:
-    """Evenly spaced images, at most `options.images` and as many as the memory allows."""
-    most, views = options.images, 1
+def _take_images(net: RepVGG, images: Images, count: int, most: int) -> Streams:
+    """Evenly spaced images, at most `most` and as many as the memory allows."""
     device = net.classifier.weight.device
     kept: list[Tensor] = []
     wanted: set[int] = set()
     start = 0
     for batch in rebatch(images, device):
         if not wanted:
-            room = max(16, MEMORY_BYTES // (2 * 4 * _widest(net, batch.shape)))
-            most = min(most, room, count)
-            # Another image says more than another view of one.
-            views = max(1, min(options.views, room // most))
+            most = min(most, max(16, MEMORY_BYTES // (2 * 4 * _widest(net, batch.shape))), count)
             wanted = {index * count // most for index in range(most)}
         kept.append(batch[[index for index in range(len(batch)) if start + index in wanted]])
         start += len(batch)
-    chosen = torch.cat(kept)
-    chosen = torch.cat([_view(chosen, *view) for view in _VIEWS[:views]])
-    chosen = chosen.contiguous(memory_format=torch.channels_last)
+    chosen = torch.cat(kept).contiguous(memory_format=torch.channels_last)
     return Streams(chosen, chosen)
-
-
-# Mirrored or not, and how far down and to the right, in shares of the size.
-_VIEWS = ((False, 0.0, 0.0), (True, 0.0, 0.0), (False, 3 / 64, -2 / 64), (True, -3 / 64, 2 / 64))
-assert len(_VIEWS) == MOST_VIEWS
-
-
-def _view(images: Tensor, mirrored: bool, down: float, right: float) -> Tensor:
-    """The same images from elsewhere; what comes in at a border is mirrored there."""
-    images = images.flip(3) if mirrored else images
-    height, width = images.shape[2:]
-    y, x = (max(-size + 1, min(size - 1, round(share * size))) for share, size in ((down, height), (right, width)))
-    padded = F.pad(images, [max(x, 0), max(-x, 0), max(y, 0), max(-y, 0)], mode="reflect")
-    return padded[:, :, max(-y, 0) :, max(-x, 0) :][:, :, :height, :width]
 
 
 def _widest(net: RepVGG, shape: torch.Size) -> int:

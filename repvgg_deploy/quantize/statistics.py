@@ -17,6 +17,7 @@ from torch import Tensor
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.edges import Images, edge_names, rebatch, walk
+from repvgg_deploy.quantize.views import Views
 
 BINS = 2048
 _PEAKS = 8
@@ -49,10 +50,14 @@ class EdgeStatistics:
 
 @dataclass(frozen=True)
 class CalibrationStatistics:
-    """The statistics of every edge, and what they were taken from: a checkpoint's sha256 and the images' own."""
+    """The statistics of every edge, and what they were taken from: a checkpoint's sha256 and the images' own.
+
+    `images` are those that were given, each of which was taken in `views` views.
+    """
 
     edges: Mapping[str, EdgeStatistics]
     images: int
+    views: int
     sha256: str
     images_sha256: str
 
@@ -63,7 +68,7 @@ class CalibrationStatistics:
             for key in (*_PER_CHANNEL, "histogram"):
                 arrays[f"{name}/{key}"] = getattr(edge, key)
             arrays[f"{name}/limit"] = np.array(edge.limit)
-        about = {"images": self.images, "sha256": self.sha256, "images_sha256": self.images_sha256}
+        about = {"images": self.images, "views": self.views, "sha256": self.sha256, "images_sha256": self.images_sha256}
         with path.open("wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
 
@@ -79,14 +84,15 @@ class CalibrationStatistics:
                 about = json.loads(str(file["about"]))
                 names = dict.fromkeys(key.rsplit("/", 1)[0] for key in file.files if "/" in key)
                 edges = {name: _read_edge(file, name) for name in names}
+            statistics = cls(edges, about["images"], about["views"], about["sha256"], about["images_sha256"])
         except (OSError, ValueError, KeyError) as error:
             raise DeployError(f"{path} is no calibration cache: {error}", "delete it to calibrate anew") from error
-        if about["sha256"] != sha256:
+        if statistics.sha256 != sha256:
             raise DeployError(
-                f"the calibration cache {path} belongs to another checkpoint (sha256 {about['sha256'][:12]}…)",
+                f"the calibration cache {path} belongs to another checkpoint (sha256 {statistics.sha256[:12]}…)",
                 "name another --calib-cache file, or delete this one",
             )
-        return cls(edges, about["images"], about["sha256"], about["images_sha256"])
+        return statistics
 
 
 def _read_edge(file: Mapping[str, NDArray[np.generic]], name: str) -> EdgeStatistics:
@@ -150,7 +156,11 @@ class _EdgeObserver:
 
 @torch.no_grad()
 def collect_statistics(
-    net: RepVGG, images: Images, sha256: str = "", progress: Callable[[int], None] | None = None
+    net: RepVGG,
+    images: Images,
+    sha256: str = "",
+    views: int = 1,
+    progress: Callable[[int], None] | None = None,
 ) -> CalibrationStatistics:
     """The statistics of a fused `net` on all `images`; memory does not grow with their number.
 
@@ -158,7 +168,8 @@ def collect_statistics(
         net: fused, on any device.
         images: batches of normalized images (N, C, H, W).
         sha256: of the checkpoint; a saved result is refused for any other.
-        progress: called with the number of images after each step.
+        views: how often each image is taken; see `Views`.
+        progress: called with the number of images after each step, each view counted.
 
     Raises:
         DeployError: there is no image, or a value somewhere is not finite.
@@ -166,7 +177,7 @@ def collect_statistics(
     observers = {name: _EdgeObserver() for name in edge_names(net)}
     digest = hashlib.sha256()
     device = net.classifier.weight.device
-    for batch in rebatch(images, device):
+    for batch in rebatch(Views(images, views), device):
         digest.update(batch.cpu().contiguous().numpy().tobytes())
         for name, x in walk(net, batch):
             if not observers[name].add(x):
@@ -179,4 +190,4 @@ def collect_statistics(
     if count == 0:
         raise DeployError("there are no calibration images", "give a folder of images that the net may meet: --calib")
     edges = {name: observer.result() for name, observer in observers.items()}
-    return CalibrationStatistics(edges, count, sha256, digest.hexdigest())
+    return CalibrationStatistics(edges, count // views, views, sha256, digest.hexdigest())
