@@ -257,6 +257,10 @@ def _open_plan(entry: Entry, path: Path, name: str) -> Contestant:
 
     def at_batch(batch: int) -> Subject:
         images = seeded_inputs((batch, *runner.input.shape[1:]), np.dtype(runner.input.dtype))
-        return StreamSubject(replace(label, batch=batch), runner.batch_lanes(images), runner.cuda, entry.transfers)
+        lanes = runner.batch_lanes(images)
+        captured = runner.cuda.has_graphs and not any(lane.without_graph for lane in lanes)
+        notes = [label.mode, "" if captured else "no CUDA graph"]
+        here = replace(label, batch=batch, mode=", ".join(filter(None, notes)))
+        return StreamSubject(here, lanes, runner.cuda, entry.transfers)
 
     return Contestant(label, at_batch, cleanup=cleanup)
