@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.plot_labels import label_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -276,7 +277,8 @@ def _roofline(axes: Axes, results: Sequence[Result], ceiling: dict[str, Any]) ->
     ridge = peak / bandwidth
     low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
     axes.plot([low, ridge, high], [low * bandwidth, peak, peak], color="#444444", linewidth=1.4)
-    axes.annotate(f"{peak:.3g} TFLOP/s", (high, peak), (-2, 4), textcoords="offset points", ha="right", fontsize=8)
+    unit = "TOP/s" if results[0]["precision"] == "int8" else "TFLOP/s"
+    axes.annotate(f"{peak:.3g} {unit}", (high, peak), (-2, 4), textcoords="offset points", ha="right", fontsize=8)
     for index, batch in enumerate(sorted({r["batch"] for r in results})):
         rows = [r for r in results if r["batch"] == batch]
         axes.plot(
@@ -284,14 +286,16 @@ def _roofline(axes: Axes, results: Sequence[Result], ceiling: dict[str, Any]) ->
             linestyle="none", label=f"batch {batch}", color=COLOURS[index % len(COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)], markersize=5,
         )  # fmt: skip
-        for row in rows:
-            point = (row["roofline"]["flops_per_byte"], row["roofline"]["tflops"])
-            name = row["model"].removeprefix("RepVGG-").replace("ResNet-", "R")
-            axes.annotate(name, point, (4, -7), textcoords="offset points", fontsize=6.5, color="#333333")
     axes.set_xscale("log")
     axes.set_yscale("log")
     _plain_ticks(axes.xaxis)
     _plain_ticks(axes.yaxis)
     axes.set_xlabel("operations per byte")
-    axes.set_ylabel("TFLOP/s")
-    axes.legend()
+    axes.set_ylabel(unit)
+    axes.legend(loc="lower right")
+    points = [(r["roofline"]["flops_per_byte"], r["roofline"]["tflops"], _short_name(r["model"])) for r in results]
+    label_points(axes, points, fontsize=6.5, color="#333333")
+
+
+def _short_name(model: str) -> str:
+    return model.removeprefix("RepVGG-").replace("ResNet-", "R")
