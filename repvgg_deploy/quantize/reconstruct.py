@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.quantize.activation_scales import quantize_activations, scale_by_output
 from repvgg_deploy.quantize.codes import Target, highest_codes
 from repvgg_deploy.quantize.edges import (
@@ -95,12 +96,10 @@ def reconstruct(
             streams.rounded = quantize_activations(streams.rounded, scale, highest[name])
             layers[name] = _quantize_layer(streams, block.conv, scale, recipe, index)
             weight, bias = layers[name].dequantized(), layers[name].bias
-        exact = [after_conv(block, block.conv(x)) for x in torch.split(streams.exact, BATCH)]
-        streams.exact = torch.cat(exact)
-        rounded = [
-            after_conv(block, run_layer(block.conv, x, weight, bias)) for x in torch.split(streams.rounded, BATCH)
-        ]
-        streams.rounded = torch.cat(rounded) if chained else streams.exact
+        exact = partial(_run_block, block, block.conv.weight, cast(Tensor, block.conv.bias))
+        streams.exact = _map_images(exact, streams.exact)
+        rounded = partial(_run_block, block, weight, bias)
+        streams.rounded = _map_images(rounded, streams.rounded) if chained else streams.exact
         if progress is not None:
             progress(name)
     if CLASSIFIER in keep_float:
@@ -131,6 +130,24 @@ def _take_images(net: RepVGG, images: Images, count: int, most: int) -> Streams:
         start += len(batch)
     chosen = torch.cat(kept).contiguous(memory_format=torch.channels_last)
     return Streams(chosen, chosen)
+
+
+def _run_block(block: FusedBlock, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return after_conv(block, run_layer(block.conv, x, weight, bias))
+
+
+def _map_images(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """`function` of a few images at a time; the results are put together in place, without a second copy of them."""
+    parts = torch.split(images, BATCH)
+    first = function(parts[0])
+    results = torch.empty((len(images), *first.shape[1:]), dtype=first.dtype, device=first.device)
+    results = results.contiguous(memory_format=torch.channels_last)
+    results[: len(first)] = first
+    start = len(first)
+    for part in parts[1:]:
+        results[start : start + len(part)] = function(part)
+        start += len(part)
+    return results
 
 
 def _widest(net: RepVGG, shape: torch.Size) -> int:
