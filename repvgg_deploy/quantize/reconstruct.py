@@ -140,8 +140,8 @@ def _map_images(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """`function` of a few images at a time; the results are put together in place, without a second copy of them."""
     parts = torch.split(images, BATCH)
     first = function(parts[0])
-    results = torch.empty((len(images), *first.shape[1:]), dtype=first.dtype, device=first.device)
-    results = results.contiguous(memory_format=torch.channels_last)
+    shape = (len(images), *first.shape[1:])
+    results = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
     results[: len(first)] = first
     start = len(first)
     for part in parts[1:]:
