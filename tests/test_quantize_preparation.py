@@ -47,8 +47,8 @@ def in_batches(images: torch.Tensor, size: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_statistics_do_not_depend_on_the_batch_size(size: int) -> None:
     net, images = fused_net(), draw_images()
-    reference = collect_statistics(net, in_batches(images, 32))
-    other = collect_statistics(net, in_batches(images, size))
+    reference = collect_statistics(net, in_batches(images, 32), histograms=True)
+    other = collect_statistics(net, in_batches(images, size), histograms=True)
     assert other.images == 40
     assert other.images_sha256 == reference.images_sha256
     for name, edge in reference.edges.items():
@@ -58,7 +58,7 @@ def test_statistics_do_not_depend_on_the_batch_size(size: int) -> None:
 
 def test_statistics_are_those_of_the_values_on_each_edge() -> None:
     net, images = fused_net(), draw_images()
-    statistics = collect_statistics(net, [images])
+    statistics = collect_statistics(net, [images], histograms=True)
     for name, x in walk(net, images):
         edge, flat = statistics.edges[name], x.double().movedim(1, 0).flatten(1)
         np.testing.assert_allclose(edge.largest, flat.abs().amax(1), rtol=1e-5)
@@ -68,7 +68,7 @@ def test_statistics_are_those_of_the_values_on_each_edge() -> None:
 
 
 def test_saved_statistics_come_back_for_the_same_checkpoint_only(tmp_path: Path) -> None:
-    statistics = collect_statistics(fused_net(), [draw_images(4)], sha256="a" * 64)
+    statistics = collect_statistics(fused_net(), [draw_images(4)], sha256="a" * 64, histograms=True)
     path = tmp_path / "cache.npz"
     statistics.save(path)
     loaded = CalibrationStatistics.load(path, "a" * 64)

@@ -103,7 +103,7 @@ def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> d
 def _thresholds(net: RepVGG, images: Images, recipe: Recipe, target: Target) -> Thresholds | None:
     if recipe.scales.observer == "output":
         return None
-    statistics = collect_statistics(net, images)
+    statistics = collect_statistics(net, images, histograms=True)
     highest = highest_codes(net, target.highest)
     return {
         name: find_threshold(edge, recipe.scales.observer, highest[name], recipe.scales.percentile)

@@ -31,7 +31,8 @@ class EdgeStatistics:
     `usual` (C) is the largest absolute value without the one image in 128 (at most 7) that reaches highest: a single
     image can drive a net to activations a hundred times those of all others.
 
-    `histogram` (BINS) counts absolute values in equal bins from 0 to `limit`, a power of two.
+    `histogram` (BINS) counts absolute values in equal bins from 0 to `limit`, a power of two; all zeros where
+    it was not asked for.
     """
 
     lowest: NDArray[np.float64]
@@ -106,8 +107,9 @@ def _read_edge(file: Mapping[str, NDArray[np.generic]], name: str) -> EdgeStatis
 class _EdgeObserver:
     """Takes one image after another; the result does not depend on how they were batched."""
 
-    def __init__(self) -> None:
+    def __init__(self, histograms: bool) -> None:
         self.images = 0
+        self.histograms = histograms
         self.lowest: Tensor | None = None
         self.highest: Tensor
         self.sum: Tensor
@@ -134,7 +136,8 @@ class _EdgeObserver:
         # The highest few images of each channel are all that is kept.
         self.peaks = peaks.topk(min(len(peaks), _PEAKS), dim=0).values
         self.images += len(x)
-        self._count(flat.abs(), largest)
+        if self.histograms:
+            self._count(flat.abs(), largest)
         return True
 
     def _count(self, size: Tensor, largest: float) -> None:
@@ -161,6 +164,7 @@ def collect_statistics(
     sha256: str = "",
     views: int = 1,
     progress: Callable[[int], None] | None = None,
+    histograms: bool = False,
 ) -> CalibrationStatistics:
     """The statistics of a fused `net` on all `images`; memory does not grow with their number.
 
@@ -170,11 +174,12 @@ def collect_statistics(
         sha256: of the checkpoint; a saved result is refused for any other.
         views: how often each image is taken; see `Views`.
         progress: called with the number of images after each step, each view counted.
+        histograms: as well; they take longer than the rest, and only `find_threshold` needs them.
 
     Raises:
         DeployError: there is no image, or a value somewhere is not finite.
     """
-    observers = {name: _EdgeObserver() for name in edge_names(net)}
+    observers = {name: _EdgeObserver(histograms) for name in edge_names(net)}
     digest = hashlib.sha256()
     device = net.classifier.weight.device
     for batch in rebatch(Views(images, views), device):
