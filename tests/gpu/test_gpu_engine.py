@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,10 +138,16 @@ def test_arrays_on_the_gpu_are_used_without_a_copy(backend: Backend, cuda: str, 
         library.destroy_stream(stream)
 
 
-def test_torch_tensors_and_streams_are_taken(backend: Backend, tmp_path: Path) -> None:
+@pytest.fixture
+def cuda_torch() -> Any:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this torch has no CUDA")
+    return torch
+
+
+def test_torch_tensors_and_streams_are_taken(backend: Backend, cuda_torch: Any, tmp_path: Path) -> None:
+    torch = cuda_torch
     _, engine = build(tmp_path, backend)
     images = draw(4)
     with load_engine(engine.plan) as runner:
@@ -155,10 +162,8 @@ def test_torch_tensors_and_streams_are_taken(backend: Backend, tmp_path: Path) -
         np.testing.assert_allclose(written.cpu().numpy(), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
-def test_without_a_stream_the_input_is_waited_for(backend: Backend, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
+def test_without_a_stream_the_input_is_waited_for(backend: Backend, cuda_torch: Any, tmp_path: Path) -> None:
+    torch = cuda_torch
     _, engine = build(tmp_path, backend)
     images = draw(4)
     with load_engine(engine.plan) as runner:
