@@ -2,9 +2,10 @@
 
     python bench/int8_draws.py --checkpoint CKPT --calib DIR --val DIR --seeds 11 12 13 -o bench/results
 
-Settings were chosen with the images of seeds 0 to 2; the figures here are of draws that no setting was chosen with.
-Every graph runs in ONNX Runtime on the CPU, with every convolution and the classifier in INT8: the portable file as it
-is and as TensorRT reads it, and the file for ONNX Runtime alone.
+Settings were chosen with other draws, but for the views of an image, for which seed 11 was looked at too; other
+`--seeds` give draws that no setting was chosen with. Every graph runs in ONNX Runtime on the CPU, with every
+convolution and the classifier in INT8: the portable file as it is and as TensorRT reads it, and the file for ONNX
+Runtime alone.
 """
 
 from __future__ import annotations
