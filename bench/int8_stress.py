@@ -113,6 +113,7 @@ def main() -> None:
     add_data_options(parser)
     parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image")
     parser.add_argument("--recipes", nargs="+", default=["fast", "accurate"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="by their names")
     parser.add_argument("--name", default="tinyimagenet", help="of the net, for the record")
     arguments = parser.parse_args()
     original = load_fused(arguments.checkpoint)
@@ -120,9 +121,9 @@ def main() -> None:
     images, labels = read_validation(arguments.val)
     images, labels = images[:: arguments.every], labels[:: arguments.every]
     results = []
-    for name, plant in CASES.items():
+    for name in arguments.cases:
         net = copy.deepcopy(original)
-        plant(net)
+        CASES[name](net)
         exact = run_torch(net, images)
         for recipe in arguments.recipes:
             quantized = quantize(net, calibration, load_recipe(recipe))

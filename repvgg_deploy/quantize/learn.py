@@ -1,25 +1,26 @@
 """Learned rounding: weights, scales and biases descend together on the distance to the float net's answers.
 
 Rounding has no gradient of use, so it passes through unchanged, and the scales get the gradient of the rounding error.
-No labels are used. Sources: "Learned Step Size Quantization" (https://arxiv.org/abs/1902.08153) for the scales;
-BRECQ (https://arxiv.org/abs/2102.05426) for features as targets beside the output.
+No labels are used; see `augment` for the pictures. Sources: "Learned Step Size Quantization"
+(https://arxiv.org/abs/1902.08153) for the scales; BRECQ (https://arxiv.org/abs/2102.05426) for features as targets
+beside the output.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.codes import LOWEST, Target, highest_codes
+from repvgg_deploy.quantize.augment import draw_pictures
+from repvgg_deploy.quantize.codes import LOWEST, UNSIGNED_HIGHEST, Target, highest_codes
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, Images, after_conv, fused_blocks, per_channel, rebatch
-from repvgg_deploy.quantize.recipe import LearningOptions, Recipe
+from repvgg_deploy.quantize.recipe import Recipe
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantize.samples import run_layer
 from repvgg_deploy.quantize.weight_scales import LEVELS
@@ -27,7 +28,6 @@ from repvgg_deploy.quantize.weight_scales import LEVELS
 # Scales and biases move by a share of what they are, weights by a share of one integer step.
 _SLOWER = 0.02
 _WARM_UP = 10
-_SHIFT = 1 / 16
 _MEMORY_BYTES = 1 << 29
 
 
@@ -70,18 +70,17 @@ class _Learnable:
     log_scale: Tensor
     bias: Tensor
     log_input: Tensor
-    highest: int
 
     @classmethod
-    def start(cls, layer: LayerIntegers, highest: int) -> _Learnable:
+    def start(cls, layer: LayerIntegers) -> _Learnable:
         device = layer.weight.device
         log_input = torch.tensor(math.log(layer.input_scale), device=device)
         parts = (layer.weight.float(), layer.weight_scale.log(), layer.bias.clone(), log_input)
         weight, log_scale, bias, log_input = (part.requires_grad_() for part in parts)
-        return cls(weight, log_scale, bias, log_input, highest)
+        return cls(weight, log_scale, bias, log_input)
 
-    def run(self, layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-        x = _round_activations(x, self.log_input, self.highest)
+    def run(self, layer: nn.Conv2d | nn.Linear, x: Tensor, highest: int) -> Tensor:
+        x = _round_activations(x, self.log_input, highest)
         rounded = cast(Tensor, _RoundWeights.apply(self.weight))  # type: ignore[no-untyped-call]
         return run_layer(layer, x, rounded * per_channel(self.log_scale.exp(), rounded), self.bias)
 
@@ -101,24 +100,24 @@ def learn(
 ) -> Reconstruction:
     """Improve `start` by descent on the distance of logits and stage outputs to those of the float `net`.
 
-    Images are mirrored and shifted by up to a sixteenth at random; the draws depend on the recipe's seed alone.
-    Nothing but the values in `start` changes.
+    Pictures are drawn from `images`; the draws depend on the recipe's seed alone. Where TensorRT and ONNX Runtime
+    saturate at different codes, the steps take turns. Nothing but the values in `start` changes.
     """
     options = recipe.learning
     kept = _keep_images(images, net.classifier.weight.device)
-    highest = highest_codes(net, target.highest)
-    layers = {name: _Learnable.start(layer, highest[name]) for name, layer in start.layers.items()}
+    turns = [highest_codes(net, highest) for highest in sorted({target.highest, UNSIGNED_HIGHEST})]
+    layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
     pool = None
     if start.pool_scale is not None:
         pool = torch.tensor(math.log(start.pool_scale), device=kept.device, requires_grad=True)
     optimizer = _optimizer(layers, pool, options.rate)
     rates = [group["lr"] for group in optimizer.param_groups]
-    draws = _draw_batches(kept, options, recipe.seed)
+    pictures = draw_pictures(kept, options.batch, recipe.seed)
     for step in range(options.steps):
         decay = 0.5 * (1 + math.cos(math.pi * step / options.steps)) * min(1.0, (step + 1) / _WARM_UP)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * decay
-        loss = _distance(net, layers, pool, highest[POOL], next(draws), options.features)
+        loss = _distance(net, layers, pool, turns[step % len(turns)], next(pictures), options.features)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -152,24 +151,13 @@ def _optimizer(layers: dict[str, _Learnable], pool: Tensor | None, rate: float) 
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
 
-def _draw_batches(images: Tensor, options: LearningOptions, seed: int) -> Iterator[Tensor]:
-    """Random batches, each image mirrored with even odds, each batch shifted."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = images.shape[2:]
-    reach = min(max(1, int(min(height, width) * _SHIFT)), height - 1, width - 1)
-    while True:
-        chosen = torch.randint(len(images), (options.batch,), generator=generator)
-        mirrored = (torch.rand(options.batch, generator=generator) < 0.5).to(images.device)
-        batch = images[chosen.to(images.device)]
-        batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
-        if reach > 0:
-            top, left = torch.randint(2 * reach + 1, (2,), generator=generator).tolist()
-            batch = F.pad(batch, [reach] * 4, mode="reflect")[:, :, top : top + height, left : left + width]
-        yield batch.contiguous(memory_format=torch.channels_last)
-
-
 def _distance(
-    net: RepVGG, layers: dict[str, _Learnable], pool: Tensor | None, highest: int, images: Tensor, features: float
+    net: RepVGG,
+    layers: dict[str, _Learnable],
+    pool: Tensor | None,
+    highest: dict[str, int],
+    images: Tensor,
+    features: float,
 ) -> Tensor:
     """The relative square error of the logits, plus `features` times the mean one of the stages' outputs."""
     ends = {f"stages.{s}.{len(stage) - 1}" for s, stage in enumerate(net.spec.stages)}
@@ -178,16 +166,18 @@ def _distance(
     for name, block in fused_blocks(net):
         with torch.no_grad():
             exact = after_conv(block, block.conv(exact))
-        layer = layers.get(name)
-        rounded = after_conv(block, block.conv(rounded) if layer is None else layer.run(block.conv, rounded))
+        rounded = after_conv(block, _run(layers.get(name), block.conv, rounded, highest[name]))
         if name in ends:
             errors.append(_relative_error(rounded, exact))
     if pool is not None:
-        rounded = _round_activations(rounded, pool, highest)
+        rounded = _round_activations(rounded, pool, highest[POOL])
     exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
-    classifier = layers.get(CLASSIFIER)
-    out = net.classifier(rounded) if classifier is None else classifier.run(net.classifier, rounded)
+    out = _run(layers.get(CLASSIFIER), net.classifier, rounded, highest[CLASSIFIER])
     return _relative_error(out, net.classifier(exact)) + features * torch.stack(errors).mean()
+
+
+def _run(layer: _Learnable | None, module: nn.Conv2d | nn.Linear, x: Tensor, highest: int) -> Tensor:
+    return cast(Tensor, module(x)) if layer is None else layer.run(module, x, highest)
 
 
 def _relative_error(values: Tensor, target: Tensor) -> Tensor:
