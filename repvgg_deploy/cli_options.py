@@ -109,6 +109,9 @@ def int8_options(command: F) -> F:
             "--calib-count", type=click.IntRange(min=1), metavar="N", help="How many; by default the recipe's."
         ),
         click.option("--calib-cache", type=path, metavar="FILE", help="Keep the calibration's statistics there."),
+        click.option(
+            "--calib-device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to quantize [cpu]."
+        ),
         click.option("--recipe", default="accurate", metavar="NAME|FILE", help="fast, accurate, thorough, or a file."),
         click.option(
             "--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", help="What stays float in INT8 [fp32]."
@@ -166,19 +169,25 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
     from repvgg_deploy.artifacts import Precision
     from repvgg_deploy.export_request import Int8Request
 
-    names = ("calib", "calib_count", "recipe", "calib_cache", "rest", "keep_float", "qdq", "val", "max_drop")
-    calib, count, recipe, cache, rest, keep_float, qdq, validation, max_drop = (values.pop(name) for name in names)
+    names = {
+        "calib": "images", "calib_count": "count", "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
+        "rest": "rest", "keep_float": "keep_float", "qdq": "qdq", "val": "validation", "max_drop": "max_drop",
+    }  # fmt: skip
+    request = {field: values.pop(option) for option, field in names.items()}
     if not wanted:
-        given = {"--calib": calib, "--calib-cache": cache, "--max-drop": max_drop, "--keep-float": keep_float or None}
-        for option, value in given.items():
-            if value is not None:
+        only = {
+            "--calib": "images", "--calib-cache": "cache", "--calib-device": "device", "--max-drop": "max_drop",
+            "--keep-float": "keep_float",
+        }  # fmt: skip
+        for option, field in only.items():
+            if request[field] not in (None, (), "cpu"):
                 raise click.UsageError(f"{option} is for --int8.")
         return None
-    if calib is None:
+    if request["images"] is None:
         raise click.UsageError("--int8 needs --calib DIR: a few hundred typical images, never random data.")
-    if (max_drop is None) != (validation is None):
+    if (request["max_drop"] is None) != (request["validation"] is None):
         raise click.UsageError("--max-drop and --val DIR belong together.")
-    return Int8Request(calib, count, recipe, cache, Precision(rest), keep_float, qdq, validation, max_drop)
+    return Int8Request(**{**request, "rest": Precision(request["rest"])})
 
 
 def take_build(values: dict[str, Any]) -> BuildOptions:

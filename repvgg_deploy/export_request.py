@@ -26,6 +26,7 @@ class Int8Request:
         count: images to take; the recipe's number by default.
         recipe: a name in `calibration/`, or a TOML file.
         cache: a file that keeps the statistics of a calibration for the next one.
+        device: where to quantize, `cpu` or `cuda`.
         rest: the precision of what is not INT8.
         keep_float: layers that stay in that precision, by name.
         qdq: who is to run the file: `portable`, TensorRT and ONNX Runtime; or `onnxruntime` alone, with 255 in place
@@ -38,6 +39,7 @@ class Int8Request:
     count: int | None = None
     recipe: str | Path = "accurate"
     cache: Path | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
     rest: Precision = Precision.FP32
     keep_float: tuple[str, ...] = ()
     qdq: Literal["portable", "onnxruntime"] = "portable"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from repvgg_deploy.artifacts import Preprocessing
@@ -27,7 +29,7 @@ from repvgg_deploy.quantize import (
 )
 from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.sensitivity import quantize_within
-from repvgg_deploy.runners.torch_runner import TorchRunner
+from repvgg_deploy.runners.torch_runner import TorchOptions, TorchRunner
 from repvgg_deploy.staging import stage_files
 
 if TYPE_CHECKING:
@@ -53,10 +55,15 @@ def quantize_for_export(
     Raises:
         DeployError: there are no images, only broken ones, or the recipe or the cache does not fit.
     """
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise DeployError("torch sees no CUDA GPU here", "leave out --calib-device, or install torch for CUDA")
     recipe = load_recipe(request.recipe)
     if request.count is not None:
         recipe = replace(recipe, count=request.count)
     images = choose_images(request.images, recipe.count, recipe.seed, preprocessing, say)
+    if request.device != "cpu":
+        # The caller's net stays where it is.
+        fused = copy.deepcopy(fused).to(request.device)
 
     def progress(step: str, done: int, total: int) -> None:
         report(step, done / total if total else 0.0)
@@ -86,7 +93,7 @@ def quantize_for_export(
         say(f"left out: {reason}")
     if quantized.summary is None:
         raise AssertionError("quantize() gives a summary")
-    return quantized, quantized.summary
+    return quantized.cpu(), quantized.summary
 
 
 def _quantize_within(
@@ -106,9 +113,13 @@ def _quantize_within(
     Raises:
         VerificationError: every layer in float would still lose more, by the order in which they were tried.
     """
+    device = fused.classifier.weight.device.type
+    options = None if device == "cpu" else TorchOptions(device)
 
     def top1(net: nn.Module) -> float:
-        model = Model(validation, TorchRunner(net), preprocessing, None, fused.spec.classes, fused.spec.in_channels)
+        model = Model(
+            validation, TorchRunner(net, options), preprocessing, None, fused.spec.classes, fused.spec.in_channels
+        )
         return evaluate(model, validation).top1
 
     exact = top1(fused)

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.float32 import float32
 from repvgg_deploy.runners.onnx_runner import import_onnxruntime
 
 ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -174,15 +175,10 @@ def _product(precision: str, device: str) -> tuple[Callable[[], object], int, st
         return lambda: torch._int_mm(a, b.t()), side, library
     dtype = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     x, y = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    tf32 = "high" if precision == "tf32" else "highest"
 
     def multiply() -> object:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(tf32)
-        try:
+        with float32(tf32=precision == "tf32"):
             return x @ y
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     return multiply, side, library
 

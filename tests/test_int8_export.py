@@ -241,3 +241,15 @@ def test_no_engine_is_built_from_a_graph_for_onnx_runtime_alone(images, tmp_path
     result = int8(images, tmp_path / "out", "--qdq", "onnxruntime", "--engine", "tensorrt-rtx", code=1)
     assert "error: no engine can be built from a graph for ONNX Runtime alone" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_quantizing_on_a_gpu_needs_one(images, tmp_path) -> None:
+    result = int8(images, tmp_path, "--calib-device", "cuda", code=1)
+    assert "error: torch sees no CUDA GPU here" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_to_quantize_is_for_int8(tmp_path) -> None:
+    result = export(DEMO, "--calib-device", "cuda", "-o", tmp_path, code=2)
+    assert "--calib-device is for --int8" in result.output

@@ -167,9 +167,10 @@ def test_learning_lowers_the_error_and_is_repeatable() -> None:
     net, images = fused_net(), [draw_images(128)]
     recipe = replace(NAIVE, learning=LearningOptions(steps=60, batch=16, rate=0.05))
     learned, again = (quantize(net, images, recipe) for _ in range(2))
-    exact = net(images[0])
-    before = signal_to_noise_db(exact, quantize(net, images, NAIVE)(images[0]))
-    assert signal_to_noise_db(exact, learned(images[0])) > before + 0.5
+    exact, before = net(images[0]), quantize(net, images, NAIVE)
+    # TensorRT and ONNX Runtime saturate at different codes, and learning is to serve both.
+    for was, now in ((before, learned), (before.as_tensorrt(), learned.as_tensorrt())):
+        assert signal_to_noise_db(exact, now(images[0])) > signal_to_noise_db(exact, was(images[0])) + 0.5
     assert torch.equal(learned(images[0]), again(images[0]))
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Collection
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.float32 import float32
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.codes import Target, highest_codes
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs, remove_dead_inputs
@@ -27,6 +28,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of the step, what is done of it, and how much there is (0 where that is not known)."""
 
 
+@float32(deterministic=True)
 def quantize(
     fused: RepVGG,
     images: Images,
@@ -39,7 +41,8 @@ def quantize(
 ) -> QuantizedNet:
     """`fused` with int8 weights and activations, as `recipe` says; `fused` itself is not changed.
 
-    The result does not depend on how `images` are batched.
+    It runs where `fused` is. The result does not depend on how `images` are batched; a GPU sums in another order than a
+    CPU, which turns the rounding of some weights.
 
     Args:
         fused: a net in deploy form, float32, on any device.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repvgg_deploy.float32 import float32
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.edges import BATCH, CLASSIFIER, Images, fused_blocks
@@ -37,6 +38,7 @@ class LayerSensitivity:
         return self.error / self.macs_share
 
 
+@float32()
 @torch.no_grad()
 def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ...]:
     """The quantized layers of `net`, the one worth most to keep float first, measured on `images` (N, C, H, W).
@@ -126,7 +128,9 @@ def quantize_within(
     if best.drop <= max_drop:
         return best
     apart = quantize(fused, images, recipe, statistics, chained=False, target=target)
-    ranking = rank_layers(apart, torch.as_tensor(next(iter(images))) if sample is None else sample)
+    if sample is None:
+        sample = torch.as_tensor(next(iter(images))).to(fused.classifier.weight.device)
+    ranking = rank_layers(apart, sample)
     shares = {layer.name: layer.macs_share for layer in ranking}
     low, high = 0, len(ranking)
     while high - low > 1:

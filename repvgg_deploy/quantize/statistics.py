@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.float32 import float32
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.edges import Images, edge_names, rebatch, walk
 from repvgg_deploy.quantize.views import Views
@@ -157,6 +158,7 @@ class _EdgeObserver:
         return EdgeStatistics(lowest, highest, mean, square, usual, self.histogram.numpy(), self.limit)
 
 
+@float32(deterministic=True)
 @torch.no_grad()
 def collect_statistics(
     net: RepVGG,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.float32 import float32
 from repvgg_deploy.runners import Array
 
 TorchPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -130,11 +131,7 @@ class TorchRunner:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             if self.options.device == "cuda":
-                tf32 = self.options.precision == "tf32"
-                stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32))
-                before = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision("high" if tf32 else "highest")
-                stack.callback(torch.set_float32_matmul_precision, before)
+                stack.enter_context(float32(tf32=self.options.precision == "tf32", benchmark=True))
             yield
 
 

@@ -138,14 +138,6 @@ def test_arrays_on_the_gpu_are_used_without_a_copy(backend: Backend, cuda: str, 
         library.destroy_stream(stream)
 
 
-@pytest.fixture
-def cuda_torch() -> Any:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
-    return torch
-
-
 def test_torch_tensors_and_streams_are_taken(backend: Backend, cuda_torch: Any, tmp_path: Path) -> None:
     torch = cuda_torch
     _, engine = build(tmp_path, backend)
