@@ -2,8 +2,8 @@
 
     python bench/int8_peers.py --checkpoint CKPT --calib DIR --val DIR -o bench/results
 
-Every graph runs in ONNX Runtime on the CPU, every convolution in INT8. This project's portable file is measured as it
-is, and as TensorRT reads it (activations saturate at 127); the file for ONNX Runtime alone besides. modelopt is
+Every graph runs in ONNX Runtime on the CPU, every convolution in INT8. This project's files are those of `export
+--qdq`, measured as they are, and where TensorRT can run them as it reads them too (uint8 is int8 there). modelopt is
 measured where it is installed: `pip install --no-deps nvidia-modelopt==0.47.0 onnx-graphsurgeon polygraphy onnxslim
 onnxconverter-common` and its pure-Python dependencies.
 """
@@ -120,11 +120,11 @@ def main() -> None:
             for method in ("max", "entropy"):
                 jobs[f"modelopt {method}"] = partial(quantize_modelopt, source, method, calibration)
         for recipe in ("fast", "accurate", "thorough"):
-            ours = f"repvgg-deploy {recipe}"
-            jobs[ours] = partial(quantize_ours, fused, recipe, calibration)
-            jobs[f"{ours}, as TensorRT"] = partial(write_as_tensorrt_reads, path_of(ours))
-            alone = partial(quantize_ours, fused, recipe, calibration, runs_on=Target.ONNXRUNTIME)
-            jobs[f"{ours}, for ONNX Runtime alone"] = alone
+            for runs_on in Target:
+                ours = f"repvgg-deploy {recipe}, {runs_on.value}"
+                jobs[ours] = partial(quantize_ours, fused, recipe, calibration, runs_on=runs_on)
+                if runs_on is not Target.ONNXRUNTIME:
+                    jobs[f"{ours}, as TensorRT"] = partial(write_as_tensorrt_reads, path_of(ours))
         for name, job in jobs.items():
             if arguments.only and not any(part in name for part in arguments.only):
                 continue

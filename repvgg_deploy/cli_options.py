@@ -118,10 +118,10 @@ def int8_options(command: F) -> F:
         ),
         click.option(
             "--qdq",
-            type=click.Choice(["portable", "onnxruntime"]),
+            type=click.Choice(["portable", "full-range", "onnxruntime"]),
             default="portable",
-            help="Who is to run the file: portable, TensorRT and ONNX Runtime; onnxruntime, that one alone, more"
-            " exactly [portable].",
+            help="Who is to run the file: portable, TensorRT and ONNX Runtime; full-range, the same, more exactly, with"
+            " a few channels more; onnxruntime, that one alone, more exactly [portable].",
         ),
         click.option("--keep-float", multiple=True, metavar="LAYER", help="Do not quantize this layer; repeatable."),
         click.option("--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="The most top-1 to lose."),

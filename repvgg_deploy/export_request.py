@@ -29,8 +29,8 @@ class Int8Request:
         device: where to quantize, `cpu` or `cuda`.
         rest: the precision of what is not INT8.
         keep_float: layers that stay in that precision, by name.
-        qdq: who is to run the file: `portable`, TensorRT and ONNX Runtime; or `onnxruntime` alone, with 255 in place
-            of 127 positive codes for activations. See `repvgg_deploy.quantize.codes`.
+        qdq: who is to run the file, and how many codes activations have: `portable`, `full-range` or `onnxruntime`.
+            See `repvgg_deploy.quantize.codes.Target`.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
     """
@@ -42,7 +42,7 @@ class Int8Request:
     device: Literal["cpu", "cuda"] = "cpu"
     rest: Precision = Precision.FP32
     keep_float: tuple[str, ...] = ()
-    qdq: Literal["portable", "onnxruntime"] = "portable"
+    qdq: Literal["portable", "full-range", "onnxruntime"] = "portable"
     validation: Path | None = None
     max_drop: float | None = None
 

@@ -86,6 +86,9 @@ class Layers(Protocol):
     def conv(self, g: GraphBuilder, name: str, conv: nn.Conv2d, x: str) -> str:
         """A convolution and its bias."""
 
+    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
+        """The ReLU at the end of the block `name`."""
+
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
         """The mean over height and width, in front of the classifier."""
 
@@ -112,6 +115,10 @@ class FloatLayers:
         weight = self.value(g, f"{name}.weight", conv.weight)
         bias = self.value(g, f"{name}.bias", cast(Tensor, conv.bias))
         return add_conv(g, name, conv, [x, weight, bias])
+
+    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
+        """A Relu node."""
+        return g.add("Relu", [x], f"{name}.relu")
 
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
         """A GlobalAveragePool node."""
@@ -222,7 +229,7 @@ def add_input(g: GraphBuilder, net: RepVGG, layers: Layers, options: GraphOption
 def _add_block(g: GraphBuilder, name: str, block: FusedBlock, layers: Layers, x: str) -> str:
     x = layers.conv(g, f"{name}.conv", block.conv, x)
     x = _add_squeeze_excite(g, f"{name}.se_before", block.se_before, layers, x)
-    x = g.add("Relu", [x], f"{name}.relu")
+    x = layers.relu(g, name, x)
     return _add_squeeze_excite(g, f"{name}.se_after", block.se_after, layers, x)
 
 

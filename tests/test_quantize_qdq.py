@@ -113,7 +113,10 @@ def agreeing_share(model: onnx.ModelProto, net: QuantizedNet, images: torch.Tens
     _, *integers = run(model, images)
     equal = []
     for edge, seen in zip(edges, integers, strict=True):
-        offset = zero_point if edge in net.unsigned else 0
+        offset = -128 if edge in net.wide else zero_point if edge in net.unsigned else 0
+        # Constant channels are the last ones.
+        assert (seen[:, edges[edge].shape[1] :] == -128).all()
+        seen = seen[:, : edges[edge].shape[1]]
         equal.append(seen.astype(np.int64).ravel() - offset == edges[edge].numpy().ravel())
     return float(np.concatenate(equal).mean())
 
@@ -147,6 +150,51 @@ def test_for_onnx_runtime_alone_activations_have_all_codes_and_a_zero_point(
     assert agreeing_share(model, wide, images, zero_point=-128) >= 0.999
     with pytest.raises(ValueError, match="TensorRT"):
         wide.as_tensorrt()
+
+
+def full_range(shape: str) -> QuantizedNet:
+    return quantize(fused_net(shape), [draw_images(64)], QUICK, target=Target.FULL_RANGE)
+
+
+def test_full_range_uses_all_codes_without_a_zero_point(quantized: QuantizedNet, shape: str) -> None:
+    net = full_range(shape)
+    images = draw_images(32, seed=11) * 2
+    model = to_qdq_onnx(net, OPTIONS, {}).to_proto()
+    # Two blocks with nothing but a ReLU and no groups: every edge between blocks, but in nets of the other kinds.
+    blocks = [name for name, _ in net.float_net.named_blocks()]
+    assert net.wide == (frozenset(blocks[1:]) if shape == "plain" else net.wide)
+    assert agreeing_share(model, net, images) >= 0.999
+    assert (
+        agreeing_share(as_tensorrt_reads(to_qdq_onnx(net, OPTIONS, {}).to_proto()), net.as_tensorrt(), images) >= 0.999
+    )
+    for name in net.wide:
+        assert net.integers()[name].input_scale < 0.7 * quantized.integers()[name].input_scale, name
+    weights = {item.name: item for item in model.graph.initializer}
+    zeros = {weights[node.input[2]].data_type for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert all(
+        not onnx.numpy_helper.to_array(weights[n.input[2]]).any() for n in model.graph.node if "Linear" in n.op_type
+    )
+    assert onnx.TensorProto.INT8 in zeros
+
+
+def test_where_nothing_can_be_wide_full_range_is_the_portable_file() -> None:
+    images = [draw_images(64)]
+    net, portable = (
+        quantize(fused_net("grouped"), images, QUICK, target=t) for t in (Target.FULL_RANGE, Target.PORTABLE)
+    )
+    if not net.wide:
+        files = [to_qdq_onnx(found, OPTIONS, {}).to_proto().SerializeToString() for found in (net, portable)]
+        assert files[0] == files[1]
+
+
+def test_layers_kept_float_have_no_wide_edge_on_either_side() -> None:
+    net = quantize(fused_net(), [draw_images(32)], QUICK, keep_float=["stages.3.1"], target=Target.FULL_RANGE)
+    blocks = [name for name, _ in net.float_net.named_blocks()]
+    behind = blocks[blocks.index("stages.3.1") + 1]
+    assert net.wide == frozenset(blocks[1:]) - {"stages.3.1", behind}
+    images = draw_images(8, seed=2)
+    (logits,) = run(to_qdq_onnx(net, OPTIONS, {}).to_proto(), images)
+    np.testing.assert_allclose(logits, net(images), rtol=1e-3, atol=0.02 * float(net(images).abs().max()))
 
 
 @pytest.mark.parametrize("target", list(Target))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.activation_scales import quantize_activations
-from repvgg_deploy.quantize.codes import Target, highest_codes
+from repvgg_deploy.quantize.codes import Target, clipping_codes
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, after_conv, fused_blocks
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
@@ -62,7 +62,7 @@ def report_layers(
 ) -> tuple[LayerRow, ...]:
     """One row a layer of the prepared `net`, measured on a few `images` (N, C, H, W)."""
     rows: list[LayerRow] = []
-    highest = highest_codes(net, target.highest)
+    highest = clipping_codes(net, target, result.float_layers(net))
     exact = rounded = images
     for name, block in fused_blocks(net):
         exact_out = block.conv(exact)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.augment import draw_pictures
-from repvgg_deploy.quantize.codes import LOWEST, UNSIGNED_HIGHEST, Target, highest_codes
+from repvgg_deploy.quantize.codes import LOWEST, UNSIGNED_HIGHEST, Target, highest_codes, wide_edges
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, Images, after_conv, fused_blocks, per_channel, rebatch
 from repvgg_deploy.quantize.recipe import Recipe
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
@@ -105,7 +105,8 @@ def learn(
     """
     options = recipe.learning
     kept = _keep_images(images, net.classifier.weight.device)
-    turns = [highest_codes(net, highest) for highest in sorted({target.highest, UNSIGNED_HIGHEST})]
+    wide = wide_edges(net, target, start.float_layers(net))
+    turns = [highest_codes(net, highest, wide) for highest in sorted({target.highest, UNSIGNED_HIGHEST})]
     layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
     pool = None
     if start.pool_scale is not None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.onnx_export import FloatLayers, Fp16Rounding, GraphOptions, add_conv, to_onnx
 from repvgg_deploy.onnx_graph import GraphBuilder, OnnxGraph
-from repvgg_deploy.quantize.codes import Target
+from repvgg_deploy.quantize.codes import LOWEST, Target
+from repvgg_deploy.quantize.constant_channels import count_constants, make_constants, read_constants
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL
 from repvgg_deploy.quantize.quantized_net import IntegerLayer, QuantizedNet
 
@@ -41,6 +42,8 @@ class IntegerLayers:
 
     def __post_init__(self) -> None:
         self.floats = FloatLayers(self.dtype, self.rounding)
+        names = [name for name, _ in self.net.float_net.named_blocks()]
+        self.readers = dict(zip(names, [*names[1:], POOL], strict=True))
 
     def conv(self, g: GraphBuilder, name: str, conv: nn.Conv2d, x: str) -> str:
         """Q/DQ of the input, DQ of the weights, Conv."""
@@ -49,8 +52,19 @@ class IntegerLayers:
         if layer is None:
             return self.floats.conv(g, name, conv, x)
         x = self._rounded(g, block, f"{block}.input", x, layer.input_scale)
-        bias = self.floats.value(g, f"{name}.bias", layer.bias)
-        return add_conv(g, name, conv, [x, self._weight(g, name, layer), bias])
+        weight, scale, bias = layer.weight, layer.weight_scale, layer.bias
+        if block in self.net.wide:
+            weight = read_constants(weight)
+        reader = self.net.integer_layer(self.readers[block]) if self.readers[block] in self.net.wide else None
+        if reader is not None:
+            count = count_constants(reader.weight)
+            weight, scale, bias = make_constants(weight, scale, bias, layer.input_scale, reader.input_scale, count)
+        bias_name = self.floats.value(g, f"{name}.bias", bias)
+        return add_conv(g, name, conv, [x, self._weight(g, name, weight, scale), bias_name])
+
+    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
+        """A Relu; nothing where the rounding behind it saturates at what stands for 0."""
+        return x if self.readers[name] in self.net.wide else self.floats.relu(g, name, x)
 
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
         """Q/DQ in front of the global average pool, and behind it, in front of the classifier."""
@@ -65,7 +79,7 @@ class IntegerLayers:
         layer = self.net.integer_layer(CLASSIFIER)
         if layer is None:
             return self.floats.linear(g, name, linear, x)
-        weight = self._weight(g, name, layer)
+        weight = self._weight(g, name, layer.weight, layer.weight_scale)
         bias = self.floats.value(g, f"{name}.bias", layer.bias)
         x = self._rounded(g, CLASSIFIER, f"{name}.input", x, layer.input_scale)
         return g.add("Add", [g.add("Gemm", [x, weight], f"{name}.product", transB=1), bias], name)
@@ -77,15 +91,15 @@ class IntegerLayers:
         return g.add("DequantizeLinear", [x, scale_name, zero], f"{name}.dequantized")
 
     def _zero_point(self, edge: str) -> NDArray[np.integer]:
-        if edge not in self.net.unsigned:
+        if edge not in self.net.unsigned or edge in self.net.wide:
             return np.zeros((), np.int8)
-        return np.zeros((), np.uint8) if self.net.target is Target.PORTABLE else np.full((), -128, np.int8)
+        return np.full((), LOWEST, np.int8) if self.net.target is Target.ONNXRUNTIME else np.zeros((), np.uint8)
 
-    def _weight(self, g: GraphBuilder, name: str, layer: IntegerLayer) -> str:
-        weight = g.weight(f"{name}.weight", layer.weight.cpu().numpy())
-        scale = g.weight(f"{name}.weight.scale", layer.weight_scale.cpu().numpy().astype(self.dtype))
-        zero = g.weight(f"{name}.weight.zero_point", np.zeros(len(layer.weight_scale), np.int8))
-        return g.add("DequantizeLinear", [weight, scale, zero], f"{name}.weight.dequantized", axis=0)
+    def _weight(self, g: GraphBuilder, name: str, weight: Tensor, scale: Tensor) -> str:
+        integers = g.weight(f"{name}.weight", weight.cpu().numpy())
+        scales = g.weight(f"{name}.weight.scale", scale.cpu().numpy().astype(self.dtype))
+        zero = g.weight(f"{name}.weight.zero_point", np.zeros(len(scale), np.int8))
+        return g.add("DequantizeLinear", [integers, scales, zero], f"{name}.weight.dequantized", axis=0)
 
 
 def to_qdq_onnx(

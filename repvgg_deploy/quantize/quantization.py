@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.float32 import float32
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.codes import Target, highest_codes
+from repvgg_deploy.quantize.codes import Target, clipping_codes
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs, remove_dead_inputs
 from repvgg_deploy.quantize.edges import Images, edge_names, rebatch
 from repvgg_deploy.quantize.equalize import equalize
@@ -75,7 +75,7 @@ def quantize(
         )
     removed = prepare(net, statistics, recipe)
     views = Views(images, recipe.views)
-    thresholds = _thresholds(net, views, recipe, target)
+    thresholds = _thresholds(net, views, recipe, target, keep_float)
     layers = len(edge_names(net)) - 1
     done: list[str] = []
 
@@ -103,11 +103,13 @@ def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> d
     return removed
 
 
-def _thresholds(net: RepVGG, images: Images, recipe: Recipe, target: Target) -> Thresholds | None:
+def _thresholds(
+    net: RepVGG, images: Images, recipe: Recipe, target: Target, keep_float: Collection[str]
+) -> Thresholds | None:
     if recipe.scales.observer == "output":
         return None
     statistics = collect_statistics(net, images, histograms=True)
-    highest = highest_codes(net, target.highest)
+    highest = clipping_codes(net, target, keep_float)
     return {
         name: find_threshold(edge, recipe.scales.observer, highest[name], recipe.scales.percentile)
         for name, edge in statistics.edges.items()

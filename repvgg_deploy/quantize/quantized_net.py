@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
+from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.codes import (
     LOWEST,
     SIGNED_HIGHEST,
     UNSIGNED_HIGHEST,
     Target,
     highest_codes,
+    is_plain,
     unsigned_edges,
+    wide_edges,
 )
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
 from repvgg_deploy.quantize.layer_report import LayerRow
@@ -61,10 +63,10 @@ class IntegerLayer(nn.Module):
         """What one unit of the sums is worth, per filter."""
         return self.weight_scale * self.input_scale
 
-    def total(self, integers: Tensor) -> Tensor:
+    def total(self, integers: Tensor, bias: Tensor | None = None) -> Tensor:
         """Sums of products and bias, whole numbers as floats, for integers given as floats."""
         weight = self.weight.to(integers.dtype)
-        bias = (self.bias / self.scale).round()
+        bias = ((self.bias if bias is None else bias) / self.scale).round()
         if self.geometry is None:
             return F.linear(integers, weight) + bias
         return F.conv2d(integers, weight, **self.geometry) + bias[:, None, None]
@@ -73,6 +75,16 @@ class IntegerLayer(nn.Module):
         """The layer's float32 output for integers given as floats."""
         total = self.total(integers)
         return total * (self.scale if self.geometry is None else self.scale[:, None, None])
+
+    def requantized(self, integers: Tensor, scale: Tensor, lowest: int) -> Tensor:
+        """The convolution's output in steps of `scale`, rounded, not saturated; `lowest` is the code that 0 has.
+
+        As an integer convolution does it: one factor from the sums to the next integers. Where 0 is not the code 0 that
+        goes through the bias, which is a whole number of sums; see `constant_channels`.
+        """
+        factor = (self.scale / scale)[:, None, None]
+        lowered = None if lowest == 0 else self.bias + lowest * scale
+        return (self.total(integers, lowered) * factor).round() - lowest
 
     def integers(self) -> LayerIntegers:
         """The layer's values."""
@@ -104,6 +116,7 @@ class QuantizedNet(nn.Module):
         self.summary = summary
         self.target = target
         self.unsigned = unsigned_edges(float_net)
+        self.wide = wide_edges(float_net, target, result.float_layers(float_net))
         # uint8, whatever the scales were chosen for.
         self._highest = highest_codes(float_net, UNSIGNED_HIGHEST)
         self.layers = nn.ModuleDict()
@@ -124,10 +137,10 @@ class QuantizedNet(nn.Module):
         Raises:
             ValueError: the net's activations have more codes than TensorRT knows.
         """
-        if self.target is not Target.PORTABLE:
+        if self.target is Target.ONNXRUNTIME:
             raise ValueError(f"TensorRT cannot run a net quantized for {self.target.value}")
         net = copy.copy(self)
-        net._highest = highest_codes(self.float_net, SIGNED_HIGHEST)
+        net._highest = highest_codes(self.float_net, SIGNED_HIGHEST, self.wide)
         return net
 
     def integer_layer(self, name: str) -> IntegerLayer | None:
@@ -176,9 +189,8 @@ class QuantizedNet(nn.Module):
             if scale is None or not is_plain(block):
                 flow = _Flow(after_conv(block, layer(seen[name])))
             else:
-                # As an integer convolution does it: one factor from the sums to the next integers.
-                factor = (layer.scale / scale)[:, None, None]
-                integers = (layer.total(seen[name]) * factor).round().clamp(0, self._highest[reader])
+                integers = layer.requantized(seen[name], scale, LOWEST if reader in self.wide else 0)
+                integers = integers.clamp(0, self._highest[reader])
                 flow = _Flow(integers * scale, integers)
         return self._run_head(flow, seen)
 
@@ -203,12 +215,6 @@ class _Flow:
 
     def integers_with(self, scale: Tensor, highest: int) -> Tensor:
         return to_integers(self.values, scale, highest) if self.known is None else self.known
-
-
-def is_plain(block: FusedBlock) -> bool:
-    """Whether only a ReLU follows the block's convolution."""
-    parts = (block.se_before, block.se_after)
-    return isinstance(block.act, nn.ReLU) and all(isinstance(part, nn.Identity) for part in parts)
 
 
 def _key(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.quantize.activation_scales import quantize_activations, scale_by_output
-from repvgg_deploy.quantize.codes import Target, highest_codes
+from repvgg_deploy.quantize.codes import Target, clipping_codes
 from repvgg_deploy.quantize.edges import (
     BATCH,
     CLASSIFIER,
@@ -56,6 +56,11 @@ class Reconstruction:
     layers: dict[str, LayerIntegers]
     pool_scale: float | None
 
+    def float_layers(self, net: RepVGG) -> tuple[str, ...]:
+        """The names of the layers of `net` that stay float."""
+        names = [*(name for name, _ in fused_blocks(net)), CLASSIFIER]
+        return tuple(name for name in names if name not in self.layers)
+
 
 Thresholds = dict[str, float]
 
@@ -86,7 +91,7 @@ def reconstruct(
         target: which codes the activations have.
     """
     streams = _take_images(net, images, count, recipe.rounding.images)
-    highest = highest_codes(net, target.highest)
+    highest = clipping_codes(net, target, keep_float)
     layers: dict[str, LayerIntegers] = {}
     for index, (name, block) in enumerate(fused_blocks(net)):
         if name in keep_float:
