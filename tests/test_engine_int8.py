@@ -63,6 +63,17 @@ def test_the_parser_reads_unsigned_activations_as_int8(tmp_path: Path) -> None:
     assert {layer.get_output(0).dtype.name for layer in pairs} == {"INT8"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_full_range_graph_becomes_an_engine_with_int8_convolutions(dtype: str, tmp_path: Path) -> None:
+    net = quantized_net("A0", Target.FULL_RANGE)
+    graph = to_qdq_onnx(net, GraphOptions(PIXELS, PIXELS), make_metadata(provenance(Precision.INT8)), np.dtype(dtype))
+    # The ReLU of the last block stands in front of the pool, all others are the saturation of the next input.
+    assert graph.op_histogram()["Relu"] == 1
+    write_graph(graph, tmp_path / "net.onnx")
+    engine = build_engine(tmp_path / "net.onnx", rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
+    assert engine.side.convolutions == {"int8": graph.op_histogram()["Conv"]}
+
+
 def test_a_graph_for_onnx_runtime_alone_is_refused(tmp_path: Path) -> None:
     net = quantized_net("A0", Target.ONNXRUNTIME)
     graph = to_qdq_onnx(net, GraphOptions(PIXELS, PIXELS), make_metadata(provenance(Precision.INT8)))

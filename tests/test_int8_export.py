@@ -243,6 +243,17 @@ def test_no_engine_is_built_from_a_graph_for_onnx_runtime_alone(images, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_full_range_is_one_more_word_and_as_exact(images, tmp_path) -> None:
+    portable, wide = (
+        json.loads(int8(images, tmp_path / qdq, "--qdq", qdq, "--json").stdout) for qdq in ("portable", "full-range")
+    )
+    assert wide["parity"]["onnx"]["top1_agreement"] == 1.0
+    assert wide["parity"]["onnx"]["cosine"] > 0.99999
+    assert wide["parity"]["quantized"]["cosine"] > portable["parity"]["quantized"]["cosine"]
+    assert wide["ops"]["Conv"] == portable["ops"]["Conv"]
+    assert wide["ops"]["Relu"] == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_quantizing_on_a_gpu_needs_one(images, tmp_path) -> None:
     result = int8(images, tmp_path, "--calib-device", "cuda", code=1)

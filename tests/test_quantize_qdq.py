@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from test_quantize_net import QUICK
 from test_quantize_preparation import SHAPES, draw_images, fused_net
 
@@ -17,6 +19,7 @@ from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
 from repvgg_deploy.quantize import QuantizedNet, quantize
 from repvgg_deploy.quantize.codes import Target
+from repvgg_deploy.quantize.constant_channels import count_constants, read_constants
 from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx, with_fp16_scales
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -152,39 +155,66 @@ def test_for_onnx_runtime_alone_activations_have_all_codes_and_a_zero_point(
         wide.as_tensorrt()
 
 
+@pytest.fixture(scope="module")
 def full_range(shape: str) -> QuantizedNet:
     return quantize(fused_net(shape), [draw_images(64)], QUICK, target=Target.FULL_RANGE)
 
 
-def test_full_range_uses_all_codes_without_a_zero_point(quantized: QuantizedNet, shape: str) -> None:
-    net = full_range(shape)
+def test_full_range_is_for_edges_between_plain_ungrouped_convolutions(full_range: QuantizedNet, shape: str) -> None:
+    blocks = full_range.float_net.named_blocks()
+    pairs = itertools.pairwise(blocks)
+    ungrouped = {name for (_, a), (name, b) in pairs if a.conv.groups == b.conv.groups == 1}
+    assert len(ungrouped) == {"plain": 9, "grouped": 1}.get(shape, 9)
+    assert full_range.wide == (frozenset() if shape.startswith("se ") else ungrouped)
+
+
+def test_full_range_gives_the_integers_of_the_torch_net_everywhere(full_range: QuantizedNet) -> None:
+    # Twice as strong as any image of the calibration, so that much lies beyond the clipping thresholds.
     images = draw_images(32, seed=11) * 2
-    model = to_qdq_onnx(net, OPTIONS, {}).to_proto()
-    # Two blocks with nothing but a ReLU and no groups: every edge between blocks, but in nets of the other kinds.
-    blocks = [name for name, _ in net.float_net.named_blocks()]
-    assert net.wide == (frozenset(blocks[1:]) if shape == "plain" else net.wide)
-    assert agreeing_share(model, net, images) >= 0.999
-    assert (
-        agreeing_share(as_tensorrt_reads(to_qdq_onnx(net, OPTIONS, {}).to_proto()), net.as_tensorrt(), images) >= 0.999
-    )
-    for name in net.wide:
-        assert net.integers()[name].input_scale < 0.7 * quantized.integers()[name].input_scale, name
-    weights = {item.name: item for item in model.graph.initializer}
-    zeros = {weights[node.input[2]].data_type for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    assert all(
-        not onnx.numpy_helper.to_array(weights[n.input[2]]).any() for n in model.graph.node if "Linear" in n.op_type
-    )
-    assert onnx.TensorProto.INT8 in zeros
+    model = to_qdq_onnx(full_range, OPTIONS, {}).to_proto()
+    assert agreeing_share(model, full_range, images) >= 0.999
+    model = as_tensorrt_reads(to_qdq_onnx(full_range, OPTIONS, {}).to_proto())
+    assert agreeing_share(model, full_range.as_tensorrt(), images) >= 0.999
 
 
-def test_where_nothing_can_be_wide_full_range_is_the_portable_file() -> None:
-    images = [draw_images(64)]
-    net, portable = (
-        quantize(fused_net("grouped"), images, QUICK, target=t) for t in (Target.FULL_RANGE, Target.PORTABLE)
-    )
-    if not net.wide:
-        files = [to_qdq_onnx(found, OPTIONS, {}).to_proto().SerializeToString() for found in (net, portable)]
-        assert files[0] == files[1]
+def test_full_range_has_half_the_step_and_no_zero_point(full_range: QuantizedNet, quantized: QuantizedNet) -> None:
+    model = to_qdq_onnx(full_range, OPTIONS, {}).to_proto()
+    weights = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert not any(weights[node.input[2]].any() for node in pairs)
+    for name in full_range.wide:
+        assert full_range.integers()[name].input_scale < 0.7 * quantized.integers()[name].input_scale, name
+        assert weights[f"{name}.input.zero_point"].dtype == np.int8
+
+
+def test_where_no_edge_is_wide_full_range_is_the_portable_file(
+    full_range: QuantizedNet, quantized: QuantizedNet
+) -> None:
+    files = [to_qdq_onnx(net, OPTIONS, {}).to_proto().SerializeToString() for net in (full_range, quantized)]
+    assert (files[0] == files[1]) == (not full_range.wide)
+
+
+def test_full_range_with_float16_between_the_integers_is_close_to_it(full_range: QuantizedNet) -> None:
+    images = draw_images(16, seed=2)
+    (half,) = run(to_qdq_onnx(full_range, OPTIONS, {}, np.dtype(np.float16)).to_proto(), images)
+    exact = full_range(images).numpy()
+    assert np.linalg.norm(half - exact) < 0.1 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("columns", [1, 40])
+def test_constant_channels_stand_for_a_zero_point(columns: int, stride: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randint(-127, 128, (6, columns, 3, 3), generator=generator, dtype=torch.int8)
+    codes = torch.randint(0, 256, (2, columns, 7, 5), generator=generator)
+    constants = torch.full((2, count_constants(weight), 7, 5), -128)
+    lowered = torch.cat([codes - 128, constants], 1)
+    wide = read_constants(weight)
+    assert wide.shape[1] == lowered.shape[1]
+    assert wide.dtype == torch.int8
+    assert int(wide.min()) >= -127
+    found = F.conv2d(lowered.double(), wide.double(), stride=stride, padding=1)
+    assert torch.equal(found, F.conv2d(codes.double(), weight.double(), stride=stride, padding=1))
 
 
 def test_layers_kept_float_have_no_wide_edge_on_either_side() -> None:
