@@ -82,10 +82,12 @@ def main() -> None:
                 row = {"recipe": recipe, "runs_on": runs_on, "seed": seed, "seconds": seconds}
                 rows.append({**row, **asdict(figures)})
                 print(rows[-1], flush=True)
-    ways = dict.fromkeys((row["recipe"], row["runs_on"]) for row in rows)
-    summary = [summarize(rows, recipe, runs_on) for recipe, runs_on in ways]
+            # After each draw: one that is stopped leaves what it has.
+            ways = dict.fromkeys((row["recipe"], row["runs_on"]) for row in rows)
+            summary = [summarize(rows, *way) for way in ways]
+            count = arguments.count
+            path = write_record(arguments.output, arguments.name, rows, calibration_images=count, summary=summary)
     print(*summary, sep="\n")
-    path = write_record(arguments.output, arguments.name, rows, calibration_images=arguments.count, summary=summary)
     print(f"written {path}")
 
 

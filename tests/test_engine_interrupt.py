@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ from repvgg_deploy.engine.network import parse_onnx
 from repvgg_deploy.staging import stage_files
 
 NO_CACHE = BuildOptions(timing_cache=False)
+
+
+@pytest.fixture(autouse=True)
+def listen_to_ctrl_c() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore Ctrl-C, and with it the processes that the tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
