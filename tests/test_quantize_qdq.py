@@ -20,6 +20,7 @@ from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
 from repvgg_deploy.quantize import QuantizedNet, quantize
 from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.constant_channels import count_constants, read_constants
+from repvgg_deploy.quantize.edges import fused_blocks
 from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx, with_fp16_scales
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -130,6 +131,25 @@ def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: Quantize
     (logits,) = run(model, images)
     np.testing.assert_allclose(logits, quantized(images), atol=0.03 * float(quantized(images).abs().max()))
     assert agreeing_share(model, quantized, images) >= 0.999
+
+
+@pytest.mark.parametrize("target", list(Target), ids=lambda target: target.value)
+@pytest.mark.parametrize(("factor", "value"), [(0.0, 0.0), (0.0, 0.5), (1e-7, 0.5), (1e-6, 0.5)])
+def test_onnx_runtime_computes_the_integers_of_filters_that_are_nearly_zero(
+    target: Target, factor: float, value: float
+) -> None:
+    """Such a filter's bias is many units of its sums, and ONNX Runtime holds it as int32."""
+    net, images = fused_net(), draw_images(32, seed=11)
+    block = dict(fused_blocks(net))["stages.2.0"]
+    assert block.conv.bias is not None
+    block.conv.weight[0] *= factor
+    block.conv.bias[0] = value
+    rounded = quantize(net, [draw_images(64)], QUICK, target=target)
+    model = to_qdq_onnx(rounded, OPTIONS, {}).to_proto()
+    assert agreeing_share(model, rounded, images, 0 if target is not Target.ONNXRUNTIME else -128) >= 0.999
+    # Nothing but such filters pays for it.
+    exact = net(images)
+    assert float((rounded(images) - exact).norm() / exact.norm()) < 0.1
 
 
 def test_the_graph_as_tensorrt_reads_it_gives_the_integers_of_as_tensorrt(quantized: QuantizedNet) -> None:

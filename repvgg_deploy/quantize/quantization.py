@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.float32 import float32
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.bias_range import make_room_for_biases
 from repvgg_deploy.quantize.codes import Target, clipping_codes
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs, remove_dead_inputs
 from repvgg_deploy.quantize.edges import Images, edge_names, rebatch
@@ -87,6 +88,7 @@ def quantize(
     result = reconstruct(net, views, count, recipe, thresholds, keep_float, layer_done, chained, target)
     if recipe.learning.steps and chained:
         result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps), target)
+    result = make_room_for_biases(net, result, target)
     sample = next(rebatch(images, net.classifier.weight.device))
     rows = report_layers(net, result, removed, sample, target)
     summary = QuantizationSummary(recipe.name, statistics.images, statistics.images_sha256, recipe.seed, rows)

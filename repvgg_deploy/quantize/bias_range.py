@@ -1,0 +1,43 @@
+"""Weight scales that leave room for the biases: an integer convolution holds its bias as int32, in units of its sums.
+
+A filter of zeros, or nearly so, would get a scale so small that its bias is more of those units than an int32 holds.
+ONNX Runtime then computes something else than the graph says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.codes import LOWEST, Target, wide_edges
+from repvgg_deploy.quantize.edges import fused_blocks, per_channel
+from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
+
+_LARGEST = 2.0**30
+"""Of a bias in units of the sums. The sums themselves stay below it up to 33,000 columns; together they fit int32."""
+
+
+def make_room_for_biases(net: RepVGG, result: Reconstruction, target: Target) -> Reconstruction:
+    """`result` with larger scales, and integers rounded anew, for those filters whose bias would not fit int32.
+
+    A weight moves by half a step of the new scale at most: in units of the bias, 2⁻³¹ for each step of its input.
+    """
+    names = [name for name, _ in fused_blocks(net)]
+    readers = dict(zip(names, names[1:], strict=False))
+    wide = wide_edges(net, target, result.float_layers(net))
+    layers = {}
+    for name, layer in result.layers.items():
+        reader = readers.get(name)
+        # Outputs of a wide edge are held lower, and that goes into the bias as well.
+        lowered = -LOWEST * result.layers[reader].input_scale if reader in wide and reader is not None else 0.0
+        layers[name] = _make_room(layer, lowered)
+    return replace(result, layers=layers)
+
+
+def _make_room(layer: LayerIntegers, lowered: float) -> LayerIntegers:
+    smallest = (layer.bias.abs() + lowered) / (layer.input_scale * _LARGEST)
+    scale = torch.maximum(layer.weight_scale, smallest)
+    ratio = per_channel(layer.weight_scale / scale, layer.weight)
+    return replace(layer, weight=(layer.weight * ratio).round().to(torch.int8), weight_scale=scale)
