@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from int8_peers import quantize_ours, write_as_tensorrt_reads
 from int8_setup import (
     add_data_options,
     compare,
     load_fused,
     read_calibration,
     read_validation,
-    run_onnx,
+    run_ours,
     run_torch,
-    timed,
     write_record,
 )
 
@@ -68,25 +63,18 @@ def main() -> None:
     images, labels = read_validation(arguments.val)
     exact = run_torch(fused, images)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        graph, as_engine = Path(scratch) / "int8.onnx", Path(scratch) / "engine.onnx"
-        for seed, recipe, target in product(arguments.seeds, arguments.recipes, arguments.targets):
-            calibration = read_calibration(arguments.calib, arguments.count, seed)
-            _, seconds = timed(partial(quantize_ours, fused, recipe, calibration, graph, target))
-            paths = {target.value: graph}
-            if target is not Target.ONNXRUNTIME:
-                write_as_tensorrt_reads(graph, as_engine)
-                paths[f"{target.value}, as TensorRT"] = as_engine
-            for runs_on, path in paths.items():
-                figures = compare(run_onnx(path, images), exact, labels)
-                row = {"recipe": recipe, "runs_on": runs_on, "seed": seed, "seconds": seconds}
-                rows.append({**row, **asdict(figures)})
-                print(rows[-1], flush=True)
-            # After each draw: one that is stopped leaves what it has.
-            ways = dict.fromkeys((row["recipe"], row["runs_on"]) for row in rows)
-            summary = [summarize(rows, *way) for way in ways]
-            count = arguments.count
-            path = write_record(arguments.output, arguments.name, rows, calibration_images=count, summary=summary)
+    for seed, recipe, target in product(arguments.seeds, arguments.recipes, arguments.targets):
+        calibration = read_calibration(arguments.calib, arguments.count, seed)
+        logits, seconds = run_ours(fused, recipe, calibration, images, target)
+        for runs_on, values in logits.items():
+            row = {"recipe": recipe, "runs_on": runs_on, "seed": seed, "seconds": seconds}
+            rows.append({**row, **asdict(compare(values, exact, labels))})
+            print(rows[-1], flush=True)
+        # After each draw: one that is stopped leaves what it has.
+        ways = dict.fromkeys((row["recipe"], row["runs_on"]) for row in rows)
+        summary = [summarize(rows, *way) for way in ways]
+        count = arguments.count
+        path = write_record(arguments.output, arguments.name, rows, calibration_images=count, summary=summary)
     print(*summary, sep="\n")
     print(f"written {path}")
 

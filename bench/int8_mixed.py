@@ -48,9 +48,13 @@ def shuffle(ranking: Sequence[LayerSensitivity], seed: int) -> tuple[LayerSensit
 
 def draw_curves(results: Sequence[dict[str, Any]]) -> Figure:
     """Agreement and SQNR over the share of float multiply-adds; random choices as points and a line of means."""
-    figure = Figure(figsize=(7.6, 3.4), layout="constrained")
-    labels = {"agreement": "agreement with fp32, %", "sqnr_db": "SQNR of the logits, dB"}
-    for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+    figure = Figure(figsize=(10.4, 3.4), layout="constrained")
+    labels = {
+        "agreement": "agreement with fp32, %",
+        "median_db": "SQNR of the median image, dB",
+        "sqnr_db": "SQNR over all images, dB",
+    }
+    for axes, (key, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         _draw_curve(axes, results, key)
         axes.set_xlabel("multiply-adds kept float, %")
         axes.set_ylabel(label)

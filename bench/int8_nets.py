@@ -3,9 +3,9 @@
     python bench/int8_nets.py --checkpoints FOLDER -o bench/results
 
 Calibration and evaluation images are drawn (`repvgg_deploy.drawn`) with seeds that the demo model was not trained or
-measured on. Each net is held against its own float32 form: this project's recipes in the torch net that computes the
-graph's integers, ONNX Runtime's own quantizer (per-channel, min-max) in ONNX Runtime. Top-1 means something for the
-demo model only: the other nets have never seen these classes.
+measured on. Each net is held against its own float32 form: this project's recipes and ONNX Runtime's own quantizer
+(per-channel, min-max), both in ONNX Runtime. Top-1 means something for the demo model only: the other nets have never
+seen these classes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from int8_setup import (
     PREPROCESSING,
     Floats,
     compare,
-    in_batches,
     load_fused,
     run_onnx,
+    run_ours,
     run_torch,
     timed,
     write_record,
 )
 from int8_stress import CASES
-from numpy.typing import NDArray
 
 from repvgg_deploy.archs import ArchSpec, BlockSpec, SqueezeExcite, find_card, training_branches
 from repvgg_deploy.drawn import draw_images
@@ -44,7 +43,7 @@ from repvgg_deploy.locate import data_folder
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize import load_recipe, quantize
+from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.seeded import seed_weights
 
 CALIBRATION_SEED, EVALUATION_SEED = 31, 32
@@ -94,19 +93,12 @@ def collect_nets(checkpoints: Path | None) -> dict[str, RepVGG]:
 def run_recipe(net: RepVGG, recipe: str, calibration: Floats, images: Floats) -> Floats:
     """The logits of `net` as a recipe quantizes it, or ONNX Runtime's own quantizer for the recipe `onnxruntime`."""
     if recipe != "onnxruntime":
-        return run_torch(quantize(net, in_batches(calibration), load_recipe(recipe)), images)
+        return run_ours(net, recipe, calibration, images)[0][Target.PORTABLE.value]
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
         write_graph(to_onnx(net, FloatLayers(), GraphOptions(PIXELS, PIXELS), {}), source)
         quantize_onnxruntime(source, "minmax", True, calibration, target)
         return run_onnx(target, images)
-
-
-def measure(exact: Floats, logits: Floats, labels: NDArray[np.int64]) -> dict[str, Any]:
-    """The figures of one row; `median_db` is the SQNR of the median image, so that no few strong images decide it."""
-    noise = ((logits - exact).astype(np.float64) ** 2).sum(1)
-    ratios = (exact.astype(np.float64) ** 2).sum(1) / np.maximum(noise, 1e-300)
-    return {**asdict(compare(logits, exact, labels)), "median_db": round(10 * float(np.log10(np.median(ratios))), 2)}
 
 
 def describe(exact: Floats) -> dict[str, Any]:
@@ -142,7 +134,7 @@ def main() -> None:
         for recipe in arguments.recipes:
             logits, seconds = timed(partial(run_recipe, net, recipe, calibration, images))
             row = {"net": name, "recipe": recipe, "seconds": seconds}
-            results.append({**row, **measure(exact, logits, labels), **describe(exact)})
+            results.append({**row, **asdict(compare(logits, exact, labels)), **describe(exact)})
             print(results[-1], flush=True)
     seeds = {"calibration": CALIBRATION_SEED, "evaluation": EVALUATION_SEED}
     path = write_record(arguments.output, "int8-nets", results, calibration_images=arguments.count, drawn_seeds=seeds)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from int8_setup import (
     PIXELS,
     Floats,
@@ -30,31 +29,19 @@ from int8_setup import (
     compare,
     in_batches,
     load_fused,
+    quantize_ours,
     read_calibration,
     read_validation,
     run_onnx,
     run_torch,
     timed,
+    write_as_tensorrt_reads,
     write_record,
 )
 
-from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize import load_recipe, quantize
 from repvgg_deploy.quantize.codes import Target
-from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx
-
-
-def quantize_ours(fused: RepVGG, recipe: str, images: Floats, target: Path, runs_on: Target = Target.PORTABLE) -> None:
-    """This project's Q/DQ graph."""
-    net = quantize(fused, in_batches(images), load_recipe(recipe), target=runs_on)
-    write_graph(to_qdq_onnx(net, GraphOptions(PIXELS, PIXELS), {}), target)
-
-
-def write_as_tensorrt_reads(source: Path, target: Path) -> None:
-    """A portable graph whose activations saturate as in TensorRT."""
-    onnx.save(as_tensorrt_reads(onnx.load(source)), target)
 
 
 def quantize_onnxruntime(source: Path, method: str, per_channel: bool, images: Floats, target: Path) -> None:

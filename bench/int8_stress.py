@@ -2,7 +2,7 @@
 
     python bench/int8_stress.py --checkpoint CKPT --calib DIR --val DIR -o bench/results
 
-Every case is held against its own float32 net on the same images, in the torch net that computes the graph's integers.
+Every case is held against its own float32 net on the same images. The files run in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from int8_setup import (
     add_data_options,
     compare,
-    in_batches,
     load_fused,
     read_calibration,
     read_validation,
+    run_ours,
     run_torch,
     write_record,
 )
 from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
-from repvgg_deploy.quantize import load_recipe, quantize
+from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.edges import fused_blocks
 
 
@@ -113,11 +113,14 @@ def main() -> None:
     add_data_options(parser)
     parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image")
     parser.add_argument("--recipes", nargs="+", default=["fast", "accurate"])
+    parser.add_argument(
+        "--targets", type=Target, nargs="+", default=[Target.PORTABLE], metavar="TARGET", help="as --qdq"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="by their names")
     parser.add_argument("--name", default="tinyimagenet", help="of the net, for the record")
     arguments = parser.parse_args()
     original = load_fused(arguments.checkpoint)
-    calibration = in_batches(read_calibration(arguments.calib, arguments.count))
+    calibration = read_calibration(arguments.calib, arguments.count)
     images, labels = read_validation(arguments.val)
     images, labels = images[:: arguments.every], labels[:: arguments.every]
     results = []
@@ -125,10 +128,10 @@ def main() -> None:
         net = copy.deepcopy(original)
         CASES[name](net)
         exact = run_torch(net, images)
-        for recipe in arguments.recipes:
-            quantized = quantize(net, calibration, load_recipe(recipe))
-            for runs_on, candidate in (("portable", quantized), ("as TensorRT", quantized.as_tensorrt())):
-                figures = compare(run_torch(candidate, images), exact, labels)
+        for recipe, target in product(arguments.recipes, arguments.targets):
+            logits, _ = run_ours(net, recipe, calibration, images, target)
+            for runs_on, values in logits.items():
+                figures = compare(values, exact, labels)
                 results.append({"case": name, "recipe": recipe, "runs_on": runs_on, **asdict(figures)})
                 print(results[-1], flush=True)
     path = write_record(arguments.output, f"int8-stress-{arguments.name}", results)

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from int8_peers import quantize_modelopt, quantize_ours
-from int8_setup import PIXELS, fuse_seeded, load_fused, read_calibration, write_record
+from int8_peers import quantize_modelopt
+from int8_setup import PIXELS, fuse_seeded, load_fused, quantize_ours, read_calibration, write_record
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx

@@ -7,6 +7,7 @@ ONNX Runtime then computes something else than the graph says.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -25,7 +26,7 @@ def make_room_for_biases(net: RepVGG, result: Reconstruction, target: Target) ->
     A weight moves by half a step of the new scale at most: in units of the bias, 2⁻³¹ for each step of its input.
     """
     names = [name for name, _ in fused_blocks(net)]
-    readers = dict(zip(names, names[1:], strict=False))
+    readers = dict(pairwise(names))
     wide = wide_edges(net, target, result.float_layers(net))
     layers = {}
     for name, layer in result.layers.items():

@@ -23,7 +23,7 @@ from repvgg_deploy.quantize.statistics import CalibrationStatistics
 class LayerSensitivity:
     """One layer: `error` is the energy of the logits' error in shares of theirs where it alone is int8.
 
-    The mean over the images, of which one with little or enormous energy counts no more than the others.
+    That of the median image: a few images with enormous activations would decide the mean.
 
     `macs_share` is its share of the net's multiply-adds.
     """
@@ -50,13 +50,12 @@ def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ..
     macs = count_macs(net.float_net, images[:1])
     total = sum(macs.values())
     exact = _run(net.float_net, images)
-    energy = exact.square().sum(1)
-    energy = torch.maximum(energy, energy.median()).clamp_min(torch.finfo(energy.dtype).tiny)
+    energy = exact.square().sum(1).clamp_min(torch.finfo(exact.dtype).tiny)
     found = []
     for name, integers in net.integers().items():
         pool = None if net.pool_scale is None or name != CLASSIFIER else float(net.pool_scale)
         alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool), target=net.target)
-        error = float(((_run(alone, images) - exact).square().sum(1) / energy).mean())
+        error = float(((_run(alone, images) - exact).square().sum(1) / energy).median())
         found.append(LayerSensitivity(name, error, macs[name] / total))
     return tuple(sorted(found, key=lambda layer: -layer.gain))
 
