@@ -33,10 +33,9 @@ from matplotlib.figure import Figure
 
 from repvgg_deploy.plots import COLOURS, STYLE
 from repvgg_deploy.quantize import load_recipe, quantize
-from repvgg_deploy.quantize.sensitivity import LayerSensitivity, layers_within, rank_layers
+from repvgg_deploy.quantize.sensitivity import RANKING_IMAGES, LayerSensitivity, layers_within, rank_layers
 from repvgg_deploy.quantize.statistics import collect_statistics
 
-RANKING_IMAGES = 128
 BLUE, ORANGE = COLOURS[:2]
 
 

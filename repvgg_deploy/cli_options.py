@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from repvgg_deploy.errors import DeployError
 
@@ -175,13 +176,10 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
     }  # fmt: skip
     request = {field: values.pop(option) for option, field in names.items()}
     if not wanted:
-        only = {
-            "--calib": "images", "--calib-cache": "cache", "--calib-device": "device", "--max-drop": "max_drop",
-            "--keep-float": "keep_float",
-        }  # fmt: skip
-        for option, field in only.items():
-            if request[field] not in (None, (), "cpu"):
-                raise click.UsageError(f"{option} is for --int8.")
+        context = click.get_current_context()
+        for option in (*names, "layers"):
+            if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+                raise click.UsageError(f"--{option.replace('_', '-')} is for --int8.")
         return None
     if request["images"] is None:
         raise click.UsageError("--int8 needs --calib DIR: a few hundred typical images, never random data.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.artifacts import Precision, Preprocessing
 from repvgg_deploy.calibration import CalibrationImages, choose_images
 from repvgg_deploy.errors import DeployError, ImageError, VerificationError
 from repvgg_deploy.evaluate import evaluate
@@ -28,6 +28,7 @@ from repvgg_deploy.quantize import (
     quantize,
 )
 from repvgg_deploy.quantize.codes import Target
+from repvgg_deploy.quantize.qdq import with_fp16_scales
 from repvgg_deploy.quantize.sensitivity import quantize_within
 from repvgg_deploy.runners.torch_runner import TorchOptions, TorchRunner
 from repvgg_deploy.staging import stage_files
@@ -76,16 +77,7 @@ def quantize_for_export(
             quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress, target=target)
         else:
             quantized = _quantize_within(
-                fused,
-                images,
-                recipe,
-                statistics,
-                target,
-                request.validation,
-                request.max_drop,
-                preprocessing,
-                for_engine,
-                say,
+                fused, images, recipe, statistics, request, request.validation, request.max_drop, for_engine, say
             )
     for warning in caught:
         say(f"warning: {warning.message}")
@@ -101,36 +93,39 @@ def _quantize_within(
     images: CalibrationImages,
     recipe: Recipe,
     statistics: CalibrationStatistics,
-    target: Target,
+    request: Int8Request,
     validation: Path,
     max_drop: float,
-    preprocessing: Preprocessing,
     for_engine: bool,
     say: Say,
 ) -> QuantizedNet:
     """The net with the fewest float layers that loses at most `max_drop` points of top-1 on labelled images.
 
     Raises:
-        VerificationError: every layer in float would still lose more, by the order in which they were tried.
+        VerificationError: no candidate loses less; see `quantize_within`.
     """
     device = fused.classifier.weight.device.type
     options = None if device == "cpu" else TorchOptions(device)
 
     def top1(net: nn.Module) -> float:
-        model = Model(
-            validation, TorchRunner(net, options), preprocessing, None, fused.spec.classes, fused.spec.in_channels
-        )
+        spec = fused.spec
+        runner = TorchRunner(net, options)
+        model = Model(validation, runner, images.preprocessing, None, spec.classes, spec.in_channels)
         return evaluate(model, validation).top1
 
     exact = top1(fused)
 
     def measure_drop(net: QuantizedNet) -> float:
+        if request.rest is Precision.FP16:
+            net = with_fp16_scales(net)
         drop = exact - top1(net.as_tensorrt() if for_engine else net)
         kept = net.float_layers()
         say(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
         return drop
 
-    mixed = quantize_within(fused, images, recipe, measure_drop, max_drop, statistics, target=target)
+    mixed = quantize_within(
+        fused, images, recipe, measure_drop, max_drop, statistics, request.keep_float, Target(request.qdq)
+    )
     if mixed.drop > max_drop:
         raise VerificationError(
             f"top-1 drops by {mixed.drop:.2f} points, more than {max_drop:g}",
@@ -150,7 +145,7 @@ def _statistics(
 ) -> CalibrationStatistics:
     """The statistics of the cache, where it holds those of this checkpoint; else they are taken now and kept there."""
     if cache is not None and cache.exists():
-        return CalibrationStatistics.load(cache, sha256)
+        return CalibrationStatistics.load(cache, sha256, images)
     seen = 0
 
     def count(number: int) -> None:

@@ -118,7 +118,7 @@ def test_broken_calibration_images_are_named_and_left_out(images, tmp_path) -> N
     assert "0.png" in values.stderr
 
 
-def test_the_statistics_cache_belongs_to_one_checkpoint(images, tmp_path) -> None:
+def test_the_statistics_cache_belongs_to_one_checkpoint_and_its_images(images, tmp_path) -> None:
     cache = tmp_path / "demo.npz"
     int8(images, tmp_path / "a", "--calib-cache", cache)
     written = cache.read_bytes()
@@ -128,6 +128,9 @@ def test_the_statistics_cache_belongs_to_one_checkpoint(images, tmp_path) -> Non
     arguments = ("--int8", "--calib", images, "--calib-cache", cache, "--size", "32", "--engine", "none")
     result = export(tmp_path / "other.pth", *arguments, "-o", tmp_path / "c", code=1)
     assert "another checkpoint" in result.stderr
+    for other in (("--calib-count", "40"), ("--size", "32"), ("--mean", "0.5,0.5,0.5")):
+        result = int8(images, tmp_path / "d", "--calib-cache", cache, *other, code=1)
+        assert "belongs to other images" in result.stderr
     assert cache.read_bytes() == written
 
 
@@ -155,6 +158,9 @@ def test_the_layer_table_has_a_row_a_layer(images, tmp_path) -> None:
     [
         ("--int8",),
         ("--calib", "x"),
+        ("--qdq", "portable"),
+        ("--recipe", "fast"),
+        ("--layers",),
         ("--fp16", "--int8", "--calib", "x"),
         ("--int8", "--calib", "x", "--max-drop", "1"),
     ],
@@ -201,6 +207,15 @@ def test_a_limit_on_the_drop_keeps_as_few_layers_in_float_as_it_takes(images, tm
     loose = int8(images, tmp_path / "a", "--val", tmp_path / "val", "--max-drop", "50", "--json")
     assert json.loads(loose.stdout)["quantization"]["kept_float"] == []
     assert "0 layers in float: top-1 drops by" in loose.stderr
+
+
+def test_layers_named_to_stay_float_do_so_in_every_candidate(images, tmp_path) -> None:
+    write_image_folder(tmp_path / "val", 24, seed=12, size=64)
+    limit = ("--val", tmp_path / "val", "--max-drop", "50", "--rest", "fp16")
+    values = json.loads(int8(images, tmp_path / "a", *limit, "--keep-float", "stages.1.1", "--json").stdout)
+    assert values["quantization"]["kept_float"] == ["stages.1.1"]
+    result = int8(images, tmp_path / "b", *limit, "--keep-float", "stages.9.9", code=1)
+    assert "no layer is called" in result.stderr
 
 
 def test_a_drop_that_no_set_of_float_layers_mends_is_refused(images, tmp_path, monkeypatch) -> None:

@@ -67,18 +67,21 @@ def test_statistics_are_those_of_the_values_on_each_edge() -> None:
         assert edge.limit > edge.largest.max()
 
 
-def test_saved_statistics_come_back_for_the_same_checkpoint_only(tmp_path: Path) -> None:
-    statistics = collect_statistics(fused_net(), [draw_images(4)], sha256="a" * 64, histograms=True)
+def test_saved_statistics_come_back_for_the_same_checkpoint_and_images_only(tmp_path: Path) -> None:
+    images = draw_images(4)
+    statistics = collect_statistics(fused_net(), [images], sha256="a" * 64, views=2, histograms=True)
     path = tmp_path / "cache.npz"
     statistics.save(path)
-    loaded = CalibrationStatistics.load(path, "a" * 64)
+    loaded = CalibrationStatistics.load(path, "a" * 64, images.split(3))
     assert loaded.edges.keys() == statistics.edges.keys()
     np.testing.assert_array_equal(loaded.edges["pool"].histogram, statistics.edges["pool"].histogram)
     with pytest.raises(DeployError, match="another checkpoint"):
-        CalibrationStatistics.load(path, "b" * 64)
+        CalibrationStatistics.load(path, "b" * 64, [images])
+    with pytest.raises(DeployError, match="other images"):
+        CalibrationStatistics.load(path, "a" * 64, [images * 0.5])
     path.write_bytes(b"no npz")
     with pytest.raises(DeployError, match="no calibration cache"):
-        CalibrationStatistics.load(path, "a" * 64)
+        CalibrationStatistics.load(path, "a" * 64, [images])
 
 
 def test_no_images_are_an_error() -> None:

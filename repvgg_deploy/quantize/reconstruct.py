@@ -90,7 +90,8 @@ def reconstruct(
         chained: without it each layer is quantized as if all the others were float.
         target: which codes the activations have.
     """
-    streams = _take_images(net, images, count, recipe.rounding.images)
+    chosen = take_images(net, images, count, recipe.rounding.images)
+    streams = Streams(chosen, chosen)
     highest = clipping_codes(net, target, keep_float)
     layers: dict[str, LayerIntegers] = {}
     for index, (name, block) in enumerate(fused_blocks(net)):
@@ -121,8 +122,8 @@ def reconstruct(
     return Reconstruction(layers, pool)
 
 
-def _take_images(net: RepVGG, images: Images, count: int, most: int) -> Streams:
-    """Evenly spaced images, at most `most` and as many as the memory allows."""
+def take_images(net: RepVGG, images: Images, count: int, most: int) -> Tensor:
+    """Evenly spaced ones of `count` images, at most `most` and as many as the memory allows, where `net` is."""
     device = net.classifier.weight.device
     kept: list[Tensor] = []
     wanted: set[int] = set()
@@ -133,8 +134,7 @@ def _take_images(net: RepVGG, images: Images, count: int, most: int) -> Streams:
             wanted = {index * count // most for index in range(most)}
         kept.append(batch[[index for index in range(len(batch)) if start + index in wanted]])
         start += len(batch)
-    chosen = torch.cat(kept).contiguous(memory_format=torch.channels_last)
-    return Streams(chosen, chosen)
+    return torch.cat(kept).contiguous(memory_format=torch.channels_last)
 
 
 def _run_block(block: FusedBlock, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:

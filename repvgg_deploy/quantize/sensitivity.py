@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,10 @@ from repvgg_deploy.quantize.edges import BATCH, CLASSIFIER, Images, fused_blocks
 from repvgg_deploy.quantize.quantization import quantize
 from repvgg_deploy.quantize.quantized_net import QuantizedNet
 from repvgg_deploy.quantize.recipe import Recipe
-from repvgg_deploy.quantize.reconstruct import Reconstruction
-from repvgg_deploy.quantize.statistics import CalibrationStatistics
+from repvgg_deploy.quantize.reconstruct import Reconstruction, take_images
+from repvgg_deploy.quantize.statistics import CalibrationStatistics, collect_statistics
+
+RANKING_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ..
 
     Args:
         net: from `quantize` with `chained=False`: a layer that makes up for the error of others is wrong without them.
-        images: a hundred or so.
+        images: a hundred or so, of all kinds.
     """
     macs = count_macs(net.float_net, images[:1])
     total = sum(macs.values())
@@ -104,13 +106,13 @@ def quantize_within(
     measure_drop: Callable[[QuantizedNet], float],
     max_drop: float,
     statistics: CalibrationStatistics | None = None,
-    sample: Tensor | None = None,
+    keep_float: Collection[str] = (),
     target: Target = Target.PORTABLE,
 ) -> MixedPrecision:
     """The net with the fewest float layers, taken in the order of `rank_layers`, whose drop is at most `max_drop`.
 
-    The number of layers is found by bisection, and each candidate is quantized anew with its float layers. If no
-    candidate is good enough the best one that was seen comes back; compare its `drop`.
+    The number of layers is found by bisection, and each candidate is quantized anew with its float layers; at least one
+    layer stays int8. If no candidate is good enough the best one that was seen comes back; compare its `drop`.
 
     Args:
         fused: see `quantize`.
@@ -119,24 +121,29 @@ def quantize_within(
         measure_drop: what a candidate loses, in the caller's unit (points of top-1).
         max_drop: in the same unit.
         statistics: see `quantize`.
-        sample: images (N, C, H, W) to rank the layers on; by default the first batch of `images`.
+        keep_float: names of layers that are not quantized in any candidate.
         target: see `quantize`.
     """
-    net = quantize(fused, images, recipe, statistics, target=target)
-    best = MixedPrecision(net, (), 0.0, measure_drop(net))
+    if statistics is None:
+        statistics = collect_statistics(fused, images, views=recipe.views)
+    sample = take_images(fused, images, statistics.images, RANKING_IMAGES)
+    macs = count_macs(fused, sample[:1])
+
+    def attempt(names: tuple[str, ...]) -> MixedPrecision:
+        net = quantize(fused, images, recipe, statistics, names, target=target)
+        share = sum(macs[name] for name in names) / sum(macs.values())
+        return MixedPrecision(net, names, share, measure_drop(net))
+
+    always = tuple(keep_float)
+    best = attempt(always)
     if best.drop <= max_drop:
         return best
-    apart = quantize(fused, images, recipe, statistics, chained=False, target=target)
-    if sample is None:
-        sample = torch.as_tensor(next(iter(images))).to(fused.classifier.weight.device)
+    apart = quantize(fused, images, recipe, statistics, always, chained=False, target=target)
     ranking = rank_layers(apart, sample)
-    shares = {layer.name: layer.macs_share for layer in ranking}
     low, high = 0, len(ranking)
     while high - low > 1:
         middle = (low + high) // 2
-        names = tuple(layer.name for layer in ranking[:middle])
-        candidate = quantize(fused, images, recipe, statistics, keep_float=names, target=target)
-        mixed = MixedPrecision(candidate, names, sum(shares[name] for name in names), measure_drop(candidate))
+        mixed = attempt((*always, *(layer.name for layer in ranking[:middle])))
         if mixed.drop <= max_drop:
             high, best = middle, mixed
         else:

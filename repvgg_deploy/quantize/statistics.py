@@ -75,11 +75,11 @@ class CalibrationStatistics:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: Path, sha256: str) -> CalibrationStatistics:
-        """Read what `save` wrote for the checkpoint with this sha256.
+    def load(cls, path: Path, sha256: str, images: Images) -> CalibrationStatistics:
+        """Read what `save` wrote for the checkpoint with this sha256 and for these images.
 
         Raises:
-            DeployError: `path` is no such file, or belongs to another checkpoint.
+            DeployError: `path` is no such file, or belongs to another checkpoint or to other images.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -94,7 +94,19 @@ class CalibrationStatistics:
                 f"the calibration cache {path} belongs to another checkpoint (sha256 {statistics.sha256[:12]}…)",
                 "name another --calib-cache file, or delete this one",
             )
+        digest = hashlib.sha256()
+        for batch in rebatch(Views(images, statistics.views), torch.device("cpu")):
+            _add_to(digest, batch)
+        if digest.hexdigest() != statistics.images_sha256:
+            raise DeployError(
+                f"the calibration cache {path} belongs to other images, or to the same ones prepared in another way",
+                "name another --calib-cache file, or delete this one",
+            )
         return statistics
+
+
+def _add_to(digest: hashlib._Hash, batch: Tensor) -> None:
+    digest.update(batch.cpu().contiguous().numpy().tobytes())
 
 
 def _read_edge(file: Mapping[str, NDArray[np.generic]], name: str) -> EdgeStatistics:
@@ -185,7 +197,7 @@ def collect_statistics(
     digest = hashlib.sha256()
     device = net.classifier.weight.device
     for batch in rebatch(Views(images, views), device):
-        digest.update(batch.cpu().contiguous().numpy().tobytes())
+        _add_to(digest, batch)
         for name, x in walk(net, batch):
             if not observers[name].add(x):
                 raise DeployError(
