@@ -15,6 +15,8 @@ from repvgg_deploy.timing_statistics import Ratio
 SCHEMA_NAME = "repvgg-deploy/bench"
 SCHEMA_VERSION = 1
 
+_MEASURE_AGAIN = "measure again with this version: `bench -o`"
+
 Record = dict[str, Any]
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
@@ -53,6 +55,8 @@ _RESULT: dict[str, tuple[type, ...]] = {
     "roofline": (dict, type(None)),
     "samples": (dict,),
 }
+# What results of earlier releases do not have.
+_OPTIONAL_RESULT: dict[str, tuple[type, ...]] = {"input": (str, type(None))}
 _RATIO: dict[str, tuple[type, ...]] = {
     "group": (str,),
     "model": (str,),
@@ -97,6 +101,7 @@ def describe_measurement(
         "precision": label.precision,
         "mode": label.mode,
         "batch": label.batch,
+        "input": None if label.size is None else "x".join(map(str, label.size)),
         "parameters": parameters,
         "top1": top1,
         "images_per_sec": _rounded(measurement.images_per_sec),
@@ -161,17 +166,22 @@ def check_record(record: Any, name: str = "the result") -> Record:
     if schema.get("name") != SCHEMA_NAME or schema.get("version") != SCHEMA_VERSION:
         raise DeployError(
             f"{name} has the schema {schema.get('name')} {schema.get('version')}, not {SCHEMA_NAME} {SCHEMA_VERSION}",
-            "measure again with this version",
+            _MEASURE_AGAIN,
         )
     _check_fields(record, _TOP, name)
     for index, result in enumerate(record["results"]):
         where = f"{name}: results[{index}]"
-        _check_fields(result, _RESULT, where)
+        known = {
+            field: types for field, types in _OPTIONAL_RESULT.items() if isinstance(result, dict) and field in result
+        }
+        _check_fields(result, {**_RESULT, **known}, where)
         _check_fields(result["latency_ms"], dict.fromkeys(_LATENCY, _NUMBER), f"{where}.latency_ms")
         samples = result["samples"]
         counts = {sum(samples.get("round_queries", ())), len(samples.get("latency_ms", ()))}
         if counts != {result["iterations"]}:
-            raise DeployError(f"{where} has not a sample for each of its {result['iterations']} iterations")
+            raise DeployError(
+                f"{where} has not a sample for each of its {result['iterations']} iterations", _MEASURE_AGAIN
+            )
     for index, ratio in enumerate(record["ratios"]):
         _check_fields(ratio, _RATIO, f"{name}: ratios[{index}]")
     return record
@@ -179,14 +189,14 @@ def check_record(record: Any, name: str = "the result") -> Record:
 
 def _check_fields(values: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
     if not isinstance(values, dict):
-        raise DeployError(f"{where} is no object")
+        raise DeployError(f"{where} is no object", _MEASURE_AGAIN)
     for field, types in fields.items():
         if field not in values:
-            raise DeployError(f"{where} has no {field}")
+            raise DeployError(f"{where} has no {field}", _MEASURE_AGAIN)
         value = values[field]
         # A bool is an int to Python, and no number here.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise DeployError(f"{where}: {field} is {type(value).__name__}, not {types[0].__name__}")
+            raise DeployError(f"{where}: {field} is {type(value).__name__}, not {types[0].__name__}", _MEASURE_AGAIN)
 
 
 def read_record(path: Path) -> Record:

@@ -22,7 +22,7 @@ from repvgg_deploy.bench_record import (
 from repvgg_deploy.contestants import Contestant, Entry, open_entry
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.machine import GpuLoad, describe_identity, finish_machine, record_machine
-from repvgg_deploy.measure import Measurement, MeasureOptions, measure
+from repvgg_deploy.measure import Label, Measurement, MeasureOptions, measure
 from repvgg_deploy.roofline import ELEMENT_BYTES, Ceiling, RooflinePoint, measure_ceiling
 
 Say = Callable[[str], None]
@@ -162,9 +162,20 @@ def _with_precisions(group: Group, open_all: OpenAll) -> tuple[Entry, ...]:
                 f"{entry.model} does not say its precision, so no baseline can have the same",
                 "give --precision, or leave --baseline out",
             )
-        known.append(replace(entry, backend=label.backend, precision=label.precision))
+        how = replace(entry, backend=label.backend, precision=label.precision, build=contestant.build)
+        known.append(replace(how, size=_square(entry, label)))
     twins = replace(group, entries=tuple(known)).all_entries()[len(dict.fromkeys(known)) :]
     return (*group.entries, *(twin for twin in twins if twin not in known))
+
+
+def _square(entry: Entry, label: Label) -> int | None:
+    """The size at which a baseline runs like `entry`."""
+    if label.size is None or label.size[0] == label.size[1]:
+        return None if label.size is None else label.size[0]
+    raise DeployError(
+        f"{entry.model} takes {label.size[0]}x{label.size[1]} pixels, and the baselines take squares",
+        "leave --baseline out",
+    )
 
 
 @contextmanager
@@ -178,7 +189,8 @@ def _opened_contestants(say: Say) -> Iterator[OpenAll]:
                 opened.pop(entry).close()
             for entry in entries:
                 if entry not in opened:
-                    say(f"opening {entry.model} {entry.form} {entry.precision or ''} {entry.backend or ''}".rstrip())
+                    how = (entry.precision, entry.backend, f"{entry.size} px" if entry.size else None)
+                    say(" ".join(("opening", entry.model, entry.form, *filter(None, how))))
                     opened[entry] = open_entry(entry, Path(folder))
             return [opened[entry] for entry in entries]
 
@@ -217,8 +229,8 @@ def _add_group(
         results.append(describe_measurement(measurement, group.key, contestant.parameters, contestant.top1, point))
         ratios += [
             describe_ratio(measurement, other, measurement.ratio_to(other), group.key)
-            for other in measurements
-            if _is_baseline(group, measurement, other)
+            for theirs, other in zip(contestants, measurements, strict=True)
+            if theirs.build == contestant.build and _is_baseline(group, measurement, other)
         ]
     return {
         **record,

@@ -141,6 +141,10 @@ def _print_record(record: Record) -> None:
         ]
         for r in record["results"]
     ]  # fmt: skip
+    if len({r.get("input") for r in record["results"]}) > 1:
+        columns.insert(4, "input")
+        for row, result in zip(rows, record["results"], strict=True):
+            row.insert(4, result.get("input") or "–")
     report.print_table(columns, rows)
     points = [[r["model"], r["batch"], r["precision"], r["roofline"]] for r in record["results"] if r["roofline"]]
     if points:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import onnx
@@ -27,6 +27,9 @@ from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
 from repvgg_deploy.runners.torch_runner import TorchEvents, TorchLane, TorchOptions, TorchPrecision, TorchRunner
 from repvgg_deploy.seeded import seeded_baseline, seeded_inputs, seeded_repvgg
 from repvgg_deploy.subjects import BlockingSubject, StreamSubject
+
+if TYPE_CHECKING:
+    from repvgg_deploy.engine.options import BuildOptions
 
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
@@ -52,6 +55,7 @@ class Entry:
         transfers: whether the copies to and from a GPU are part of a query.
         streams: of an engine, or of torch on a GPU.
         size: of the input in pixels, for an architecture.
+        build: the options of the plan that an engine's baseline is built like; see `comparable_options`.
     """
 
     model: str
@@ -64,6 +68,7 @@ class Entry:
     transfers: bool = False
     streams: int = 1
     size: int | None = None
+    build: BuildOptions | None = None
 
     @property
     def is_file(self) -> bool:
@@ -78,12 +83,14 @@ class Contestant:
     Attributes:
         label: with batch 0.
         at_batch: the subject for one batch size.
+        build: of an engine from a file, and of what is built to be compared with it.
         cost: of one batch; None where nothing tells what the model computes.
         parameters, top1: of the architecture, the accuracy as published; None where it has no card.
     """
 
     label: Label
     at_batch: Callable[[int], Subject]
+    build: BuildOptions | None = None
     cost: Callable[[int], Cost] | None = None
     parameters: int | None = None
     top1: float | None = None
@@ -102,10 +109,11 @@ def open_entry(entry: Entry, folder: Path) -> Contestant:
     """
     if entry.backend is not None and entry.backend not in BACKENDS:
         raise DeployError(f"no backend is called {entry.backend!r}", f"one of: {', '.join(BACKENDS)}")
-    if entry.is_file and is_engine(Path(entry.model)):
-        return _open_plan(entry, Path(entry.model), Path(entry.model).name)
-    if entry.is_file and is_onnx(Path(entry.model)):
-        return _open_graph(entry, Path(entry.model), Path(entry.model).name)
+    path = Path(entry.model)
+    if entry.is_file and (is_engine(path) or is_onnx(path)):
+        if entry.form == "training":
+            raise DeployError(f"{path} runs as it was exported", "--form training is for checkpoints and architectures")
+        return _open_plan(entry, path, path.name) if is_engine(path) else _open_graph(entry, path, path.name)
     net = _find_net(entry)
     backend = entry.backend or ("torch-cuda" if torch.cuda.is_available() else "torch-cpu")
     entry = replace(entry, backend=backend, precision=entry.precision or "fp32")
@@ -142,8 +150,23 @@ def _find_net(entry: Entry) -> NamedNet:
     return NamedNet(name, net, size, top1)
 
 
-def _label(entry: Entry, name: str, version: str, mode: str = "") -> Label:
-    return Label(name, cast(str, entry.backend), version, cast(str, entry.precision), 0, entry.form, mode)
+def _label(entry: Entry, name: str, version: str, size: Sequence[int], mode: str = "") -> Label:
+    height, width = size
+    precision = cast(str, entry.precision)
+    return Label(name, cast(str, entry.backend), version, precision, 0, entry.form, mode, (height, width))
+
+
+def _require_precision(entry: Entry, path: Path, found: str) -> str:
+    """The precision of a file; what the entry says where the file does not.
+
+    Raises:
+        DeployError: they say different things.
+    """
+    if entry.precision is None or entry.precision == found:
+        return found
+    if found != "unknown":
+        raise DeployError(f"{path} is {found}, not {entry.precision}", "leave --precision out")
+    return entry.precision
 
 
 def _open_torch(entry: Entry, named: NamedNet) -> Contestant:
@@ -155,7 +178,8 @@ def _open_torch(entry: Entry, named: NamedNet) -> Contestant:
     if device == "cpu" and entry.threads:
         torch.set_num_threads(entry.threads)
     runner = TorchRunner(named.net, options)
-    label = _label(entry, named.name, runner.backend_version, options.label + _streams_and_copies(entry))
+    mode = options.label + _streams_and_copies(entry)
+    label = _label(entry, named.name, runner.backend_version, (named.size, named.size), mode)
 
     def at_batch(batch: int) -> Subject:
         images = seeded_inputs((batch, named.in_channels, named.size, named.size))
@@ -169,19 +193,20 @@ def _open_torch(entry: Entry, named: NamedNet) -> Contestant:
     shape = (named.in_channels, named.size, named.size)
     # A CPU's copy of the net; its tensors are not touched.
     cost = lambda batch: total_cost(net_costs(named.net, batch, shape, precision))  # noqa: E731
-    return Contestant(label, at_batch, cost, named.parameters, named.top1)
+    return Contestant(label, at_batch, None, cost, named.parameters, named.top1)
 
 
 def _open_exported(entry: Entry, named: NamedNet, folder: Path) -> Contestant:
     """Through the same export as every other graph, into `folder`."""
-    precision = cast(str, entry.precision)
-    if precision not in [str(known) for known in Precision]:
-        raise DeployError(f"a graph has no precision {precision!r}", "fp32, fp16 or int8")
-    path = write_net(named, Precision(precision), entry.form, folder, for_engine=entry.backend in ENGINES)
-    if entry.backend in ENGINES:
-        opened = replace(
-            _open_plan(entry, _build_plan(entry, path, folder), named.name), cost=_graph_cost(path, precision)
-        )
+    precision, for_engine = cast(str, entry.precision), entry.backend in ENGINES
+    # TF32 is a way to run a float32 graph.
+    stored = "fp32" if for_engine and precision == "tf32" else precision
+    if stored not in [str(known) for known in Precision]:
+        raise DeployError(f"a graph has no precision {precision!r}", "fp32, fp16 or int8; tf32 for an engine")
+    path = write_net(named, Precision(stored), entry.form, folder, for_engine)
+    if for_engine:
+        plan = _build_plan(entry, path, folder)
+        opened = replace(_open_plan(entry, plan, named.name), build=entry.build, cost=_graph_cost(path, precision))
     else:
         opened = _open_graph(entry, path, named.name)
     return replace(opened, parameters=named.parameters, top1=named.top1)
@@ -194,9 +219,15 @@ def _build_plan(entry: Entry, graph: Path, folder: Path) -> Path:
     backend = find_backend(cast(str, entry.backend))
     if isinstance(backend, Unavailable):
         raise DeployError(backend.reason, backend.hint)
+    options = replace(entry.build or BuildOptions(), tf32=entry.precision == "tf32")
     with stage_files(folder) as staging:
-        built = build_engine(graph, backend, BuildOptions(tf32=False), staging)
+        built = build_engine(graph, backend, options, staging)
     return folder / built.plan.name
+
+
+def comparable_options(options: BuildOptions) -> BuildOptions:
+    """How a net is built to be compared with an engine that was built with `options`: alike, and ready to run."""
+    return replace(options, refittable=options.needs_refit, strip_weights=False, timing_cache=True)
 
 
 def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
@@ -204,23 +235,27 @@ def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
     if backend not in PROVIDERS:
         raise DeployError(f"{path} is an ONNX graph, and {backend} does not run it", f"one of: {', '.join(PROVIDERS)}")
     runner = OnnxRunner(path, PROVIDERS[backend], entry.threads)
-    if entry.precision is not None and runner.precision not in ("unknown", entry.precision):
-        raise DeployError(f"{path} is {runner.precision}, not {entry.precision}", "leave --precision out")
-    form = "training" if runner.metadata.get("repvgg_deploy.form") == "train" and entry.form == "training" else "deploy"
-    known = replace(entry, backend=backend, precision=runner.precision, form=form)
-    # On a GPU ONNX Runtime copies from and to the host within the call.
-    label = _label(known, name, runner.backend_version, "" if backend == "onnxruntime-cpu" else "with copies")
+    known = replace(entry, backend=backend, precision=_require_precision(entry, path, runner.precision))
     dtype = _NUMPY_TYPES.get(runner.input_type)
     if dtype is None or None in runner.input_shape[1:]:
         raise DeployError(f"{path} takes {runner.input_type} of {runner.input_shape}", "export it with a fixed size")
+    shape = cast("tuple[int, ...]", runner.input_shape[1:])
+    # On a GPU ONNX Runtime copies from and to the host within the call.
+    mode = "" if backend == "onnxruntime-cpu" else "with copies"
+    label = _label(known, name, runner.backend_version, _pixels(shape, dtype), mode)
 
     def at_batch(batch: int) -> Subject:
         if runner.batch not in (None, batch):
             raise DeployError(f"{path} takes batches of {runner.batch}, not {batch}", "export it without --batch")
-        images = seeded_inputs((batch, *cast("tuple[int, ...]", runner.input_shape[1:])), dtype)
+        images = seeded_inputs((batch, *shape), dtype)
         return BlockingSubject(replace(label, batch=batch), lambda: runner.run(images))
 
-    return Contestant(label, at_batch, _graph_cost(path, runner.precision))
+    return Contestant(label, at_batch, None, _graph_cost(path, runner.precision))
+
+
+def _pixels(shape: Sequence[int], dtype: Any) -> Sequence[int]:
+    """Height and width of an input without the batch: (H, W, C) for bytes, else (C, H, W)."""
+    return shape[:2] if np.dtype(dtype) == np.uint8 else shape[1:]
 
 
 def _natural_provider() -> str:
@@ -252,8 +287,10 @@ def _open_plan(entry: Entry, path: Path, name: str) -> Contestant:
     runner = open_engine(path, backend=entry.backend, streams=entry.streams)
     cleanup = ExitStack()
     cleanup.callback(runner.close)
-    known = replace(entry, backend=runner.backend, precision=runner.precision)
-    label = _label(known, name, runner.backend_version, _streams_and_copies(entry).removeprefix(", "))
+    known = replace(entry, backend=runner.backend, precision=_require_precision(entry, path, runner.precision))
+    size, mode = _pixels(runner.input.shape[1:], runner.input.dtype), _streams_and_copies(entry).removeprefix(", ")
+    label = _label(known, name, runner.backend_version, size, mode)
+    build = None if runner.options is None else comparable_options(runner.options)
 
     def at_batch(batch: int) -> Subject:
         images = seeded_inputs((batch, *runner.input.shape[1:]), np.dtype(runner.input.dtype))
@@ -263,4 +300,4 @@ def _open_plan(entry: Entry, path: Path, name: str) -> Contestant:
         here = replace(label, batch=batch, mode=", ".join(filter(None, notes)))
         return StreamSubject(here, lanes, runner.cuda, entry.transfers)
 
-    return Contestant(label, at_batch, cleanup=cleanup)
+    return Contestant(label, at_batch, build, cleanup=cleanup)

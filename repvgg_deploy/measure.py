@@ -46,7 +46,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Label:
-    """What is measured: the model, how it is run, and on how many images at a time."""
+    """What is measured: the model, how it is run, on how many images at a time, and of which height and width."""
 
     model: str
     backend: str
@@ -55,11 +55,12 @@ class Label:
     batch: int
     form: str = "deploy"
     mode: str = ""
+    size: tuple[int, int] | None = None
 
     @property
-    def conditions(self) -> tuple[str, str, str, int]:
+    def conditions(self) -> tuple[object, ...]:
         """What two models must have in common to be compared."""
-        return self.backend, self.precision, self.mode, self.batch
+        return self.backend, self.precision, self.mode, self.batch, self.size
 
 
 class Subject(Protocol):

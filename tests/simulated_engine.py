@@ -53,6 +53,7 @@ class SimulatedCuda:
         self.fails: dict[str, str] = {}
         self.calls: list[str] = []
         self.closed = 0
+        self.busy: set[int] = set()
         self._numbers = itertools.count(1)
 
     @property
@@ -109,9 +110,11 @@ class SimulatedCuda:
 
     def synchronize(self, stream: int) -> None:
         self._begin("synchronize", stream)
+        self.busy.discard(stream)
 
     def synchronize_device(self) -> None:
         self._begin("synchronize_device")
+        self.busy.clear()
         while self.others:
             self.others.pop(0)()
 
@@ -161,6 +164,7 @@ class SimulatedContext:
         self.shape: tuple[int, ...] = ()
         self.addresses: dict[str, int] = {}
         self.scratch: int | None = None
+        self._stream: int | None = None
         self._needs_scratch = strategy.name == "USER_MANAGED"
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -185,6 +189,10 @@ class SimulatedContext:
         if self._needs_scratch and self.scratch not in cuda.memory:
             raise Undefined("a context ran without its memory")
         if stream not in cuda.capturing:
+            last, self._stream = self._stream, stream
+            if last != stream and last in cuda.busy:
+                raise Undefined("a context ran in two streams at once")
+            cuda.busy.add(stream)
             self.compute()
             return True
         if self.engine.interrupt is not None:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_every_name_of_cuda_bindings_that_is_used_exists() -> None:
 def test_both_libraries_have_every_method_of_the_interface(module: str) -> None:
     # Read from the source: pycuda cannot be imported without a driver.
     tree = ast.parse((ENGINE / f"{module}.py").read_text(encoding="utf-8"))
-    (library,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    (library,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in ("CudaBindings", "PyCuda")]
     methods = {node.name: [a.arg for a in node.args.args] for node in library.body if isinstance(node, ast.FunctionDef)}
     names = {t.id for node in library.body if isinstance(node, ast.Assign) for t in node.targets}
     for name, member in inspect.getmembers(Cuda):
@@ -64,7 +65,7 @@ def test_both_libraries_have_every_method_of_the_interface(module: str) -> None:
         lambda cuda: cuda.synchronize(0),
         lambda cuda: cuda.synchronize_device(),
         lambda cuda: cuda.create_event(),
-        lambda cuda: cuda.synchronize_event(0),
+        lambda cuda: cuda.synchronize_event(SimpleNamespace(handle=0)),
         lambda cuda: cuda.begin_capture(0),
         lambda cuda: cuda.end_capture(0),
     ],
@@ -211,6 +212,17 @@ def test_a_transposed_array_is_refused() -> None:
 def test_a_host_array_is_refused() -> None:
     with pytest.raises(DeployError, match="a ndarray is not in GPU memory"):
         DeviceArray.borrow(np.zeros(3))
+
+
+def test_an_array_that_its_library_does_not_show_is_refused_with_its_reason() -> None:
+    class Differentiable:
+        @property
+        def __cuda_array_interface__(self) -> Any:
+            raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
+
+    with pytest.raises(DeployError, match=r"cannot be read: .* requires grad") as raised:
+        DeviceArray.borrow(Differentiable())
+    assert "detach" in raised.value.hint
 
 
 def test_streams_of_every_library_become_handles() -> None:

@@ -322,7 +322,20 @@ def test_with_a_stream_nothing_is_waited_for(backend: Backend) -> None:
     with EngineRunner(loaded) as runner:
         array = on_device(loaded, draw(2))
         runner.run_on_device(array, stream=77)
+        runner.run_on_device(array, stream=77)
         assert not [call for call in cuda.calls if call.startswith("synchronize")]
+
+
+def test_a_run_in_another_stream_waits_for_the_last(backend: Backend) -> None:
+    """They share a context and its memory, which must not be in use twice."""
+    loaded = simulate(backend)
+    cuda, _ = parts(loaded)
+    with EngineRunner(loaded) as runner:
+        array = on_device(loaded, draw(2))
+        for stream in (77, 88, 77):
+            runner.run_on_device(array, stream=stream)
+        assert cuda.calls.count("synchronize_device") == 2
+        runner.run_on_device(array)
 
 
 def test_an_array_that_outlives_the_gpu_library_goes_in_silence() -> None:

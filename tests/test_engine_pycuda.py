@@ -69,9 +69,6 @@ class Driver(ModuleType):
             def synchronize(self) -> None:
                 driver.begin()
 
-            def wait_for_event(self, event: object) -> None:
-                driver.begin(event)
-
         class Event:
             def __init__(self) -> None:
                 driver.begin()
@@ -205,7 +202,6 @@ CALLS: dict[str, Callable[[Any, Given], object]] = {
     "synchronize_device": lambda cuda, _: cuda.synchronize_device(),
     "create_event": lambda cuda, _: cuda.create_event(),
     "record": lambda cuda, given: cuda.record(given.event, given.stream),
-    "wait_event": lambda cuda, given: cuda.wait_event(given.event, given.stream),
     "synchronize_event": lambda cuda, given: cuda.synchronize_event(given.event),
     "elapsed_ms": lambda cuda, given: cuda.elapsed_ms(given.event, given.event),
 }

@@ -68,22 +68,16 @@ class Cuda(Protocol):
         """Wait until all streams are done, those of other libraries too."""
 
     def create_event(self) -> Any:
-        """An event that keeps the time."""
+        """An event that keeps the time; it goes with its last reference."""
 
     def record(self, event: Any, stream: int) -> None:
         """Enqueue the event."""
-
-    def wait_event(self, event: Any, stream: int) -> None:
-        """Let a stream wait for an event of another."""
 
     def synchronize_event(self, event: Any) -> None:
         """Wait until what was enqueued before an event is done."""
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that are over."""
-
-    def destroy_event(self, event: Any) -> None:
-        """The inverse of `create_event`."""
 
     def begin_capture(self, stream: int) -> None:
         """From now on, what is enqueued in `stream` by this thread goes into a graph."""
@@ -174,12 +168,15 @@ class DeviceArray:
         """`array` without a copy; it is kept alive.
 
         Raises:
-            DeployError: it is not in device memory, or not contiguous.
+            DeployError: it is not in device memory, not contiguous, or its library does not let others read it.
         """
         if isinstance(array, DeviceArray):
             return array
         try:
             interface = array.__cuda_array_interface__
+        except RuntimeError as error:
+            # Torch's, for a tensor that requires gradients.
+            raise DeployError(f"a {type(array).__name__} cannot be read: {error}", "torch's `.detach()`") from error
         except (AttributeError, TypeError) as error:
             raise DeployError(
                 f"a {type(array).__name__} is not in GPU memory",

@@ -87,28 +87,20 @@ class CudaBindings:
 
     def create_event(self) -> Any:
         """Through cudaEventCreate: with timing."""
-        return check(runtime.cudaEventCreate(), "creating an event")
+        return _Event()
 
     def record(self, event: Any, stream: int) -> None:
         """Through cudaEventRecord."""
-        check(runtime.cudaEventRecord(event, stream), "recording an event")
-
-    def wait_event(self, event: Any, stream: int) -> None:
-        """Through cudaStreamWaitEvent."""
-        check(runtime.cudaStreamWaitEvent(stream, event, 0), "waiting for an event")
+        check(runtime.cudaEventRecord(event.handle, stream), "recording an event")
 
     def synchronize_event(self, event: Any) -> None:
         """Through cudaEventSynchronize; a failure of an earlier launch shows here."""
-        check(runtime.cudaEventSynchronize(event), "waiting for an event")
+        check(runtime.cudaEventSynchronize(event.handle), "waiting for an event")
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Through cudaEventElapsedTime."""
         self.synchronize_event(end)
-        return float(check(runtime.cudaEventElapsedTime(start, end), "timing"))
-
-    def destroy_event(self, event: Any) -> None:
-        """Through cudaEventDestroy."""
-        check(runtime.cudaEventDestroy(event), "destroying an event")
+        return float(check(runtime.cudaEventElapsedTime(start.handle, end.handle), "timing"))
 
     def begin_capture(self, stream: int) -> None:
         """Thread-local: other threads may go on with calls that a capture forbids."""
@@ -138,6 +130,19 @@ class CudaBindings:
     def destroy_graph(self, graph: Any) -> None:
         """Through cudaGraphExecDestroy."""
         check(runtime.cudaGraphExecDestroy(graph), "destroying a CUDA graph")
+
+
+class _Event:
+    """An event that is destroyed with its last reference, as those of pycuda and torch are."""
+
+    def __init__(self) -> None:
+        self.handle = check(runtime.cudaEventCreate(), "creating an event")
+
+    def __del__(self) -> None:
+        # Without a handle it could not be created.
+        if hasattr(self, "handle"):
+            # The status does not matter: a GPU that has failed holds no events any more.
+            runtime.cudaEventDestroy(self.handle)
 
 
 def open_library() -> CudaBindings:

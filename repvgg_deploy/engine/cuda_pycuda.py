@@ -117,11 +117,6 @@ class PyCuda:
         event.record(self._stream(stream))
 
     @_explaining("waiting for an event")
-    def wait_event(self, event: Any, stream: int) -> None:
-        """Through Stream.wait_for_event."""
-        self._stream(stream).wait_for_event(event)
-
-    @_explaining("waiting for an event")
     def synchronize_event(self, event: Any) -> None:
         """Through Event.synchronize; a failure of an earlier launch shows here."""
         event.synchronize()
@@ -131,9 +126,6 @@ class PyCuda:
         """Through Event.time_till."""
         self.synchronize_event(end)
         return float(start.time_till(end))
-
-    def destroy_event(self, event: Any) -> None:
-        """The event goes with its last reference."""
 
     def _refuse_graphs(self, *_: Any) -> Any:
         raise DeployError("pycuda has no CUDA graphs", "install cuda-python, or turn graphs off")

@@ -62,8 +62,12 @@ class SideFile:
 
     @property
     def precision(self) -> str:
-        """fp32, fp16, int8, or `unknown`."""
-        return str(self.provenance.precision) if self.provenance is not None else "unknown"
+        """fp32, tf32 (fp32 with leave to use TF32 tensor cores), fp16, int8, or `unknown`."""
+        if self.provenance is None:
+            return "unknown"
+        if self.provenance.precision is Precision.FP32 and self.options.tf32:
+            return "tf32"
+        return str(self.provenance.precision)
 
     def to_json(self) -> str:
         """The text of the file."""

@@ -33,6 +33,7 @@ class EngineRunner:
         input, outputs: the tensors; -1 for a dynamic batch.
         profile: smallest, best and largest batch.
         provenance: of the checkpoint; None where the side file does not say.
+        options: of the build; None where there is no side file.
     """
 
     def __init__(self, loaded: LoadedEngine, streams: int = 1, graphs: bool = True) -> None:
@@ -42,12 +43,14 @@ class EngineRunner:
         self.backend_version: str = loaded.backend.version
         self.precision: str = loaded.side.precision if loaded.side is not None else "unknown"
         self.provenance: Provenance | None = loaded.side.provenance if loaded.side is not None else None
+        self.options = loaded.side.options if loaded.side is not None else None
         self.input: Tensor = loaded.inputs[0]
         self.outputs: tuple[Tensor, ...] = loaded.outputs
         self.profile = loaded.profile
         self.cuda = loaded.cuda
         self.lanes: list[Lane] = []
         self._borrowing: Any = None
+        self._borrowed: int | None = None
         self._closed = False
         with ExitStack() as cleanup:
             give_back(cleanup, loaded.close)
@@ -126,8 +129,8 @@ class EngineRunner:
             outputs: arrays to write to, by name; those that are not given are allocated.
             stream: a stream of torch, cupy, pycuda, cuda.core or cuda.bindings, or its handle: the one that fills
                 `images`, or one that waits for it. With one, the run is only enqueued, and all arrays must live
-                until it is done. Without one, this call first waits for everything on the GPU, so that `images` is
-                complete whoever fills it, and then for the run.
+                until it is done; the next run in another stream first waits for it. Without one, this call first waits
+                for everything on the GPU, so that `images` is complete whoever fills it, and then for the run.
 
         Raises:
             DeployError: an array does not fit, or the GPU fails.
@@ -144,7 +147,7 @@ class EngineRunner:
         for name, array in results.items():
             context.set_tensor_address(name, array.pointer)
         if stream is not None:
-            execute(self._loaded, context, stream_handle(stream))
+            self._execute_after_the_last(context, stream_handle(stream))
             return results
         # The lane's stream waits for no other, not even for the default one, in which torch fills its tensors.
         with naming_gpu(self._loaded.backend):
@@ -152,6 +155,15 @@ class EngineRunner:
         execute(self._loaded, context, self.lanes[0].stream)
         self.lanes[0].synchronize()
         return results
+
+    def _execute_after_the_last(self, context: Any, stream: int) -> None:
+        """Enqueue a run; where the last one is in another stream, wait for it: a context runs once at a time."""
+        if self._borrowed not in (None, stream):
+            # Not with an event: pycuda records them in streams of its own only.
+            with naming_gpu(self._loaded.backend):
+                self.cuda.synchronize_device()
+        self._borrowed = stream
+        execute(self._loaded, context, stream)
 
     def _output_array(self, tensor: Tensor, batch: int, given: Any) -> DeviceArray:
         shape, dtype = batch_shape(tensor, batch), np.dtype(tensor.dtype)
@@ -186,6 +198,7 @@ class EngineRunner:
     def _let_go(self) -> None:
         self._closed = True
         self._borrowing = None
+        self._borrowed = None
         self.lanes.clear()
 
     def __enter__(self) -> EngineRunner:
