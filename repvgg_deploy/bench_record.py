@@ -206,12 +206,16 @@ def read_record(path: Path) -> Record:
         DeployError: the file cannot be read, or holds something else.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError) as error:
         raise DeployError(
             f"cannot read the result {path} ({error})", "give a JSON file that `bench -o` wrote"
         ) from error
     return check_record(record, str(path))
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def write_record(record: Record, path: Path) -> None:

@@ -13,6 +13,7 @@ import click
 from repvgg_deploy import __version__
 from repvgg_deploy.cli_bench import bench, report_
 from repvgg_deploy.cli_options import (
+    FiniteRange,
     checkpoint_options,
     engine_options,
     graph_options,
@@ -65,7 +66,7 @@ def main() -> None:
 @int8_options
 @graph_options
 @engine_options
-@click.option("--bn-eps", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="The BNs' epsilon [1e-05].")
+@click.option("--bn-eps", type=FiniteRange(min=0, min_open=True), default=1e-5, help="The BNs' epsilon [1e-05].")
 @click.option("--verify-data", type=click.Path(path_type=Path), metavar="DIR", help="Images to verify on.")
 @click.option("--verify-full", is_flag=True, help="Verify every stage at full size on 16 images.")
 @checkpoint_options
@@ -117,7 +118,7 @@ def export(
     type=click.Choice(["official", "timm"]),
     help="Whose names; timm for a checkpoint from timm, else official.",
 )
-@click.option("--bn-eps", type=click.FloatRange(min=0, min_open=True), default=1e-5, help="The BNs' epsilon [1e-05].")
+@click.option("--bn-eps", type=FiniteRange(min=0, min_open=True), default=1e-5, help="The BNs' epsilon [1e-05].")
 @checkpoint_options
 @json_option
 def fuse(ckpt: Path, output: Path, as_json: bool, **options: Any) -> None:
@@ -219,6 +220,8 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     from repvgg_deploy import report
     from repvgg_deploy.evaluate import Tolerance, verify_models
 
+    if options["count"] is not None and options["data"] is None:
+        raise click.UsageError("--count is for --data DIR.")
     tolerance = Tolerance(options.pop("max_relative"), options.pop("max_abs"), options.pop("max_disagreement"))
     preprocessing = take_preprocessing(options)
     parity = verify_models(a, b, preprocessing, tolerance, **options)
@@ -271,7 +274,10 @@ def eval_(
             }
         )
     if min_top1 is not None and not result.top1 >= min_top1:
-        raise ThresholdError(f"top-1 is {result.top1:.2f} %, below the {min_top1:g} % asked for")
+        raise ThresholdError(
+            f"top-1 is {result.top1:.2f} %, below the {min_top1:g} % asked for",
+            "look at the preprocessing and at the order of the classes: `inspect`",
+        )
 
 
 @main.command()

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from repvgg_deploy.cli_options import json_option, path_argument
+from repvgg_deploy.cli_options import FiniteRange, json_option, path_argument
 from repvgg_deploy.errors import DeployError, ThresholdError
 
 if TYPE_CHECKING:
     from repvgg_deploy.bench_record import Record
     from repvgg_deploy.benchmark import BenchRequest
+
+
+_SECONDS = FiniteRange(min=0)
 
 
 def _say(message: str) -> None:
@@ -48,8 +52,8 @@ def _progress() -> Iterator[Callable[[float], None]]:
 @click.option("--transfers", is_flag=True, help="Count the copies to and from the GPU.")
 @click.option("--streams", type=click.IntRange(min=1), default=1, show_default=True, help="Of an engine.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Of the CPU; the backend's choice by default.")
-@click.option("--warmup", type=float, default=0.2, show_default=True, metavar="S", help="Seconds that do not count.")
-@click.option("--duration", type=float, default=3.0, show_default=True, metavar="S", help="Seconds each at least.")
+@click.option("--warmup", type=_SECONDS, default=0.2, show_default=True, metavar="S", help="Seconds that do not count.")
+@click.option("--duration", type=_SECONDS, default=3.0, show_default=True, metavar="S", help="Seconds each at least.")
 @click.option("--iterations", type=click.IntRange(min=1), default=10, show_default=True, help="Runs each at least.")
 @click.option("--roofline", is_flag=True, help="Measure the machine's ceilings, and the share that is reached.")
 @click.option("--profile", is_flag=True, help="Time every layer of a graph or an engine.")
@@ -101,6 +105,8 @@ def _measure(models: tuple[str, ...], output: Path | None, options: dict[str, An
     from repvgg_deploy.benchmark import run_benchmark
     from repvgg_deploy.suites import load_suite
 
+    if output is not None and output.is_dir():
+        raise DeployError(f"{output} is a directory", "give the name of the file to write: -o result.json")
     suite = options["suite"]
     request = load_suite(suite) if suite is not None else _request(models, options)
     earlier = read_record(output) if suite is not None and output is not None and output.is_file() else None
@@ -188,7 +194,8 @@ def _require(record: Record, min_images_per_sec: float | None, min_ratio: float 
         worst = min(slow, key=lambda r: float(r["images_per_sec"]))
         raise ThresholdError(
             f"{worst['model']} at batch {worst['batch']} does {worst['images_per_sec']:.1f} images/s,"
-            f" below the {min_images_per_sec:g} asked for"
+            f" below the {min_images_per_sec:g} asked for",
+            "look for other load on the machine, and at the note in the table",
         )
     if min_ratio is None:
         return
@@ -199,7 +206,8 @@ def _require(record: Record, min_images_per_sec: float | None, min_ratio: float 
     if least["ratio"] < min_ratio:
         raise ThresholdError(
             f"{least['model']} at batch {least['batch']} is {least['ratio']:.3f} times as fast as {least['baseline']},"
-            f" below the {min_ratio:g} asked for"
+            f" below the {min_ratio:g} asked for",
+            "look for other load on the machine, and at the interval in the table",
         )
 
 
@@ -272,7 +280,13 @@ def report_(results: tuple[Path, ...], output: Path, plots: Path | None, baselin
 
     if output.suffix.lower() not in (".html", ".htm"):
         raise DeployError(f"{output} is no HTML file", "-o report.html")
-    written = write_report([read_record(path) for path in results], output, plots, baseline)
+    records = [read_record(path) for path in results]
+    known = {ratio["baseline"] for record in records for ratio in record["ratios"]}
+    asked = click.get_current_context().get_parameter_source("baseline") is not ParameterSource.DEFAULT
+    if asked and baseline not in known:
+        names = ", ".join(sorted(known)) or "none"
+        raise DeployError(f"the results have no ratio to {baseline!r}", f"they have ratios to: {names}")
+    written = write_report(records, output, plots, baseline)
     if as_json:
         report.print_json({"files": [str(path) for path in written]})
     else:

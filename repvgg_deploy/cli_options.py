@@ -30,6 +30,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 _LARGEST = 8192
 
 
+class FiniteRange(click.FloatRange):
+    """A number within limits, which `nan` and `inf` are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse `value`, or fail as wrong usage."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
+
+
 class Size(SizeType):
     """`224`, or `HxW` as in `192x256`, as (height, width)."""
 
@@ -125,7 +136,7 @@ def int8_options(command: F) -> F:
             " a few channels more; onnxruntime, that one alone, more exactly [portable].",
         ),
         click.option("--keep-float", multiple=True, metavar="LAYER", help="Do not quantize this layer; repeatable."),
-        click.option("--max-drop", type=click.FloatRange(min=0), metavar="POINTS", help="The most top-1 to lose."),
+        click.option("--max-drop", type=FiniteRange(min=0), metavar="POINTS", help="The most top-1 to lose."),
         click.option("--val", type=path, metavar="DIR", help="Labelled images for --max-drop: DIR/<class>/*.jpg."),
         click.option("--layers", is_flag=True, help="Print a table of the quantized layers."),
     )(command)
@@ -188,10 +199,23 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
     return Int8Request(**{**request, "rest": Precision(request["rest"])})
 
 
+_BUILD = (
+    "batch_range", "workspace", "optimization_level", "refittable", "strip_weights", "hardware_compatibility",
+    "compute_capability", "version_compatible", "timing_cache", "tf32",
+)  # fmt: skip
+
+
 def take_build(values: dict[str, Any]) -> BuildOptions:
     """Remove the options of an engine build from `values` and return them as one object."""
     from repvgg_deploy.engine.options import BuildOptions
 
+    context = click.get_current_context()
+    if values["engine"] == "none":
+        for option in _BUILD:
+            if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+                raise click.UsageError(f"--{option.replace('_', '-')} is for an engine, and --engine none builds none.")
+    if values["batch"] is not None and values["batch_range"] is not None:
+        raise click.UsageError("--batch fixes the batch, so there is no --batch-range.")
     workspace = values.pop("workspace")
     smallest, best, largest = values["batch_range"] or BuildOptions.batch_range
     if not 1 <= smallest <= best <= largest:
@@ -200,18 +224,7 @@ def take_build(values: dict[str, Any]) -> BuildOptions:
         batch_range=values.pop("batch_range") or BuildOptions.batch_range,
         compute_capabilities=tuple(values.pop("compute_capability")),
         workspace_bytes=None if workspace is None else workspace << 20,
-        **{
-            name: values.pop(name)
-            for name in (
-                "optimization_level",
-                "timing_cache",
-                "hardware_compatibility",
-                "version_compatible",
-                "refittable",
-                "strip_weights",
-                "tf32",
-            )
-        },
+        **{name: values.pop(name) for name in _BUILD if name in values},
     )
 
 

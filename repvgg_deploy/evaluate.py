@@ -141,13 +141,16 @@ class Tolerance:
         coarsest = max(_MAX_RELATIVE.get(precision, _MAX_RELATIVE["fp32"]) for precision in precisions)
         require_parity("verify", parity, coarsest if self.max_relative is None else self.max_relative)
         if self.max_abs is not None and not parity.max_abs <= self.max_abs:
-            raise VerificationError(f"a logit differs by {parity.max_abs:.3g}, more than {self.max_abs:g}")
+            raise VerificationError(f"a logit differs by {parity.max_abs:.3g}, more than {self.max_abs:g}", _LOOK)
         disagreement = 100 * (1 - parity.top1_agreement)
         if self.max_disagreement is not None and not disagreement <= self.max_disagreement:
             raise VerificationError(
-                f"the top-1 class of {disagreement:.2f} % of the images differs, more than {self.max_disagreement:g} %"
+                f"the top-1 class of {disagreement:.2f} % of the images differs, more than {self.max_disagreement:g} %",
+                _LOOK,
             )
 
+
+_LOOK = "see with `inspect` whether both are of one checkpoint, and take the same preprocessing"
 
 # Float32 arithmetic alone costs 1e-6 to 1e-5 on nets of this depth; FP16 has a rounding of 5e-4, accumulated over the
 # layers. INT8 is no copy of the net: what it may cost is a matter of accuracy, not of equality.

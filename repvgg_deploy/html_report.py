@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,16 @@ def write_report(
     """
     drawn = draw_plots(records, baseline)
     written = [output, output.with_suffix(".md")]
-    with stage_files(output.absolute().parent) as staging:
+    with ExitStack() as stack:
+        staging = stack.enter_context(stage_files(output.absolute().parent))
         (staging / output.name).write_text(render_page(records, drawn, baseline), encoding="utf-8")
         (staging / written[1].name).write_text(render_markdown(records, baseline), encoding="utf-8")
-    if plots is not None:
-        with stage_files(plots.absolute()) as staging:
+        if plots is not None:
+            staging = stack.enter_context(stage_files(plots.absolute()))
             for plot in drawn:
                 (staging / f"{plot.name}.png").write_bytes(plot.png)
                 (staging / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-        written += [plots / f"{plot.name}.{kind}" for plot in drawn for kind in ("png", "svg")]
+            written += [plots / f"{plot.name}.{kind}" for plot in drawn for kind in ("png", "svg")]
     return written
 
 

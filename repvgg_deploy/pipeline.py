@@ -34,7 +34,7 @@ from repvgg_deploy.parity import compare, require_parity
 from repvgg_deploy.reference import run_fused, run_in_float64
 from repvgg_deploy.runners import Array
 from repvgg_deploy.runners.onnx_runner import OnnxRunner
-from repvgg_deploy.staging import flush_files, stage_files
+from repvgg_deploy.staging import flush_files, hash_file, stage_files
 from repvgg_deploy.verification import VerificationInputs, choose_inputs
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
         DeployError: whatever the user can mend; nothing is written then.
     """
     start = time.perf_counter()
+    if request.output.exists() and not request.output.is_dir():
+        raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
     # Imported while the checkpoint is hashed and fused, which needs no interpreter.
     Thread(target=import_module, args=("onnxsim",), daemon=True).start()
     backend = _find_backend(request, say)
@@ -129,8 +131,25 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
         engine = None
         if backend is not None:
             engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, say, report)
+    if engine is None:
+        _note_other_engine(result.onnx, say)
     seconds = time.perf_counter() - start
     return replace(result, engine=engine, seconds=seconds, peak_bytes=peak_bytes())
+
+
+def _note_other_engine(onnx: Path, say: Say) -> None:
+    """Tell of an engine that stands beside the graph and was built from another one."""
+    plan = onnx.with_suffix(".plan")
+    if not plan.exists():
+        return
+    from repvgg_deploy.engine.side_file import read_side_file
+
+    try:
+        same = read_side_file(plan).onnx_sha256 == hash_file(onnx)
+    except DeployError:
+        same = False
+    if not same:
+        say(f"note: {plan} is not of this graph: it was left as it was")
 
 
 def _find_backend(request: ExportRequest, say: Say) -> Any:

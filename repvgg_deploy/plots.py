@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.plot_labels import label_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -294,6 +293,8 @@ def _roofline(axes: Axes, results: Sequence[Result], ceiling: dict[str, Any]) ->
     axes.set_ylabel(unit)
     axes.legend(loc="lower right")
     points = [(r["roofline"]["flops_per_byte"], r["roofline"]["tflops"], _short_name(r["model"])) for r in results]
+    from repvgg_deploy.plot_labels import label_points
+
     label_points(axes, points, fontsize=6.5, color="#333333")
 
 

@@ -78,6 +78,15 @@ def test_samples_stay_on_one_line(tmp_path: Path) -> None:
     assert all(line.rstrip(",").endswith("]") for line in samples)
 
 
+def test_nan_is_no_number_of_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_record(make_record(), path)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"duration_s": ', '"duration_s": NaN, "was": ', 1), encoding="utf-8")
+    with pytest.raises(DeployError, match="NaN is no number"):
+        read_record(path)
+
+
 def drop(field: str) -> Callable[[dict[str, Any]], None]:
     return lambda record: record["results"][0].pop(field)
 

@@ -127,7 +127,15 @@ def test_wrong_arch_names_the_right_one(checkpoint_file: Path) -> None:
 def test_output_that_cannot_be_written_is_an_error(checkpoint_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     error = failed(run("export", checkpoint_file, "-o", tmp_path / "file", "--size", 32, *NO_ENGINE))
-    assert "cannot write to" in error
+    assert "is a file" in error
+
+
+def test_an_engine_of_another_graph_beside_the_new_one_is_told_of(checkpoint_file: Path, tmp_path: Path) -> None:
+    plan = tmp_path / f"{checkpoint_file.stem}.fp32.plan"
+    plan.write_bytes(b"another build's")
+    result = run("export", checkpoint_file, "-o", tmp_path, "--size", 32, *NO_ENGINE)
+    assert f"note: {plan} is not of this graph" in result.stderr
+    assert plan.read_bytes() == b"another build's"
 
 
 USAGE = [
@@ -144,6 +152,12 @@ USAGE = [
     ["eval", "a.pth"],
     ["verify", "a.pth"],
     ["verify", "a.pth", "b.pth", "--count", "0"],
+    ["verify", "a.pth", "b.pth", "--count", "3"],
+    ["export", "a.pth", "--batch", "4", "--batch-range", "1", "2", "4"],
+    ["export", "a.pth", "--engine", "none", "--refittable"],
+    ["export", "a.pth", "--bn-eps", "nan"],
+    ["bench", "A0", "--duration", "-1"],
+    ["bench", "A0", "--warmup", "nan"],
     ["nonsense"],
     ["--nonsense"],
 ]

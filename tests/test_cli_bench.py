@@ -149,6 +149,13 @@ def test_options_that_contradict_are_wrong_usage(arguments: list[str]) -> None:
     assert run("bench", *arguments).exit_code == 2
 
 
+def test_an_output_that_is_a_folder_is_an_error_before_anything_is_measured(graph: Path, tmp_path: Path) -> None:
+    result = run("bench", graph, "-o", tmp_path, *QUICK)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error:")
+    assert "is a directory" in result.stderr
+
+
 def test_a_graph_has_one_form(graph: Path) -> None:
     result = run("bench", graph, "--form", "both", *QUICK)
     assert result.exit_code == 1

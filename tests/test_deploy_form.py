@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -155,11 +157,34 @@ def test_epsilon_of_the_bns_can_be_given(net, checkpoint_file: Path, tmp_path: P
     assert torch.allclose(bias, expected, atol=1e-6)
 
 
-def test_source_may_be_its_own_target(net, checkpoint_file: Path, images: Tensor) -> None:
-    write_fused(checkpoint_file, checkpoint_file)
-    checkpoint = load_checkpoint(checkpoint_file)
-    assert checkpoint.form == "deploy"
-    assert relative(logits_of(build(checkpoint), images), logits_of(net, images)) < 1e-6
+def test_the_checkpoint_is_never_replaced_by_its_deploy_form(checkpoint_file: Path, tmp_path: Path) -> None:
+    before = checkpoint_file.read_bytes()
+    (tmp_path / "link.pth").symlink_to(checkpoint_file)
+    for target in (checkpoint_file, tmp_path / "link.pth"):
+        with pytest.raises(DeployError, match="is the checkpoint itself"):
+            write_fused(checkpoint_file, target)
+    assert checkpoint_file.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a file's size is one of Linux")
+@pytest.mark.parametrize("name", ["fused.pth", "fused.safetensors"])
+def test_a_full_disk_is_an_error_and_leaves_the_older_file(name: str, checkpoint_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).write_bytes(b"older")
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from repvgg_deploy.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, "fuse", str(checkpoint_file), "-o", str(folder / name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "error: cannot write to" in done.stderr
+    assert "hint: " in done.stderr
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [(name, b"older")]
 
 
 def test_directory_as_target_is_an_error(checkpoint_file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,13 @@ from test_quantize_preparation import draw_images, fused_net
 
 from repvgg_deploy.quantize import QuantizedNet, quantize
 from repvgg_deploy.quantize.layer_report import signal_to_noise_db
-from repvgg_deploy.quantize.sensitivity import LayerSensitivity, layers_within, quantize_within, rank_layers
+from repvgg_deploy.quantize.sensitivity import (
+    LayerSensitivity,
+    layers_within,
+    lead_at_risk,
+    quantize_within,
+    rank_layers,
+)
 
 
 def test_the_ranking_holds_every_layer_once_by_error_per_mac() -> None:
@@ -26,19 +32,29 @@ def test_a_layer_by_itself_errs_less_than_the_net() -> None:
     """Each is quantized as if the others were float; were it to make up for their error, alone it would err more."""
     net, images = fused_net(), draw_images(64)
     ranking = rank_layers(quantize(net, [images], QUICK, chained=False), images)
-    exact = net(images)
-    whole = (quantize(net, [images], QUICK)(images) - exact).square().sum(1) / exact.square().sum(1)
-    assert max(layer.error for layer in ranking) < float(whole.median())
+    whole = lead_at_risk(net(images), quantize(net, [images], QUICK)(images))
+    assert max(layer.error for layer in ranking) < whole
 
 
-def test_a_layer_with_a_bad_scale_comes_first() -> None:
+def test_the_lead_at_risk_is_that_of_the_doubtful_images() -> None:
+    exact = torch.tensor([[5.0, 4.0, 0.0], [0.0, 100.0, 50.0]])
+    assert lead_at_risk(exact, exact) == 0.0
+    # Both leads change by one: half of the one is left, and nearly all of the other.
+    changed = exact + torch.tensor([[0.0, 1.0, 9.0], [0.0, 0.0, 1.0]])
+    assert lead_at_risk(exact, changed) == pytest.approx((1 / 2 + 1 / 51) / 2)
+    assert lead_at_risk(exact, exact * 1e6) == pytest.approx(1.0, abs=1e-5)
+    assert lead_at_risk(torch.zeros(2, 3), torch.zeros(2, 3)) == 0.0
+    assert lead_at_risk(torch.tensor([[3.0]]), torch.tensor([[2.0]])) == pytest.approx(1 / 4)
+
+
+def test_a_layer_with_a_bad_scale_has_the_largest_error() -> None:
     net, images = fused_net(), draw_images(64)
     quantized = quantize(net, [images], QUICK, chained=False)
     name = "stages.2.1"
     layer = quantized.integer_layer(name)
     assert layer is not None
     layer.input_scale *= 40
-    assert rank_layers(quantized, images)[0].name == name
+    assert max(rank_layers(quantized, images), key=lambda ranked: ranked.error).name == name
 
 
 def test_layers_are_taken_until_the_share_is_used_up() -> None:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 
-from repvgg_deploy.bench_record import SCHEMA_NAME, SCHEMA_VERSION, check_record, describe_measurement, describe_ratio
+from repvgg_deploy.bench_record import (
+    SCHEMA_NAME,
+    SCHEMA_VERSION,
+    check_record,
+    describe_measurement,
+    describe_ratio,
+    write_record,
+)
+from repvgg_deploy.cli import main
 from repvgg_deploy.html_report import paper_rows, ratio_rows, render_markdown, render_page, result_rows
 from repvgg_deploy.machine import record_machine
 from repvgg_deploy.measure import Label, Measurement, Query, Slice
@@ -144,3 +156,36 @@ def test_the_papers_column_stands_beside_torchs_speed(record: dict[str, Any]) ->
 )
 def test_models_are_told_apart_by_family(model: str, family: str) -> None:
     assert family_of(model) == family
+
+
+@pytest.fixture
+def result_file(record: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "result.json"
+    write_record(record, path)
+    return path
+
+
+def report(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["report", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_a_folder_for_plots_that_is_a_file_leaves_no_page(result_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "plots").touch()
+    done = report(result_file, "-o", tmp_path / "page.html", "--plots", tmp_path / "plots")
+    assert done.exit_code == 1
+    assert "cannot write to" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "result.json"]
+
+
+def test_a_baseline_that_no_ratio_has_is_an_error(result_file: Path, tmp_path: Path) -> None:
+    done = report(result_file, "-o", tmp_path / "page.html", "--baseline", "nonesuch")
+    assert done.exit_code == 1
+    assert "they have ratios to: RepVGG-A0, ResNet-50" in done.stderr
+
+
+def test_without_matplotlib_the_error_says_what_to_install(result_file: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from repvgg_deploy.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "report", str(result_file), "-o", str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: matplotlib is not installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -66,16 +67,15 @@ def _layout(spec: ArchSpec, layout: str) -> Layout:
 
 def write_state_dict(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write `state` as `.safetensors` or, with any other ending, as a torch zip file."""
+    # Not by the libraries' own hand: on a full disk they raise errors of their own, which say nothing of a disk.
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        # It writes files that only their owner may read; the mode of any other new file is the user's choice.
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(dict(state), path, dict(metadata or {}))
-        path.chmod(mode)
+        path.write_bytes(save(dict(state), dict(metadata or {})))
     else:
-        torch.save(dict(state), path)
+        content = BytesIO()
+        torch.save(dict(state), content)
+        path.write_bytes(content.getbuffer())
 
 
 def class_names_metadata(names: tuple[str, ...] | None) -> dict[str, str]:

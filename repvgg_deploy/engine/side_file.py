@@ -17,7 +17,7 @@ from repvgg_deploy.errors import DeployError
 
 SCHEMA = 1
 _REBUILD = "build it again on this machine: `repvgg-deploy export`"
-_TRUST = "build it again, or give --trust if you know where it comes from"
+_TRUST = "build it again; `eval --trust` and `verify --trust` run a plan of which you know where it comes from"
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         names = ", ".join(sorted(p.stem for p in data_folder("calibration").glob("*.toml")))
         raise DeployError(f"there is no recipe {name_or_path}", f"one of: {names}; or a TOML file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DeployError(f"the recipe {path} cannot be read: {error}") from error
+        raise DeployError(f"the recipe {path} cannot be read: {error}", "calibration/ has examples") from error
     values.setdefault("name", path.stem)
     recipe: Recipe = _read(Recipe, values, path)
     _check(recipe, path)

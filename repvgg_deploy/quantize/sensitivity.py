@@ -23,9 +23,7 @@ RANKING_IMAGES = 128
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One layer: `error` is the energy of the logits' error in shares of theirs where it alone is int8.
-
-    That of the median image: a few images with enormous activations would decide the mean.
+    """One layer: `error` is the `lead_at_risk` where it alone is int8.
 
     `macs_share` is its share of the net's multiply-adds.
     """
@@ -52,14 +50,27 @@ def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ..
     macs = count_macs(net.float_net, images[:1])
     total = sum(macs.values())
     exact = _run(net.float_net, images)
-    energy = exact.square().sum(1).clamp_min(torch.finfo(exact.dtype).tiny)
     found = []
     for name, integers in net.integers().items():
         pool = None if net.pool_scale is None or name != CLASSIFIER else float(net.pool_scale)
         alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool), target=net.target)
-        error = float(((_run(alone, images) - exact).square().sum(1) / energy).median())
+        error = lead_at_risk(exact, _run(alone, images))
         found.append(LayerSensitivity(name, error, macs[name] / total))
     return tuple(sorted(found, key=lambda layer: -layer.gain))
+
+
+def lead_at_risk(exact: Tensor, logits: Tensor) -> float:
+    """How much of the first class's lead over the second is at risk in `logits` (N, classes), from 0 to 1.
+
+    The mean over the images of |change of the lead| / (|change of the lead| + lead): an image with enormous activations
+    counts no more than any other, and one whose first class is beyond doubt hardly counts. The lead of a single class
+    is its score.
+    """
+    best = exact.topk(min(2, exact.shape[1]), 1).indices
+    signs = exact.new_tensor([1.0, -1.0])[: best.shape[1]]
+    before, after = ((scores.gather(1, best) * signs).sum(1) for scores in (exact, logits))
+    change = (after - before).abs()
+    return float((change / (change + before.abs()).clamp_min(torch.finfo(exact.dtype).tiny)).mean())
 
 
 def _run(net: torch.nn.Module, images: Tensor) -> Tensor:
