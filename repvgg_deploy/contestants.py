@@ -23,7 +23,7 @@ from repvgg_deploy.measure import Label, Subject
 from repvgg_deploy.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.roofline import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
-from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
+from repvgg_deploy.runners.onnx_runner import NUMPY_TYPES, OnnxRunner, import_onnxruntime
 from repvgg_deploy.runners.torch_runner import TorchEvents, TorchLane, TorchOptions, TorchPrecision, TorchRunner
 from repvgg_deploy.seeded import seeded_baseline, seeded_inputs, seeded_repvgg
 from repvgg_deploy.subjects import BlockingSubject, StreamSubject
@@ -38,7 +38,6 @@ PROVIDERS = {
 }
 ENGINES = ("tensorrt", "tensorrt-rtx")
 BACKENDS = (*PROVIDERS, "torch-cpu", "torch-cuda", *ENGINES)
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
         raise DeployError(f"{path} is an ONNX graph, and {backend} does not run it", f"one of: {', '.join(PROVIDERS)}")
     runner = OnnxRunner(path, PROVIDERS[backend], entry.threads)
     known = replace(entry, backend=backend, precision=_require_precision(entry, path, runner.precision))
-    dtype = _NUMPY_TYPES.get(runner.input_type)
+    dtype = NUMPY_TYPES.get(runner.input_type)
     if dtype is None or None in runner.input_shape[1:]:
         raise DeployError(f"{path} takes {runner.input_type} of {runner.input_shape}", "export it with a fixed size")
     shape = cast("tuple[int, ...]", runner.input_shape[1:])

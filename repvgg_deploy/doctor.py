@@ -116,7 +116,7 @@ def _probe_backend(name: BackendName, found: FoundGpus, can_run_cuda: bool) -> R
 
 def _probe_module(module: str, package: str, found: FoundGpus) -> Row:
     part = module.removesuffix(".driver")
-    hint = "pip install cuda-python" if package == "cuda-bindings" else "pip install 'repvgg-deploy[pycuda]'"
+    hint = "pip install cuda-python" if package == "cuda-bindings" else "pip install pycuda"
     try:
         importlib.import_module(module)
         version = importlib.metadata.version(package)
@@ -131,7 +131,7 @@ def _probe_onnxruntime() -> Row:
     try:
         import onnxruntime
     except ImportError as error:
-        hint = "pip install 'repvgg-deploy[cpu]', or 'repvgg-deploy[gpu]' for CUDA; never both"
+        hint = "pip install onnxruntime, or onnxruntime-gpu for CUDA; never both"
         return Row("onnxruntime", "", "ONNX Runtime", can_run=False, missing=str(error), hint=hint)
     known = [_PROVIDERS[name] for name in onnxruntime.get_available_providers() if name in _PROVIDERS]
     return Row("onnxruntime", onnxruntime.__version__, f"built with: {', '.join(sorted(known))}", can_run=True)

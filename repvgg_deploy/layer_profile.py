@@ -17,10 +17,9 @@ import onnx
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.model import is_onnx
 from repvgg_deploy.roofline import ELEMENT_BYTES, Cost, graph_costs
-from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
+from repvgg_deploy.runners.onnx_runner import NUMPY_TYPES, OnnxRunner, import_onnxruntime
 from repvgg_deploy.seeded import seeded_inputs
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _SUFFIX = "_kernel_time"
 _COSTLY = ("Conv", "FusedConv", "QLinearConv", "Gemm", "QGemm", "MatMul")
 
@@ -70,7 +69,7 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
     if not is_onnx(path):
         raise DeployError(f"{path} is no ONNX graph", "--profile is for graphs and engines: `export` writes them")
     plain = OnnxRunner(path, quick_start=True)
-    dtype = _TYPES.get(plain.input_type)
+    dtype = NUMPY_TYPES.get(plain.input_type)
     if dtype is None or None in plain.input_shape[1:]:
         raise DeployError(f"{path} takes {plain.input_type} of {plain.input_shape}", "export it with a fixed size")
     if plain.batch not in (None, batch):

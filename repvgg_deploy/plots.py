@@ -51,7 +51,7 @@ def draw_plots(records: Sequence[dict[str, Any]], baseline: str = "ResNet-50") -
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise DeployError("matplotlib is not installed", "pip install 'repvgg-deploy[report]'") from error
+        raise DeployError("matplotlib is not installed", "pip install matplotlib") from error
     results = [result for record in records for result in record["results"]]
     ratios = [ratio for record in records for ratio in record["ratios"]]
     plots: list[Plot] = []

@@ -20,7 +20,7 @@ def test_a_provider_that_is_not_there_is_an_error_not_the_cpu(provider: str, tmp
         pytest.skip(f"this ONNX Runtime has {provider}")
     with pytest.raises(DeployError, match=f"has no {provider}") as raised:
         OnnxRunner(small_onnx(tmp_path), provider)
-    assert "repvgg-deploy[gpu]" in raised.value.hint
+    assert "onnxruntime-gpu" in raised.value.hint
     assert "would have run on CPUExecutionProvider" in raised.value.message
 
 

@@ -192,5 +192,5 @@ def _capabilities(name: BackendName, module: Any) -> Capabilities:
 
 def _install_hint(name: BackendName) -> str:
     if name == "tensorrt":
-        return "pip install 'repvgg-deploy[tensorrt]' (needs NVIDIA's package host), or use NVIDIA's container"
-    return "pip install 'repvgg-deploy[rtx]'"
+        return "pip install tensorrt cuda-python (needs NVIDIA's package host), or use NVIDIA's container"
+    return "pip install tensorrt-rtx, and cuda-python to run what it builds"

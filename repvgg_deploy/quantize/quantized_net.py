@@ -170,7 +170,11 @@ class QuantizedNet(nn.Module):
         return self._run(x, {})
 
     def edge_integers(self, x: Tensor) -> dict[str, Tensor]:
-        """The integers on every quantized edge for images `x`, as floats: what QuantizeLinear gives in the graph."""
+        """The integers on every quantized edge for images `x`, as floats, counted from 0.
+
+        They are what QuantizeLinear gives in the graph, less its zero-point, or 128 more where the edge is one of
+        `wide`, whose constant channels are not among them.
+        """
         seen: dict[str, Tensor] = {}
         self._run(x, seen)
         return seen

@@ -8,11 +8,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.onnx_skeleton import read_skeleton
 from repvgg_deploy.runners import Array
 
 _CUDA = "CUDAExecutionProvider"
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+"""Of the inputs of the graphs that this project makes."""
+
 _INSTALL = "install what that provider needs, or leave it out; `repvgg-deploy doctor` tells more"
 
 
@@ -121,7 +126,7 @@ def choose_providers(runtime: Any, provider: str) -> list[Any]:
         instead = next((name for name in wanted if name in available), "CPUExecutionProvider")
         raise DeployError(
             f"this ONNX Runtime has no {provider}; it would have run on {instead} instead",
-            f"it has {', '.join(available)}; pip install 'repvgg-deploy[gpu]' after removing onnxruntime",
+            f"it has {', '.join(available)}; pip install onnxruntime-gpu after removing onnxruntime",
         )
     return [(name, {"use_tf32": "0"}) if name == _CUDA else name for name in wanted]
 
@@ -137,6 +142,6 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         raise DeployError(
             "ONNX Runtime is not installed, so no ONNX graph can be verified",
-            "pip install 'repvgg-deploy[cpu]', or 'repvgg-deploy[gpu]' for CUDA; never both",
+            "pip install onnxruntime, or onnxruntime-gpu for CUDA; never both",
         ) from error
     return onnxruntime
