@@ -6,20 +6,26 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 
 from repvgg_deploy.errors import DeployError
+
+_PREFIX = ".repvgg-deploy-"
+_ABANDONED_S = 24 * 3600
+"""No export takes as long as this without writing a file."""
 
 
 @contextmanager
 def stage_files(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files replace those of `folder` when the block ends; after an error, none does.
 
-    The temporary folder lies inside `folder`, so that the renames stay on one file system.
+    The temporary folder lies inside `folder`, so that the renames stay on one file system. A process that was killed
+    leaves it there; the first call a day later removes it.
 
     Raises:
         DeployError: `folder` cannot be made or written to, or the disk is full.
@@ -27,7 +33,8 @@ def stage_files(folder: Path) -> Iterator[Path]:
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".repvgg-deploy-", dir=folder))
+        _remove_abandoned(folder)
+        staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
     except OSError as error:
         _take_back(made)
         raise DeployError(f"cannot write to {folder}: {error.strerror}", "choose another place with -o") from error
@@ -46,6 +53,15 @@ def stage_files(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         if not finished:
             _take_back(made)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for left in folder.glob(f"{_PREFIX}*"):
+        # Another process may be removing it as well.
+        with suppress(OSError):
+            written = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+            if left.is_dir() and time.time() - written > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _take_back(made: list[Path]) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,22 @@ def test_existing_file_is_replaced(tmp_path: Path) -> None:
         (staging / "a").write_text("new")
         assert (tmp_path / "a").read_text() == "old"
     assert tree(tmp_path) == {"a": "new"}
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    for name, age in ((".repvgg-deploy-old", 25 * 3600), (".repvgg-deploy-new", 3600), ("other", 25 * 3600)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "net.onnx").write_text("half")
+        for path in (tmp_path / name / "net.onnx", tmp_path / name):
+            os.utime(path, (time.time() - age, time.time() - age))
+    # Its folder is old, but something is being written.
+    (tmp_path / ".repvgg-deploy-busy").mkdir()
+    (tmp_path / ".repvgg-deploy-busy" / "net.plan").write_text("half")
+    os.utime(tmp_path / ".repvgg-deploy-busy", (0, 0))
+    stage(tmp_path, {"a": "1"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".repvgg-deploy-busy", ".repvgg-deploy-new", "a", "other",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, VerificationError, MemoryError])
