@@ -45,7 +45,9 @@ def _progress() -> Iterator[Callable[[float], None]]:
 )
 @click.option("--baseline", metavar="NAME", help="A net to compare with, run in the same way: resnet50, …, vgg16.")
 @click.option("--backend", metavar="NAME", help="onnxruntime-cpu, torch-cuda, tensorrt, …; by default the file's own.")
-@click.option("--precision", metavar="P", help="fp32, fp16, int8; torch also bf16, tf32. By default the file's own.")
+@click.option(
+    "--precision", metavar="P", help="fp32, fp16, int8; torch bf16, torch and engines tf32. By default the file's own."
+)
 @click.option("--form", type=click.Choice(["deploy", "training", "both"]), default="deploy", show_default=True)
 @click.option("--mode", type=click.Choice(["eager", "compiled", "cuda-graph"]), default="eager", help="Of torch.")
 @click.option("--channels-last", is_flag=True, help="NHWC in memory, of torch.")

@@ -47,7 +47,7 @@ class Entry:
     Attributes:
         model: a checkpoint, an ONNX graph, an engine, or the name of an architecture, which gets seeded weights.
         backend: one of `BACKENDS`; None for the natural one of the file, on a GPU where the library finds one.
-        precision: fp32, fp16, int8; on torch also bf16, tf32. None for the file's own, else fp32.
+        precision: fp32, fp16, int8; on torch also bf16, on torch and engines tf32. None for the file's own, else fp32.
         form: `deploy`, or `training` for a RepVGG with all its branches.
         mode, channels_last: see `TorchOptions`.
         threads: of the CPU; 0 for the backend's choice.
