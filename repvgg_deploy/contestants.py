@@ -165,6 +165,8 @@ def _require_precision(entry: Entry, path: Path, found: str) -> str:
         return found
     if found != "unknown":
         raise DeployError(f"{path} is {found}, not {entry.precision}", "leave --precision out")
+    if entry.precision not in ELEMENT_BYTES:
+        raise DeployError(f"there is no precision {entry.precision!r}", f"one of: {', '.join(ELEMENT_BYTES)}")
     return entry.precision
 
 
@@ -249,7 +251,7 @@ def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
         images = seeded_inputs((batch, *shape), dtype)
         return BlockingSubject(replace(label, batch=batch), lambda: runner.run(images))
 
-    return Contestant(label, at_batch, None, _graph_cost(path, runner.precision))
+    return Contestant(label, at_batch, None, _graph_cost(path, label.precision))
 
 
 def _pixels(shape: Sequence[int], dtype: Any) -> Sequence[int]:
@@ -289,7 +291,10 @@ def _open_plan(entry: Entry, path: Path, name: str) -> Contestant:
     known = replace(entry, backend=runner.backend, precision=_require_precision(entry, path, runner.precision))
     size, mode = _pixels(runner.input.shape[1:], runner.input.dtype), _streams_and_copies(entry).removeprefix(", ")
     label = _label(known, name, runner.backend_version, size, mode)
-    build = None if runner.options is None else comparable_options(runner.options)
+    build = None
+    if runner.options is not None:
+        # A graph with a fixed batch has a profile of its own, whatever range the build was asked for.
+        build = replace(comparable_options(runner.options), batch_range=runner.profile)
 
     def at_batch(batch: int) -> Subject:
         images = seeded_inputs((batch, *runner.input.shape[1:]), np.dtype(runner.input.dtype))

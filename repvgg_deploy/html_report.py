@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from repvgg_deploy.errors import DeployError
 from repvgg_deploy.paper import IMAGES_PER_SEC_1080TI
 from repvgg_deploy.plots import Plot, draw_plots
 from repvgg_deploy.staging import stage_files
@@ -40,10 +41,13 @@ def write_report(
     Returns the files that were written.
 
     Raises:
-        DeployError: matplotlib is missing, or a folder cannot be written to.
+        DeployError: matplotlib is missing, or the files cannot be written; none is then.
     """
-    drawn = draw_plots(records, baseline)
     written = [output, output.with_suffix(".md")]
+    for path in written:
+        if path.is_dir():
+            raise DeployError(f"{path} is a directory", "give the name of the file to write: -o report.html")
+    drawn = draw_plots(records, baseline)
     with ExitStack() as stack:
         staging = stack.enter_context(stage_files(output.absolute().parent))
         (staging / output.name).write_text(render_page(records, drawn, baseline), encoding="utf-8")

@@ -144,8 +144,6 @@ def _statistics(
     progress: Callable[[str, int, int], None],
 ) -> CalibrationStatistics:
     """The statistics of the cache, where it holds those of this checkpoint; else they are taken now and kept there."""
-    if cache is not None and cache.exists():
-        return CalibrationStatistics.load(cache, sha256, images)
     seen = 0
 
     def count(number: int) -> None:
@@ -154,6 +152,8 @@ def _statistics(
         progress("calibrating", seen, len(images.paths) * views)
 
     try:
+        if cache is not None and cache.exists():
+            return CalibrationStatistics.load(cache, sha256, images)
         statistics = collect_statistics(fused, images, sha256, views, count)
     except DeployError:
         if images.broken.reasons and len(images.broken.reasons) == len(images.paths):

@@ -118,6 +118,9 @@ class SimulatedCuda:
         while self.others:
             self.others.pop(0)()
 
+    def is_capturing(self, stream: int) -> bool:
+        return stream in self.capturing
+
     def begin_capture(self, stream: int) -> None:
         self._begin("begin_capture")
         self.capturing[stream] = None

@@ -7,20 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_graphs import write_onnx
 from small_nets import make_net
 
 from repvgg_deploy.artifacts import Precision
-from repvgg_deploy.benchmark import Group, _with_precisions
-from repvgg_deploy.contestants import Contestant, Entry, _build_plan, comparable_options
+from repvgg_deploy.benchmark import Group, _add_group, _with_precisions
+from repvgg_deploy.contestants import Contestant, Entry, _build_plan, _pixels, comparable_options, open_entry
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.side_file import read_side_file
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fuse import fuse
-from repvgg_deploy.measure import Label
-from repvgg_deploy.onnx_export import GraphOptions
+from repvgg_deploy.measure import Label, Measurement, Query, Slice
+from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.onnx_graph import write_graph
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 PLAN = BuildOptions(batch_range=(1, 128, 512), optimization_level=2)
@@ -68,6 +70,51 @@ def test_a_model_of_another_shape_has_no_baseline() -> None:
 def test_what_is_compared_with_a_stripped_engine_can_run() -> None:
     options = comparable_options(replace(PLAN, strip_weights=True, timing_cache=False))
     assert options == replace(PLAN, refittable=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "size"),
+    [((3, 64, 96), np.float32, (64, 96)), ((3, 64, 96), np.float16, (64, 96)), ((64, 96, 3), np.uint8, (64, 96))],
+)
+def test_the_size_of_an_input_is_read_by_its_type(shape: tuple[int, ...], dtype: type, size: tuple[int, int]) -> None:
+    assert tuple(_pixels(shape, dtype)) == size
+
+
+def test_each_model_is_compared_with_the_baseline_of_its_size_and_build() -> None:
+    other = replace(PLAN, optimization_level=0)
+    entries = [Entry(name) for name in ("a.plan", "b.plan", "c.plan")]
+    plans = [opened(entries[0], (64, 64), build=PLAN), opened(entries[1], (64, 64), build=other)]
+    plans.append(opened(entries[2], (224, 224), build=PLAN))
+    baselines = [opened(Entry("ResNet-50"), size, build=build) for size, build in (
+        ((64, 64), PLAN), ((64, 64), other), ((224, 224), PLAN),
+    )]  # fmt: skip
+    contestants = [*plans, *baselines]
+    # Of each baseline another speed.
+    seconds = [1.0, 1.0, 1.0, 2.0, 3.0, 4.0]
+    measured = [
+        Measurement(replace(c.label, batch=1), tuple(Slice((Query(n, n + s, 1e3 * s),)) for n in range(6)))
+        for c, s in zip(contestants, seconds, strict=True)
+    ]
+    group = Group("batch 1", tuple(entries), 1, "resnet50")
+    empty = {"machine": {"under_load": {}}, "results": [], "ratios": []}
+    record = _add_group(empty, group, contestants, measured, {}, [])
+    assert {r["model"]: r["ratio"] for r in record["ratios"]} == {"a.plan": 2.0, "b.plan": 3.0, "c.plan": 4.0}
+    assert [r["input"] for r in record["results"]] == ["64x64", "64x64", "224x224"] * 2
+
+
+def test_a_graph_that_says_no_precision_takes_a_known_one_only(tmp_path: Path) -> None:
+    net: Any = fuse(make_net(), torch.float32)
+    path = tmp_path / "net.onnx"
+    write_graph(to_onnx(net, FloatLayers(), GraphOptions(32, 32), {}), path)
+    with pytest.raises(DeployError, match="no precision 'banana'"):
+        open_entry(Entry(str(path), "onnxruntime-cpu", "banana"), tmp_path)
+    costs = {}
+    for precision in ("fp32", "int8"):
+        contestant = open_entry(Entry(str(path), "onnxruntime-cpu", precision), tmp_path)
+        assert contestant.label.precision == precision
+        assert contestant.cost is not None
+        costs[precision] = contestant.cost(1).bytes
+    assert costs["fp32"] == 4 * costs["int8"]
 
 
 @needs_rtx

@@ -66,6 +66,7 @@ def test_both_libraries_have_every_method_of_the_interface(module: str) -> None:
         lambda cuda: cuda.synchronize_device(),
         lambda cuda: cuda.create_event(),
         lambda cuda: cuda.synchronize_event(SimpleNamespace(handle=0)),
+        lambda cuda: cuda.is_capturing(0),
         lambda cuda: cuda.begin_capture(0),
         lambda cuda: cuda.end_capture(0),
     ],

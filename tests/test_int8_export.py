@@ -20,6 +20,7 @@ from repvgg_deploy.drawn import write_image_folder
 from repvgg_deploy.evaluate import evaluate
 from repvgg_deploy.locate import data_folder
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantize.qdq import with_fp16_scales
 
 DEMO = str(data_folder("models") / "demo.safetensors")
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
@@ -216,6 +217,28 @@ def test_layers_named_to_stay_float_do_so_in_every_candidate(images, tmp_path) -
     assert values["quantization"]["kept_float"] == ["stages.1.1"]
     result = int8(images, tmp_path / "b", *limit, "--keep-float", "stages.9.9", code=1)
     assert "no layer is called" in result.stderr
+
+
+@pytest.mark.parametrize("rest", ["fp32", "fp16"])
+def test_the_drop_is_that_of_the_file_with_its_scales(rest, images, tmp_path, monkeypatch) -> None:
+    rounded = []
+
+    def round_scales(net):
+        rounded.append(with_fp16_scales(net))
+        return rounded[-1]
+
+    monkeypatch.setattr(int8_export, "with_fp16_scales", round_scales)
+    write_image_folder(tmp_path / "val", 24, seed=12, size=64)
+    int8(images, tmp_path / "a", "--val", tmp_path / "val", "--max-drop", "50", "--rest", rest)
+    assert len(rounded) == (1 if rest == "fp16" else 0)
+
+
+def test_an_unreadable_folder_is_told_of_with_a_cache_too(images, tmp_path) -> None:
+    int8(images, tmp_path / "a", "--calib-cache", tmp_path / "cache.npz")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    result = int8(tmp_path / "broken", tmp_path / "b", "--calib-cache", tmp_path / "cache.npz", code=1)
+    assert "none of the calibration images can be read" in result.stderr
 
 
 def test_a_drop_that_no_set_of_float_layers_mends_is_refused(images, tmp_path, monkeypatch) -> None:

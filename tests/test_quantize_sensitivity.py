@@ -86,5 +86,19 @@ def test_the_smallest_set_within_the_limit_is_kept_float() -> None:
     assert torch.isfinite(found.net(images)).all()
 
 
+def test_layers_that_stay_float_do_so_in_every_candidate() -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def never_enough(candidate: QuantizedNet) -> float:
+        seen.append(candidate.float_layers())
+        return 1.0
+
+    named = ("stages.2.1", "stages.1.0", "stages.2.1")
+    found = quantize_within(fused_net(), [draw_images(32)], QUICK, never_enough, 0.5, keep_float=named)
+    assert len(seen) > 3
+    assert all({*named} <= {*layers} for layers in seen)
+    assert len(found.kept_float) == len({*found.kept_float})
+
+
 def _order(net: QuantizedNet) -> list[str]:
     return [*(name for name, _ in net.float_net.named_blocks()), "classifier"]

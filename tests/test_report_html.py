@@ -177,6 +177,14 @@ def test_a_folder_for_plots_that_is_a_file_leaves_no_page(result_file: Path, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "result.json"]
 
 
+def test_a_page_that_is_a_folder_leaves_no_plots(result_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    done = report(result_file, "-o", tmp_path / "page.html", "--plots", tmp_path / "plots")
+    assert done.exit_code == 1
+    assert "page.html is a directory" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "result.json"]
+
+
 def test_a_baseline_that_no_ratio_has_is_an_error(result_file: Path, tmp_path: Path) -> None:
     done = report(result_file, "-o", tmp_path / "page.html", "--baseline", "nonesuch")
     assert done.exit_code == 1

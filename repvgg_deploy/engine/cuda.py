@@ -79,6 +79,9 @@ class Cuda(Protocol):
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two events that are over."""
 
+    def is_capturing(self, stream: int) -> bool:
+        """Whether what is enqueued in a stream goes into a graph, as far as the library can tell."""
+
     def begin_capture(self, stream: int) -> None:
         """From now on, what is enqueued in `stream` by this thread goes into a graph."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,11 @@ class CudaBindings:
         self.synchronize_event(end)
         return float(check(runtime.cudaEventElapsedTime(start.handle, end.handle), "timing"))
 
+    def is_capturing(self, stream: int) -> bool:
+        """Through cudaStreamIsCapturing."""
+        status = check(runtime.cudaStreamIsCapturing(stream), "asking for a capture")
+        return bool(status != runtime.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone)
+
     def begin_capture(self, stream: int) -> None:
         """Thread-local: other threads may go on with calls that a capture forbids."""
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -139,10 +145,11 @@ class _Event:
         self.handle = check(runtime.cudaEventCreate(), "creating an event")
 
     def __del__(self) -> None:
-        # Without a handle it could not be created.
+        # Without a handle it could not be created; the status does not matter: a GPU that has failed holds no events.
+        # When the interpreter ends the library may be gone, and its events with it.
         if hasattr(self, "handle"):
-            # The status does not matter: a GPU that has failed holds no events any more.
-            runtime.cudaEventDestroy(self.handle)
+            with suppress(Exception):
+                runtime.cudaEventDestroy(self.handle)
 
 
 def open_library() -> CudaBindings:

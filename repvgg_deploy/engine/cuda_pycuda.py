@@ -127,6 +127,11 @@ class PyCuda:
         self.synchronize_event(end)
         return float(start.time_till(end))
 
+    def is_capturing(self, stream: int) -> bool:
+        """PyCUDA cannot tell; another library may be capturing."""
+        del stream
+        return False
+
     def _refuse_graphs(self, *_: Any) -> Any:
         raise DeployError("pycuda has no CUDA graphs", "install cuda-python, or turn graphs off")
 

@@ -10,14 +10,19 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.codes import LOWEST, Target, wide_edges
 from repvgg_deploy.quantize.edges import fused_blocks, per_channel
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
+from repvgg_deploy.quantize.weight_scales import LEVELS
 
-_LARGEST = 2.0**30
-"""Of a bias in units of the sums. The sums themselves stay below it up to 33,000 columns; together they fit int32."""
+INT32_ROOM = 2.0**30
+"""Most of a bias in units of the sums. The sums themselves stay below it up to 33,000 columns; together they fit int32.
+"""
+FP16_ROOM = 6e4
+"""The same where the bias is float16: ONNX Runtime casts the quotient to that, of which 65,504 is the largest."""
 
 
 def make_room_for_biases(net: RepVGG, result: Reconstruction, target: Target) -> Reconstruction:
@@ -38,7 +43,16 @@ def make_room_for_biases(net: RepVGG, result: Reconstruction, target: Target) ->
 
 
 def _make_room(layer: LayerIntegers, lowered: float) -> LayerIntegers:
-    smallest = (layer.bias.abs() + lowered) / (layer.input_scale * _LARGEST)
+    smallest = smallest_scale(layer.bias, layer.input_scale, lowered, INT32_ROOM)
     scale = torch.maximum(layer.weight_scale, smallest)
-    ratio = per_channel(layer.weight_scale / scale, layer.weight)
-    return replace(layer, weight=(layer.weight * ratio).round().to(torch.int8), weight_scale=scale)
+    return replace(layer, weight=rescale(layer.weight, layer.weight_scale, scale), weight_scale=scale)
+
+
+def smallest_scale(bias: Tensor, input_scale: Tensor | float, lowered: Tensor | float, room: float) -> Tensor:
+    """The scale of each filter (filters) with which its bias, `lowered` taken away, is at most `room` units."""
+    return (bias.abs() + lowered) / (input_scale * room)
+
+
+def rescale(weight: Tensor, scale: Tensor, wanted: Tensor) -> Tensor:
+    """int8 `weight` with the scales `wanted` (filters) in place of `scale` (filters)."""
+    return (weight * per_channel(scale / wanted, weight)).round().clamp(-LEVELS, LEVELS).to(torch.int8)

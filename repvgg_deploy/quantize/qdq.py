@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.onnx_export import FloatLayers, Fp16Rounding, GraphOptions, add_conv, to_onnx
 from repvgg_deploy.onnx_graph import GraphBuilder, OnnxGraph
+from repvgg_deploy.quantize.bias_range import FP16_ROOM, rescale, smallest_scale
 from repvgg_deploy.quantize.codes import LOWEST, Target
 from repvgg_deploy.quantize.constant_channels import count_constants, make_constants, read_constants
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL
-from repvgg_deploy.quantize.quantized_net import IntegerLayer, QuantizedNet
+from repvgg_deploy.quantize.quantized_net import QuantizedNet
 
 FP16_SCALES_OPSET = 19
 """From this opset on QuantizeLinear takes float16 scales."""
@@ -150,17 +151,28 @@ def as_tensorrt_reads(model: onnx.ModelProto) -> onnx.ModelProto:
 def with_fp16_scales(net: QuantizedNet) -> QuantizedNet:
     """A copy of `net` whose scales are float16 numbers, and whose int8 weights are rounded anew to those.
 
-    Scales below the normal range of float16 lose precision there; they are taken as they are.
+    Scales below the normal range of float16 lose precision there; they are taken as they are. Filters whose bias would
+    be more than float16 holds, in units of their sums, get a larger scale.
     """
     rounded = copy.deepcopy(net)
-    for layer in rounded.layers.values():
-        integer = cast(IntegerLayer, layer)
-        half = integer.weight_scale.half().float().clamp_min(2.0**-24)
-        ratio = integer.weight_scale / half
-        shape = (-1, *[1] * (integer.weight.dim() - 1))
-        integer.weight.copy_((integer.weight * ratio.reshape(shape)).round().clamp(-127, 127).to(torch.int8))
-        integer.weight_scale.copy_(half)
-        integer.input_scale.copy_(integer.input_scale.half().float().clamp_min(2.0**-24))
+    names = [name for name, _ in rounded.float_net.named_blocks()]
+    layers = {name: layer for name in [*names, CLASSIFIER] if (layer := rounded.integer_layer(name)) is not None}
+    for layer in layers.values():
+        _round_to_half(layer.input_scale)
     if rounded.pool_scale is not None:
-        rounded.pool_scale.copy_(rounded.pool_scale.half().float().clamp_min(2.0**-24))
+        _round_to_half(rounded.pool_scale)
+    for name, reader in zip([*names, CLASSIFIER], [*names[1:], POOL, None], strict=True):
+        if name not in layers:
+            continue
+        layer = layers[name]
+        lowered = -LOWEST * layers[reader].input_scale if reader in rounded.wide and reader is not None else 0.0
+        room = smallest_scale(layer.bias, layer.input_scale, lowered, FP16_ROOM)
+        wanted = _round_to_half(torch.maximum(layer.weight_scale, room))
+        layer.weight.copy_(rescale(layer.weight, layer.weight_scale, wanted))
+        layer.weight_scale.copy_(wanted)
     return rounded
+
+
+def _round_to_half(scale: Tensor) -> Tensor:
+    """`scale` itself, rounded in place."""
+    return scale.copy_(scale.half().float().clamp_min(2.0**-24))

@@ -145,7 +145,7 @@ def quantize_within(
         share = sum(macs[name] for name in names) / sum(macs.values())
         return MixedPrecision(net, names, share, measure_drop(net))
 
-    always = tuple(keep_float)
+    always = tuple(dict.fromkeys(keep_float))
     best = attempt(always)
     if best.drop <= max_drop:
         return best

@@ -158,9 +158,10 @@ class EngineRunner:
 
     def _execute_after_the_last(self, context: Any, stream: int) -> None:
         """Enqueue a run; where the last one is in another stream, wait for it: a context runs once at a time."""
-        if self._borrowed not in (None, stream):
-            # Not with an event: pycuda records them in streams of its own only.
-            with naming_gpu(self._loaded.backend):
+        with naming_gpu(self._loaded.backend):
+            # What is captured does not run yet, and a capture forbids to wait.
+            if self._borrowed not in (None, stream) and not self.cuda.is_capturing(stream):
+                # Not with an event: pycuda records them in streams of its own only.
                 self.cuda.synchronize_device()
         self._borrowed = stream
         execute(self._loaded, context, stream)
