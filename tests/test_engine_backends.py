@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -85,9 +86,10 @@ def test_a_release_that_is_too_old_is_refused(tmp_path: Path, monkeypatch: pytes
         pytest.skip("TensorRT is installed")
     (tmp_path / "tensorrt.py").write_text("__version__ = '8.6.1'", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt", raising=False)
+    # Set first, so that the import is undone after the test.
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    del sys.modules["tensorrt"]
     found = import_backend.__wrapped__("tensorrt")
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt", raising=False)
     assert isinstance(found, Unavailable)
     assert "TensorRT 8.6.1 is too old; 10.13 is needed" in found.reason
 
