@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,20 +170,18 @@ def report(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["report", *map(str, arguments)], catch_exceptions=False)
 
 
-def test_a_folder_for_plots_that_is_a_file_leaves_no_page(result_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "plots").touch()
+@pytest.mark.parametrize(
+    ("name", "occupy", "message"),
+    [("plots", Path.touch, "cannot write to"), ("page.html", Path.mkdir, "page.html is a directory")],
+)
+def test_where_page_or_plots_cannot_be_written_neither_is(
+    name: str, occupy: Callable[[Path], None], message: str, result_file: Path, tmp_path: Path
+) -> None:
+    occupy(tmp_path / name)
     done = report(result_file, "-o", tmp_path / "page.html", "--plots", tmp_path / "plots")
     assert done.exit_code == 1
-    assert "cannot write to" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plots", "result.json"]
-
-
-def test_a_page_that_is_a_folder_leaves_no_plots(result_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "page.html").mkdir()
-    done = report(result_file, "-o", tmp_path / "page.html", "--plots", tmp_path / "plots")
-    assert done.exit_code == 1
-    assert "page.html is a directory" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "result.json"]
+    assert message in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "result.json"])
 
 
 def test_a_baseline_that_no_ratio_has_is_an_error(result_file: Path, tmp_path: Path) -> None:
