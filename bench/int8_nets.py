@@ -11,7 +11,6 @@ seen these classes.
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from int8_peers import quantize_onnxruntime
+from int8_plants import CASES, USUAL_CASES
 from int8_setup import (
     PIXELS,
     PREPROCESSING,
@@ -33,7 +33,6 @@ from int8_setup import (
     timed,
     write_record,
 )
-from int8_stress import CASES
 
 from repvgg_deploy.archs import ArchSpec, BlockSpec, SqueezeExcite, find_card, training_branches
 from repvgg_deploy.drawn import draw_images
@@ -73,14 +72,10 @@ def _change(spec: ArchSpec, width: int | None, groups: int, squeeze_excite: bool
     return stages
 
 
-def collect_nets(checkpoints: Path | None) -> dict[str, RepVGG]:
+def collect_nets(checkpoints: Path | None, calibration: Floats) -> dict[str, RepVGG]:
     """Every net of the table, fused, by name."""
     demo = load_fused(data_folder("models") / "demo.safetensors")
-    nets = {}
-    for case, plant in CASES.items():
-        net = copy.deepcopy(demo)
-        plant(net)
-        nets[f"demo: {case}"] = net
+    nets = {f"demo: {case}": CASES[case](demo, calibration) for case in USUAL_CASES}
     nets["seeded, width 8"] = seeded(width=8)
     nets["seeded, groups 4"] = seeded(groups=4)
     nets["seeded, squeeze-excite"] = seeded(squeeze_excite=True)
@@ -127,7 +122,7 @@ def main() -> None:
     pixels, labels = draw_images(arguments.images, EVALUATION_SEED)
     images = normalize(pixels, PREPROCESSING)
     results = []
-    for name, net in collect_nets(arguments.checkpoints).items():
+    for name, net in collect_nets(arguments.checkpoints, calibration).items():
         if arguments.only and not any(part in name for part in arguments.only):
             continue
         exact = run_torch(net, images)

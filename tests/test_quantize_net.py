@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +174,17 @@ def test_learning_lowers_the_error_and_is_repeatable() -> None:
     for was, now in ((before, learned), (before.as_tensorrt(), learned.as_tensorrt())):
         assert signal_to_noise_db(exact, now(images[0])) > signal_to_noise_db(exact, was(images[0])) + 0.5
     assert torch.equal(learned(images[0]), again(images[0]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_callers_without_gradients_may_learn_rounding(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    net, images = fused_net(), draw_images(32)
+    recipe = replace(NAIVE, learning=LearningOptions(steps=2, batch=4))
+    expected = quantize(net, [images], recipe)(images)
+    with mode():
+        # Made in here, as a caller's own images would be.
+        assert torch.equal(quantize(net, [images * 1.0], recipe)(images), expected)
+        assert not torch.is_grad_enabled()
 
 
 def test_statistics_of_other_views_are_refused() -> None:

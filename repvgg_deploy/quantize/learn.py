@@ -90,6 +90,7 @@ class _Learnable:
         return LayerIntegers(weight, self.log_scale.detach().exp(), self.bias.detach().clone(), scale)
 
 
+@torch.enable_grad()
 def learn(
     net: RepVGG,
     start: Reconstruction,

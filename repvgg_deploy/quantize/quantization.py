@@ -6,6 +6,8 @@ import copy
 import warnings
 from collections.abc import Callable, Collection
 
+import torch
+
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.float32 import float32
 from repvgg_deploy.nets.repvgg import RepVGG
@@ -29,6 +31,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of the step, what is done of it, and how much there is (0 where that is not known)."""
 
 
+@torch.inference_mode(False)
 @float32(deterministic=True)
 def quantize(
     fused: RepVGG,
