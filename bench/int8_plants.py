@@ -1,7 +1,7 @@
-"""Faults planted into fused nets without groups, by name: `CASES`. No script of its own.
+"""Faults planted into fused nets without groups and squeeze-excites, by name: `CASES`. No script of its own.
 
-The planted nets compute what the net computed, with heavy tails nearly so: a case is to measure quantization and not
-another net (`top1_fp32` in the records says how nearly). `DAMAGED` does not, and is not among the `USUAL_CASES`.
+The planted nets compute what the net computed up to rounding, with `HEAVY` tails nearly: a case is to measure
+quantization and not another net. `DAMAGED` is another net, and not among the `USUAL_CASES`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
+import numpy as np
 import torch
-from int8_setup import Floats
+from numpy.typing import NDArray
 from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
+from repvgg_deploy.quantize.codes import is_plain
 from repvgg_deploy.quantize.edges import BATCH, fused_blocks
 from repvgg_deploy.quantize.samples import Moments, Streams, input_moments
 
+Floats = NDArray[np.float32]
 Plant = Callable[[RepVGG, Floats], RepVGG]
 """Makes the planted net of a fused one; the images are those that the net is to do the same with."""
 
@@ -27,6 +30,14 @@ SPARE = 4
 """Channels that are planted beside those of a block."""
 
 SAMPLES = 32768
+"""Pixels of each layer's input that the other weights are fitted on, to make up for heavy tails."""
+
+
+def _blocks(net: RepVGG) -> list[FusedBlock]:
+    blocks = [block for _, block in fused_blocks(net)]
+    if not all(is_plain(block) and block.conv.groups == 1 for block in blocks):
+        raise ValueError("faults are planted into nets without groups and squeeze-excites only")
+    return blocks
 
 
 @torch.no_grad()
@@ -42,7 +53,7 @@ def _widen(net: RepVGG) -> RepVGG:
         for index, block in enumerate(net.spec.blocks)
     )
     wide = RepVGG(replace(net.spec, stages=tuple(tuple(next(blocks) for _ in stage) for stage in net.spec.stages)))
-    for (_, source), (_, target) in zip(fused_blocks(net), fused_blocks(wide), strict=True):
+    for source, target in zip(_blocks(net), _blocks(wide), strict=True):
         filters, columns = source.conv.weight.shape[:2]
         target.conv.weight.zero_()
         target.conv.weight[:filters, :columns] = source.conv.weight
@@ -52,13 +63,12 @@ def _widen(net: RepVGG) -> RepVGG:
     return wide.eval().requires_grad_(False)
 
 
-def _spare_channels(net: RepVGG) -> Iterator[tuple[FusedBlock, FusedBlock, int, int]]:
-    """Of a widened net two blocks of which the second could have an identity, a spare channel, a filter to read it."""
-    for (_, first), (_, second) in pairwise(fused_blocks(net)):
-        filters = second.conv.out_channels - SPARE
-        if first.conv.out_channels == second.conv.out_channels and second.conv.stride == (1, 1):
+def _spare_channels(net: RepVGG, wide: RepVGG) -> Iterator[tuple[FusedBlock, FusedBlock, int, int]]:
+    """Neighbours in the widened net of which the second could have an identity, a spare channel, its reading filter."""
+    for (first, second), block in zip(pairwise(_blocks(wide)), net.spec.blocks[1:], strict=True):
+        if block.can_skip:
             for index in range(SPARE):
-                yield first, second, filters + index, index * filters // SPARE
+                yield first, second, block.in_channels + index, index * block.out_channels // SPARE
 
 
 def _bias_of(block: FusedBlock) -> Tensor:
@@ -69,31 +79,31 @@ def _bias_of(block: FusedBlock) -> Tensor:
 @torch.no_grad()
 def plant_constant(net: RepVGG, value: float, factor: float) -> RepVGG:
     """Channels that are always `value`, read with a γ/σ of `factor`; the bias takes back what they bring."""
-    net = _widen(net)
-    for first, second, spare, reader in _spare_channels(net):
+    wide = _widen(net)
+    for first, second, spare, reader in _spare_channels(net, wide):
         _bias_of(first)[spare] = value if value else -1.0
         second.conv.weight[reader, spare, 1, 1] = factor
         _bias_of(second)[reader] -= factor * value
-    return net
+    return wide
 
 
 @torch.no_grad()
 def plant_nearly_dead(net: RepVGG, factor: float, share: float = 1e-5) -> RepVGG:
     """Channels that are a `share` of another one, read with a γ/σ of `factor`; the other's column takes it back."""
-    net = _widen(net)
-    for first, second, spare, reader in _spare_channels(net):
+    wide = _widen(net)
+    for first, second, spare, reader in _spare_channels(net, wide):
         first.conv.weight[spare] = first.conv.weight[reader] * share
         _bias_of(first)[spare] = _bias_of(first)[reader] * share
         second.conv.weight[reader, spare, 1, 1] = factor
         second.conv.weight[reader, reader, 1, 1] -= factor * share
-    return net
+    return wide
 
 
 @torch.no_grad()
 def plant_strong_channel(net: RepVGG, factor: float) -> RepVGG:
     """One channel of each block `factor` times what it was, and the columns that read it divided by as much."""
     net = copy.deepcopy(net)
-    for (_, first), (_, second) in pairwise(fused_blocks(net)):
+    for first, second in pairwise(_blocks(net)):
         first.conv.weight[0] *= factor
         _bias_of(first)[0] *= factor
         second.conv.weight[:, 0] /= factor
@@ -107,7 +117,7 @@ def plant_heavy_tails(net: RepVGG, images: Floats, share: float, factor: float) 
     generator = torch.Generator().manual_seed(0)
     pixels = torch.from_numpy(images)
     streams = Streams(pixels, pixels)
-    for index, (_, block) in enumerate(fused_blocks(net)):
+    for index, block in enumerate(_blocks(net)):
         original = copy.deepcopy(block)
         chosen = torch.rand(block.conv.weight.shape, generator=generator) < share
         (moments,) = input_moments(streams, block.conv, SAMPLES, index)
@@ -143,12 +153,13 @@ def plant_damage(net: RepVGG, share: float, factor: float) -> RepVGG:
     """A random `share` of all weights times `factor`, and nothing that makes up for it."""
     net = copy.deepcopy(net)
     generator = torch.Generator().manual_seed(0)
-    for _, block in fused_blocks(net):
+    for block in _blocks(net):
         chosen = torch.rand(block.conv.weight.shape, generator=generator) < share
         block.conv.weight[chosen] *= factor
     return net
 
 
+HEAVY = "heavy tails: 0.05 % of the weights x 10"
 DAMAGED = "0.05 % of the weights x 4, nothing made up for"
 
 CASES: dict[str, Plant] = {
@@ -158,7 +169,7 @@ CASES: dict[str, Plant] = {
     "constant channels (σ² = 0), γ/σ 316": lambda net, _: plant_constant(net, 0.5, 316.0),
     "nearly dead channels, γ/σ 1500": lambda net, _: plant_nearly_dead(net, 1500.0),
     "one channel 1000 x": lambda net, _: plant_strong_channel(net, 1000.0),
-    "heavy tails: 0.05 % of the weights x 10": lambda net, images: plant_heavy_tails(net, images, 0.0005, 10.0),
+    HEAVY: lambda net, images: plant_heavy_tails(net, images, 0.0005, 10.0),
     DAMAGED: lambda net, _: plant_damage(net, 0.0005, 4.0),
 }
 USUAL_CASES = [case for case in CASES if case != DAMAGED]

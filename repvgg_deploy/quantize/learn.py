@@ -90,7 +90,6 @@ class _Learnable:
         return LayerIntegers(weight, self.log_scale.detach().exp(), self.bias.detach().clone(), scale)
 
 
-@torch.enable_grad()
 def learn(
     net: RepVGG,
     start: Reconstruction,

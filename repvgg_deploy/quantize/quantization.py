@@ -31,6 +31,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of the step, what is done of it, and how much there is (0 where that is not known)."""
 
 
+# Learned rounding needs gradients, whatever the caller has switched off: this switches them on.
 @torch.inference_mode(False)
 @float32(deterministic=True)
 def quantize(
