@@ -50,7 +50,7 @@ def describe(net: RepVGG, logits: Floats, unplanted: Floats, labels: NDArray[np.
 
 
 def kurtosis(conv: nn.Conv2d) -> float:
-    """The fourth moment of a filter's weights over the square of the second, the mean over filters that are not zero."""
+    """The fourth moment of a filter's weights over the square of the second, the mean over filters with any."""
     weight = conv.weight.double()
     counted = torch.ones_like(weight)
     if conv.in_channels == conv.out_channels:
