@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from test_quantize_preparation import SHAPES, draw_images, fused_net, in_batches, kill_channel
+from torch import Tensor
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.quantize import Recipe, collect_statistics, load_recipe, quantize
+from repvgg_deploy.quantize.edges import BATCH
 from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
 from repvgg_deploy.quantize.layer_report import signal_to_noise_db
+from repvgg_deploy.quantize.learn import _relative_error
 from repvgg_deploy.quantize.recipe import LearningOptions, RoundingOptions, ScaleOptions
 from repvgg_deploy.quantize.samples import Streams, input_moments
 from repvgg_deploy.quantize.views import MOST_VIEWS, Views
@@ -65,22 +68,63 @@ def test_feedback_with_independent_inputs_is_the_nearest_integer() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_moments_are_the_covariances_of_the_inputs_and_of_the_error_they_bring(groups: int) -> None:
+def test_moments_are_the_weighted_covariances_of_the_inputs_and_of_the_error_they_bring(groups: int) -> None:
     generator = torch.Generator().manual_seed(2)
-    exact = torch.rand(40, 4, 5, 5, generator=generator)
+    exact = torch.rand(BATCH, 4, 5, 5, generator=generator)
     rounded = exact + 0.1 * torch.randn(exact.shape, generator=generator)
     layer = torch.nn.Conv2d(4, 6, 3, padding=1, groups=groups).requires_grad_(False)
-    found = input_moments(Streams(exact, rounded), layer, samples=40 * 25, seed=0)
+    layer.weight.normal_(generator=generator)
+    found = input_moments(Streams(exact, rounded), layer, samples=BATCH * 25, seed=0)
     x, y = (torch.nn.functional.unfold(part.double(), 3, padding=1).transpose(1, 2) for part in (exact, rounded))
     assert len(found) == groups
     for moments, weight, a, b in zip(
         found, layer.weight.double().flatten(1).chunk(groups), x.chunk(groups, 2), y.chunk(groups, 2), strict=True
     ):
         a, b = a.flatten(0, 1), b.flatten(0, 1)
-        error, inputs = (a - b) @ weight.t(), b - b.mean(0)
-        torch.testing.assert_close(moments.covariance.double(), inputs.t() @ inputs / len(b), rtol=1e-4, atol=1e-5)
-        wanted = (error - error.mean(0)).t() @ inputs / len(b)
-        torch.testing.assert_close(moments.drift.double(), wanted, rtol=1e-3, atol=1e-5)
+        error = (a - b) @ weight.t()
+        square = (error - error.mean(0)).square().sum(1)
+        counts = torch.minimum(torch.ones(len(square)), square.median() / square)
+        assert 0.2 < float((counts < 1).double().mean()) < 0.6
+        both = torch.cov(torch.cat([error, b], 1).t(), correction=0, aweights=counts)[:, len(weight) :]
+        torch.testing.assert_close(moments.exact_mean.double(), counts @ a / counts.sum(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments.rounded_mean.double(), counts @ b / counts.sum(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments.covariance.double(), both[len(weight) :], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments.drift.double(), both[: len(weight)], rtol=1e-3, atol=1e-5)
+
+
+def test_a_few_clipped_pixels_do_not_decide_the_refit() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rounded = torch.rand(BATCH, 4, 10, 10, generator=generator)
+    # A gain of 5 % is there to be made up for; one pixel in fifty was clipped, at a twentieth of what it was.
+    exact = 1.05 * rounded + 0.02 * torch.randn(rounded.shape, generator=generator)
+    clipped = torch.rand(BATCH, 1, 10, 10, generator=generator) < 0.02
+    with_clipped = torch.where(clipped, 20.0 * rounded, exact)
+    layer = torch.nn.Conv2d(4, 6, 1).requires_grad_(False)
+    layer.weight.normal_(generator=generator)
+
+    def gain(exact: Tensor) -> float:
+        (moments,) = input_moments(Streams(exact, rounded), layer, samples=BATCH * 100, seed=0)
+        weight = layer.weight.flatten(1)
+        refitted = weight + torch.linalg.solve(moments.covariance, moments.drift.t()).t()
+        return float((refitted * weight).sum() / weight.square().sum())
+
+    assert gain(exact) == pytest.approx(1.05, abs=0.015)
+    # Plain least squares would take 1.05 + 0.02 · 19, or so.
+    assert gain(with_clipped) == pytest.approx(1.05, abs=0.015)
+
+
+def test_moments_where_most_pixels_are_exact_count_all_alike() -> None:
+    generator = torch.Generator().manual_seed(4)
+    # Multiples of 1/64, and two errors that cancel: so the errors' mean is exactly 0, and that of most pixels too.
+    exact = torch.randint(64, (BATCH, 4, 6, 6), generator=generator) / 64
+    rounded = exact.clone()
+    rounded[0, :, 0, 0] += 0.25
+    rounded[0, :, 0, 1] -= 0.25
+    layer = torch.nn.Conv2d(4, 6, 1).requires_grad_(False)
+    layer.weight.copy_(torch.full_like(layer.weight, 0.5))
+    (moments,) = input_moments(Streams(exact, rounded), layer, samples=BATCH * 36, seed=0)
+    inputs = rounded.permute(0, 2, 3, 1).flatten(0, 2).double()
+    torch.testing.assert_close(moments.covariance.double(), torch.cov(inputs.t(), correction=0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
@@ -165,6 +209,25 @@ def test_every_observer_gives_a_net(observer: str) -> None:
 
 
 @pytest.mark.slow
+def test_an_image_with_many_times_the_usual_error_does_not_decide_the_loss_of_learning() -> None:
+    generator = torch.Generator().manual_seed(5)
+    target = torch.randn(32, 10, generator=generator)
+    values = (target + 0.1 * torch.randn(32, 10, generator=generator)).requires_grad_()
+    with torch.no_grad():
+        values[0] = 0.0
+    with torch.enable_grad():
+        loss = _relative_error(values, target)
+        (gradient,) = torch.autograd.grad(loss, values)
+    energy = target.square().sum(1)
+    errors = ((values - target).square().sum(1) / torch.maximum(energy, energy.median())).detach()
+    assert errors[0] > 20 * errors.median()
+    counts = (errors.median() / errors).clamp(max=1.0)
+    assert float(loss.detach()) == pytest.approx(float((errors * counts).sum() / counts.sum()), rel=1e-5)
+    # In a plain mean the first image would pull ten times as hard.
+    steepness = gradient.square().sum(1).sqrt()
+    assert steepness[0] < steepness[1:].median()
+
+
 def test_learning_lowers_the_error_and_is_repeatable() -> None:
     net, images = fused_net(), [draw_images(128)]
     recipe = replace(NAIVE, learning=LearningOptions(steps=60, batch=16, rate=0.05))

@@ -22,7 +22,7 @@ from repvgg_deploy.quantize.codes import LOWEST, UNSIGNED_HIGHEST, Target, highe
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, Images, after_conv, fused_blocks, per_channel, rebatch
 from repvgg_deploy.quantize.recipe import Recipe
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
-from repvgg_deploy.quantize.samples import run_layer
+from repvgg_deploy.quantize.samples import run_layer, weights_of_errors
 from repvgg_deploy.quantize.weight_scales import LEVELS
 
 # Scales and biases move by a share of what they are, weights by a share of one integer step.
@@ -182,7 +182,14 @@ def _run(layer: _Learnable | None, module: nn.Conv2d | nn.Linear, x: Tensor, hig
 
 
 def _relative_error(values: Tensor, target: Tensor) -> Tensor:
+    """The mean over the images of square error over energy; one with more than the median error adds no more than it.
+
+    No weights make up for what is clipped, and in a plain mean the images with most of it decide.
+    """
+    target = target.detach()
+    energy = target.flatten(1).square().sum(1)
     # Image by image, so that one with enormous activations does not count for all the others.
-    energy = target.detach().flatten(1).square().sum(1)
     energy = torch.maximum(energy, energy.median()).clamp_min(torch.finfo(target.dtype).tiny)
-    return ((values - target.detach()).flatten(1).square().sum(1) / energy).mean()
+    error = (values - target).flatten(1).square().sum(1) / energy
+    counts = weights_of_errors(error.detach())
+    return (error * counts).sum() / counts.sum()

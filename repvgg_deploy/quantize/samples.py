@@ -47,11 +47,11 @@ class Streams:
 
 @dataclass(frozen=True)
 class Moments:
-    """Means and covariances of one group's inputs over sampled pixels, images weighted by `image_weights`.
+    """Weighted means and covariances of one group's inputs over sampled pixels.
 
     `covariance` (columns, columns) is that of the rounded inputs with themselves, `drift` (filters, columns) that of
     the error they bring to the group's outputs (its weights on exact minus rounded inputs) with them; `samples` pixels
-    are behind both.
+    are behind both. A pixel counts by `Streams.image_weights` and by `weights_of_errors` of its outputs.
     """
 
     exact_mean: Tensor
@@ -70,29 +70,44 @@ def input_moments(streams: Streams, layer: nn.Conv2d | nn.Linear, samples: int, 
     sums: list[list[Tensor]] = []
     count = 0
     weights = streams.image_weights()
-    mass = 0.0
     for (exact, rounded), weight in zip(streams.batches(), torch.split(weights, BATCH), strict=True):
         a, b = _patches(exact, layer), _patches(rounded, layer)
         if each < a.shape[2]:
             pixels = torch.randperm(a.shape[2], generator=generator)[:each].to(a.device)
             a, b = a[:, :, pixels], b[:, :, pixels]
         count += a.shape[0] * a.shape[2]
-        mass += float(weight.sum()) * a.shape[2]
-        repeated = weight.repeat_interleave(a.shape[2])[:, None]
+        repeated = weight.repeat_interleave(a.shape[2])
         for group, (x, y) in enumerate(zip(_rows(a, groups), _rows(b, groups), strict=True)):
-            z = y * repeated
             # On the outputs, not on the inputs: filters × columns products a pixel in place of columns × columns.
-            parts = [(x * repeated).sum(0), z.sum(0), z.t() @ y, ((x - y) @ filters[group].t()).t() @ z]
+            error = (x - y) @ filters[group].t()
+            # Errors from their mean: that much the bias makes up for.
+            weight_of_pixel = weights_of_errors((error - error.mean(0)).square().sum(1))
+            counted = (repeated * weight_of_pixel)[:, None]
+            z = y * counted
+            parts = [counted.double().sum(), (x * counted).sum(0), z.sum(0), z.t() @ y, error.t() @ z]
             if len(sums) <= group:
                 sums.append(parts)
             else:
                 for total, part in zip(sums[group], parts, strict=True):
                     total += part
-    return [_moments(parts, weight, mass, count) for parts, weight in zip(sums, filters, strict=True)]
+    return [_moments(parts, weight, count) for parts, weight in zip(sums, filters, strict=True)]
 
 
-def _moments(sums: list[Tensor], weight: Tensor, mass: float, count: int) -> Moments:
-    exact, rounded, square, drift = (part / mass for part in sums)
+def weights_of_errors(square: Tensor) -> Tensor:
+    """What each of several square errors (N) counts, at most 1: less, where it is above the median.
+
+    Where an input is clipped the error is many times the usual one, and no weights make up for it: in a plain sum of
+    squares the few such pixels or images would decide alone. So weighted, none adds more to it than the median one: a
+    step of robust regression by iteratively reweighted least squares (Holland and Welsch, 1977).
+    """
+    median = square.median()
+    # Where most have no error at all, there is no usual one to compare with.
+    return torch.where((square > median) & (median > 0), median / square.clamp_min(1e-30), 1.0)
+
+
+def _moments(sums: list[Tensor], weight: Tensor, count: int) -> Moments:
+    mass = float(sums[0])
+    exact, rounded, square, drift = (part / mass for part in sums[1:])
     covariance = square - torch.outer(rounded, rounded)
     return Moments(exact, rounded, covariance, drift - torch.outer(weight @ (exact - rounded), rounded), count)
 
