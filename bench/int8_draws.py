@@ -45,6 +45,7 @@ def summarize(rows: Sequence[dict[str, Any]], recipe: str, runs_on: str) -> dict
         "recipe": recipe,
         "runs_on": runs_on,
         "draws": len(own),
+        # Adding 0.0 makes 0.0 of -0.0.
         "mean": {name: round(statistics.mean(given), 2) + 0.0 for name, given in values.items()},
         "spread": {n: round(statistics.stdev(given), 2) if len(given) > 1 else None for n, given in values.items()},
     }
