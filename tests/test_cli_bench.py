@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from small_nets import make_net, name_in_layout
 
 from repvgg_deploy.bench_record import check_record, read_record
-from repvgg_deploy.cli import _Group
-from repvgg_deploy.cli_bench import bench, report_
+from repvgg_deploy.cli import main
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
@@ -33,15 +31,6 @@ min_rounds = 2
 models = ["{a}", "{b}"]
 batches = [1, 2]
 """
-
-
-@click.group(cls=_Group)
-def main() -> None:
-    pass
-
-
-main.add_command(bench)
-main.add_command(report_)
 
 
 def run(*arguments: object) -> Result:
