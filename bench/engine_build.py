@@ -122,7 +122,7 @@ def _build(graph: Path, name: str) -> dict[str, Any]:
 
 def _write(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     version = results[0]["backend_version"]
-    day = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+    day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     machine = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "system": platform.system()}
     record = {
         "what": "engine build",

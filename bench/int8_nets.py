@@ -47,7 +47,6 @@ from repvgg_deploy.locate import data_folder
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize.codes import Target
 
 CALIBRATION_SEED, EVALUATION_SEED, TRAINING_SEED, HELD_OUT_SEED = 31, 32, 33, 34
 TRAINING_IMAGES, EPOCHS = 8000, 10
@@ -115,7 +114,7 @@ def collect_nets(checkpoints: Path | None, calibration: Floats) -> dict[str, Cal
 def run_recipe(net: RepVGG, recipe: str, calibration: Floats, images: Floats) -> Floats:
     """The logits of `net` as a recipe quantizes it, or ONNX Runtime's own quantizer for the recipe `onnxruntime`."""
     if recipe != "onnxruntime":
-        return run_ours(net, recipe, calibration, images)[0][Target.PORTABLE.value]
+        return run_ours(net, recipe, calibration, images)[0]["onnxruntime"]
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
         write_graph(to_onnx(net, FloatLayers(), GraphOptions(PIXELS, PIXELS), {}), source)

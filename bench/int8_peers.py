@@ -41,7 +41,6 @@ from int8_setup import (
 
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize.codes import Target
 
 
 def quantize_onnxruntime(source: Path, method: str, per_channel: bool, images: Floats, target: Path) -> None:
@@ -107,11 +106,9 @@ def main() -> None:
             for method in ("max", "entropy"):
                 jobs[f"modelopt {method}"] = partial(quantize_modelopt, source, method, calibration)
         for recipe in ("fast", "accurate", "thorough"):
-            for runs_on in Target:
-                ours = f"repvgg-deploy {recipe}, {runs_on.value}"
-                jobs[ours] = partial(quantize_ours, fused, recipe, calibration, runs_on=runs_on)
-                if runs_on is not Target.ONNXRUNTIME:
-                    jobs[f"{ours}, as TensorRT"] = partial(write_as_tensorrt_reads, path_of(ours))
+            ours = f"repvgg-deploy {recipe}"
+            jobs[ours] = partial(quantize_ours, fused, recipe, calibration)
+            jobs[f"{ours}, as TensorRT"] = partial(write_as_tensorrt_reads, path_of(ours))
         for name, job in jobs.items():
             if arguments.only and not any(part in name for part in arguments.only):
                 continue

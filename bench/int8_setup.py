@@ -28,7 +28,6 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.onnx_export import GraphOptions
 from repvgg_deploy.onnx_graph import write_graph
 from repvgg_deploy.quantize import load_recipe, quantize
-from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx
 from repvgg_deploy.seeded import seeded_repvgg
 
@@ -99,25 +98,27 @@ def run_torch(net: torch.nn.Module, images: Floats) -> Floats:
     return np.concatenate(parts)
 
 
-def open_session(model: str | bytes) -> ort.InferenceSession:
-    """An ONNX Runtime session on two CPU threads."""
+def open_session(model: str | bytes, exact: bool = False) -> ort.InferenceSession:
+    """An ONNX Runtime session on two CPU threads; `exact` asks for integer kernels that cannot saturate in 16 bits."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(path: Path, images: Floats) -> Floats:
-    """The logits of an ONNX file in ONNX Runtime on the CPU."""
-    session = open_session(str(path))
+def run_onnx(path: Path, images: Floats, exact: bool = False) -> Floats:
+    """The logits of an ONNX file in ONNX Runtime on the CPU; see `open_session` for `exact`."""
+    session = open_session(str(path), exact)
     name = session.get_inputs()[0].name
     parts = [session.run(None, {name: np.ascontiguousarray(batch)})[0] for batch in in_batches(images, 200)]
     return np.concatenate(parts)
 
 
-def quantize_ours(fused: RepVGG, recipe: str, images: Floats, target: Path, runs_on: Target = Target.PORTABLE) -> None:
+def quantize_ours(fused: RepVGG, recipe: str, images: Floats, target: Path) -> None:
     """This project's Q/DQ graph."""
-    net = quantize(fused, in_batches(images), load_recipe(recipe), target=runs_on)
+    net = quantize(fused, in_batches(images), load_recipe(recipe))
     write_graph(to_qdq_onnx(net, GraphOptions(PIXELS, PIXELS), {}), target)
 
 
@@ -126,20 +127,13 @@ def write_as_tensorrt_reads(source: Path, target: Path) -> None:
     onnx.save(as_tensorrt_reads(onnx.load(source)), target)
 
 
-def run_ours(
-    fused: RepVGG, recipe: str, calibration: Floats, images: Floats, target: Target = Target.PORTABLE
-) -> tuple[dict[str, Floats], float]:
-    """The logits of this project's graph in ONNX Runtime by what it runs as, and the wall seconds to quantize it.
-
-    A graph that TensorRT takes is run as it is and as it is there.
-    """
+def run_ours(fused: RepVGG, recipe: str, calibration: Floats, images: Floats) -> tuple[dict[str, Floats], float]:
+    """The logits of this project's graph in ONNX Runtime, as it is and as TensorRT reads it, and the wall seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         graph, as_engine = Path(scratch) / "int8.onnx", Path(scratch) / "engine.onnx"
-        _, seconds = timed(lambda: quantize_ours(fused, recipe, calibration, graph, target))
-        logits = {target.value: run_onnx(graph, images)}
-        if target is not Target.ONNXRUNTIME:
-            write_as_tensorrt_reads(graph, as_engine)
-            logits[f"{target.value}, as TensorRT"] = run_onnx(as_engine, images)
+        _, seconds = timed(lambda: quantize_ours(fused, recipe, calibration, graph))
+        write_as_tensorrt_reads(graph, as_engine)
+        logits = {"onnxruntime": run_onnx(graph, images), "as TensorRT": run_onnx(as_engine, images)}
     return logits, seconds
 
 

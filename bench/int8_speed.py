@@ -22,13 +22,12 @@ from repvgg_deploy.onnx_baseline import BaselineFloats, BaselineIntegers, find_r
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import write_graph
 from repvgg_deploy.quantize import load_recipe, quantize
-from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.qdq import to_qdq_onnx
 from repvgg_deploy.seeded import seeded_baseline
 
 
 def write_models(arch: str, size: int, folder: Path) -> dict[str, Path]:
-    """The graphs of a seeded net. Speed depends on the weights only by the number of constant channels."""
+    """The graphs of a seeded net; speed does not depend on the weights."""
     images = np.random.default_rng(0).standard_normal((32, 3, size, size)).astype(np.float32)
     paths = {name: folder / f"{name}.onnx" for name in ("fp32", "onnxruntime", "repvgg-deploy")}
     options = GraphOptions(size, size)
@@ -36,19 +35,14 @@ def write_models(arch: str, size: int, folder: Path) -> dict[str, Path]:
     if baseline is None:
         net = fuse_seeded(arch)
         fp32 = to_onnx(net, FloatLayers(), options, {})
-        portable, wide = (
-            to_qdq_onnx(quantize(net, [images], load_recipe("fast"), target=target), options, {})
-            for target in (Target.PORTABLE, Target.FULL_RANGE)
-        )
-        paths["full-range"] = folder / "full-range.onnx"
-        write_graph(wide, paths["full-range"])
+        int8 = to_qdq_onnx(quantize(net, [images], load_recipe("fast")), options, {})
     else:
         other = seeded_baseline(baseline)
         fp32 = to_baseline_onnx(other, BaselineFloats(), options, {})
-        portable = to_baseline_onnx(other, BaselineIntegers(find_ranges(other, images)), options, {})
+        int8 = to_baseline_onnx(other, BaselineIntegers(find_ranges(other, images)), options, {})
     write_graph(fp32, paths["fp32"])
     quantize_onnxruntime(paths["fp32"], "minmax", True, images, paths["onnxruntime"])
-    write_graph(portable, paths["repvgg-deploy"])
+    write_graph(int8, paths["repvgg-deploy"])
     return paths
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.edges import fused_blocks
 
 
@@ -66,9 +64,6 @@ def main() -> None:
     add_data_options(parser)
     parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image")
     parser.add_argument("--recipes", nargs="+", default=["fast", "accurate"])
-    parser.add_argument(
-        "--targets", type=Target, nargs="+", default=[Target.PORTABLE], metavar="TARGET", help="as --qdq"
-    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=USUAL_CASES, metavar="CASE", help="by their names")
     parser.add_argument("--float", action="store_true", help="look at the planted nets and quantize nothing")
     parser.add_argument("--name", default="tinyimagenet", help="of the net, for the record")
@@ -93,8 +88,8 @@ def main() -> None:
     results = []
     for name, net in nets.items():
         exact = run_torch(net, images)
-        for recipe, target in product(arguments.recipes, arguments.targets):
-            logits, _ = run_ours(net, recipe, calibration, images, target)
+        for recipe in arguments.recipes:
+            logits, _ = run_ours(net, recipe, calibration, images)
             for runs_on, values in logits.items():
                 figures = compare(values, exact, labels)
                 results.append({"case": name, "recipe": recipe, "runs_on": runs_on, **asdict(figures)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,11 +12,6 @@ from typing import Any, Literal
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.locate import data_folder
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 IDENTITY = 0
 """The `kernel` of an identity branch."""

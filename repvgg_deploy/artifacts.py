@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Number format of the convolutions: it is carried by the ONNX graph, never by a builder's flag."""
 
     FP32 = "fp32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -18,11 +18,6 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.locate import data_folder
 from repvgg_deploy.nets.resnet import ResidualBlock, ResNet, ResNetSpec
 from repvgg_deploy.nets.vgg import Vgg, VggSpec
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 BaselineNet = ResNet | Vgg
 

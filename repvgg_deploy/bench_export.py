@@ -18,6 +18,7 @@ from repvgg_deploy.onnx_export import METADATA_PREFIX, FloatLayers, GraphOptions
 from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
 from repvgg_deploy.onnx_training import to_training_onnx
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, fused_blocks, walk
+from repvgg_deploy.quantize.pair_sums import count_taps
 from repvgg_deploy.quantize.qdq import to_qdq_onnx
 from repvgg_deploy.quantize.quantized_net import QuantizedNet
 from repvgg_deploy.quantize.reconstruct import Layer, LayerIntegers, Reconstruction
@@ -110,7 +111,8 @@ def quantize_plainly(net: RepVGG, images: Tensor) -> QuantizedNet:
     integers = {}
     for name, layer in layers.items():
         rows = layer.weight.flatten(1)
-        weight_scale = choose_weight_scales(rows)
-        weight = round_weights(rows, weight_scale).to(torch.int8).reshape(layer.weight.shape)
+        taps = count_taps(layer.weight)
+        weight_scale = choose_weight_scales(rows, taps)
+        weight = round_weights(rows, weight_scale, taps).to(torch.int8).reshape(layer.weight.shape)
         integers[name] = LayerIntegers(weight, weight_scale, cast(Tensor, layer.bias), scales[name])
     return QuantizedNet(net, Reconstruction(integers, scales[POOL]))

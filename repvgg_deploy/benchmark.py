@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -117,7 +117,7 @@ def _new_record(request: BenchRequest) -> Record:
     return {
         "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
         "name": request.name,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": record_machine(),
         "method": _method(request),
         "ceilings": {},

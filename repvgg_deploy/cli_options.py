@@ -129,11 +129,10 @@ def int8_options(command: F) -> F:
             "--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", help="What stays float in INT8 [fp32]."
         ),
         click.option(
-            "--qdq",
-            type=click.Choice(["portable", "full-range", "onnxruntime"]),
-            default="portable",
-            help="Who is to run the file: portable, TensorRT and ONNX Runtime; full-range, the same, more exactly, with"
-            " a few channels more; onnxruntime, that one alone, more exactly [portable].",
+            "--activation-type",
+            type=click.Choice(["uint8", "int8"]),
+            default="uint8",
+            help="Type of the activations' zero-points; int8 for TensorRT before 10.10, which refuses uint8 [uint8].",
         ),
         click.option("--keep-float", multiple=True, metavar="LAYER", help="Do not quantize this layer; repeatable."),
         click.option("--max-drop", type=FiniteRange(min=0), metavar="POINTS", help="The most top-1 to lose."),
@@ -183,7 +182,8 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
 
     names = {
         "calib": "images", "calib_count": "count", "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
-        "rest": "rest", "keep_float": "keep_float", "qdq": "qdq", "val": "validation", "max_drop": "max_drop",
+        "rest": "rest", "keep_float": "keep_float", "activation_type": "activation_type", "val": "validation",
+        "max_drop": "max_drop",
     }  # fmt: skip
     request = {field: values.pop(option) for option, field in names.items()}
     if not wanted:

@@ -29,8 +29,7 @@ class Int8Request:
         device: where to quantize, `cpu` or `cuda`.
         rest: the precision of what is not INT8.
         keep_float: layers that stay in that precision, by name.
-        qdq: who is to run the file, and how many codes activations have: `portable`, `full-range` or `onnxruntime`.
-            See `repvgg_deploy.quantize.codes.Target`.
+        activation_type: of the zero-points behind a ReLU. `int8` is for TensorRT before 10.10 alone.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
     """
@@ -42,7 +41,7 @@ class Int8Request:
     device: Literal["cpu", "cuda"] = "cpu"
     rest: Precision = Precision.FP32
     keep_float: tuple[str, ...] = ()
-    qdq: Literal["portable", "full-range", "onnxruntime"] = "portable"
+    activation_type: Literal["uint8", "int8"] = "uint8"
     validation: Path | None = None
     max_drop: float | None = None
 

@@ -27,7 +27,6 @@ from repvgg_deploy.quantize import (
     load_recipe,
     quantize,
 )
-from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.qdq import with_fp16_scales
 from repvgg_deploy.quantize.sensitivity import quantize_within
 from repvgg_deploy.runners.torch_runner import TorchOptions, TorchRunner
@@ -72,9 +71,8 @@ def quantize_for_export(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         statistics = _statistics(fused, images, recipe.views, request.cache, sha256, progress)
-        target = Target(request.qdq)
         if request.max_drop is None or request.validation is None:
-            quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress, target=target)
+            quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
         else:
             quantized = _quantize_within(
                 fused, images, recipe, statistics, request, request.validation, request.max_drop, for_engine, say
@@ -118,14 +116,12 @@ def _quantize_within(
     def measure_drop(net: QuantizedNet) -> float:
         if request.rest is Precision.FP16:
             net = with_fp16_scales(net)
-        drop = exact - top1(net.as_tensorrt() if for_engine else net)
+        drop = exact - top1(net.as_tensorrt() if for_engine or request.activation_type == "int8" else net)
         kept = net.float_layers()
         say(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
         return drop
 
-    mixed = quantize_within(
-        fused, images, recipe, measure_drop, max_drop, statistics, request.keep_float, Target(request.qdq)
-    )
+    mixed = quantize_within(fused, images, recipe, measure_drop, max_drop, statistics, request.keep_float)
     if mixed.drop > max_drop:
         raise VerificationError(
             f"top-1 drops by {mixed.drop:.2f} points, more than {max_drop:g}",

@@ -29,6 +29,7 @@ from repvgg_deploy.onnx_export import (
     describe_input,
 )
 from repvgg_deploy.onnx_graph import GraphBuilder, OnnxGraph, make_graph
+from repvgg_deploy.quantize.pair_sums import count_taps
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
 from repvgg_deploy.runners.onnx_runner import import_onnxruntime
 
@@ -110,8 +111,9 @@ class BaselineIntegers:
 
     def _weight(self, g: GraphBuilder, name: str, tensor: torch.Tensor) -> str:
         rows = tensor.detach().float().flatten(1)
-        scales = choose_weight_scales(rows)
-        integers = round_weights(rows, scales).to(torch.int8).reshape(tensor.shape)
+        taps = count_taps(tensor)
+        scales = choose_weight_scales(rows, taps)
+        integers = round_weights(rows, scales, taps).to(torch.int8).reshape(tensor.shape)
         weight = g.weight(f"{name}.weight", integers.numpy())
         scale = g.weight(f"{name}.weight.scale", scales.numpy().astype(self.dtype))
         zero = g.weight(f"{name}.weight.zero_point", np.zeros(len(scales), np.int8))

@@ -157,11 +157,6 @@ def _find_backend(request: ExportRequest, say: Say) -> Any:
     name = request.engine
     if name == "none":
         return None
-    if request.int8 is not None and request.int8.qdq == "onnxruntime":
-        if name != "auto":
-            raise DeployError("no engine can be built from a graph for ONNX Runtime alone", "leave --qdq out")
-        say("no engine will be built: the graph is for ONNX Runtime alone")
-        return None
     from repvgg_deploy.engine import Unavailable, find_backend
 
     backend = find_backend(name)
@@ -229,7 +224,8 @@ def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
 
 def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool, say: Say, report: Report) -> _Product:
     from repvgg_deploy.int8_export import quantize_for_export
-    from repvgg_deploy.quantize.qdq import to_qdq_onnx
+    from repvgg_deploy.quantize.pair_sums import largest_pair_sum
+    from repvgg_deploy.quantize.qdq import to_qdq_onnx, with_fp16_scales
 
     request = stage.request.int8
     if request is None:
@@ -239,9 +235,12 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool,
     reference, _ = stage.run(parity)
     sha256 = stage.checkpoint.sha256
     quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, for_engine, say, report)
+    if request.rest is Precision.FP16:
+        quantized = with_fp16_scales(quantized)
     with torch.inference_mode():
         images = torch.from_numpy(normalize(stage.inputs.full, stage.preprocessing))
-        expected: NDArray[np.float32] = quantized(images).numpy()
+        computed = quantized if request.activation_type == "uint8" else quantized.as_tensorrt()
+        expected: NDArray[np.float32] = computed(images).numpy()
     parity["quantized"] = compare(reference, expected)
     about = {
         "recipe": summary.recipe,
@@ -249,11 +248,12 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool,
         "images_sha256": summary.images_sha256,
         "seed": summary.seed,
         "kept_float": list(quantized.float_layers()),
-        "qdq": request.qdq,
+        "activation_type": request.activation_type,
+        "largest_pair_sum": max(largest_pair_sum(layer.weight) for layer in quantized.integers().values()),
     }
     dtype = np.dtype(np.float16 if request.rest is Precision.FP16 else np.float32)
     metadata = _metadata(stage, {"quantization": about})
-    graph = to_qdq_onnx(quantized, _graph_options(stage), metadata, dtype)
+    graph = to_qdq_onnx(quantized, _graph_options(stage), metadata, dtype, request.activation_type)
     return _Product(graph, lambda: expected, None, summary)
 
 

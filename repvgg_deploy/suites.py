@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -13,11 +13,6 @@ from repvgg_deploy.benchmark import BenchRequest, Group
 from repvgg_deploy.contestants import BACKENDS, Entry
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.measure import MeasureOptions
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _SUITE_KEYS = {"name", "description", "roofline", "threads", "measure", "group"}
 _GROUP_KEYS = {

@@ -1,4 +1,4 @@
-"""The steps in front of rounding: statistics, thresholds, dead inputs, equalization."""
+"""The steps in front of rounding: statistics, dead inputs, equalization."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.dead_inputs import remove_dead_inputs
 from repvgg_deploy.quantize.edges import fused_blocks, rebatch, walk
 from repvgg_deploy.quantize.equalize import equalize
-from repvgg_deploy.quantize.statistics import CalibrationStatistics, EdgeStatistics, collect_statistics
-from repvgg_deploy.quantize.thresholds import find_threshold
+from repvgg_deploy.quantize.statistics import CalibrationStatistics, collect_statistics
 
 SHAPES = {
     "plain": {},
@@ -47,34 +46,32 @@ def in_batches(images: torch.Tensor, size: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_statistics_do_not_depend_on_the_batch_size(size: int) -> None:
     net, images = fused_net(), draw_images()
-    reference = collect_statistics(net, in_batches(images, 32), histograms=True)
-    other = collect_statistics(net, in_batches(images, size), histograms=True)
+    reference = collect_statistics(net, in_batches(images, 32))
+    other = collect_statistics(net, in_batches(images, size))
     assert other.images == 40
     assert other.images_sha256 == reference.images_sha256
     for name, edge in reference.edges.items():
-        for key in ("lowest", "highest", "mean", "mean_square", "usual", "histogram"):
+        for key in ("lowest", "highest", "mean", "mean_square", "usual"):
             np.testing.assert_array_equal(getattr(other.edges[name], key), getattr(edge, key), err_msg=f"{name} {key}")
 
 
 def test_statistics_are_those_of_the_values_on_each_edge() -> None:
     net, images = fused_net(), draw_images()
-    statistics = collect_statistics(net, [images], histograms=True)
+    statistics = collect_statistics(net, [images])
     for name, x in walk(net, images):
         edge, flat = statistics.edges[name], x.double().movedim(1, 0).flatten(1)
         np.testing.assert_allclose(edge.largest, flat.abs().amax(1), rtol=1e-5)
         np.testing.assert_allclose(edge.mean_square, flat.square().mean(1), rtol=1e-4)
-        assert edge.histogram.sum() == x.numel()
-        assert edge.limit > edge.largest.max()
 
 
 def test_saved_statistics_come_back_for_the_same_checkpoint_and_images_only(tmp_path: Path) -> None:
     images = draw_images(4)
-    statistics = collect_statistics(fused_net(), [images], sha256="a" * 64, views=2, histograms=True)
+    statistics = collect_statistics(fused_net(), [images], sha256="a" * 64, views=2)
     path = tmp_path / "cache.npz"
     statistics.save(path)
     loaded = CalibrationStatistics.load(path, "a" * 64, images.split(3))
     assert loaded.edges.keys() == statistics.edges.keys()
-    np.testing.assert_array_equal(loaded.edges["pool"].histogram, statistics.edges["pool"].histogram)
+    np.testing.assert_array_equal(loaded.edges["pool"].usual, statistics.edges["pool"].usual)
     with pytest.raises(DeployError, match="another checkpoint"):
         CalibrationStatistics.load(path, "b" * 64, [images])
     with pytest.raises(DeployError, match="other images"):
@@ -95,26 +92,6 @@ def test_rebatching_keeps_all_images_in_order(sizes: list[int], wanted: int) -> 
     out = list(rebatch(images.split(sizes), torch.device("cpu"), wanted))
     assert torch.equal(torch.cat(out), images)
     assert all(len(batch) == wanted for batch in out[:-1])
-
-
-def edge_of(values: np.ndarray) -> EdgeStatistics:
-    limit = 2.0 ** np.ceil(np.log2(values.max() * 1.001))
-    histogram = np.histogram(values, 2048, (0, limit))[0].astype(np.int64)
-    zero = np.array([0.0])
-    return EdgeStatistics(zero, np.array([values.max()]), zero, zero, zero, histogram, limit)
-
-
-def test_thresholds_clip_an_outlier_and_keep_a_uniform_range() -> None:
-    generator = np.random.default_rng(0)
-    uniform = edge_of(generator.uniform(0, 10, 100_000))
-    tailed = edge_of(np.append(np.abs(generator.normal(0, 1, 100_000)), 100.0))
-    for observer in ("minmax", "percentile", "mse", "entropy"):
-        assert find_threshold(uniform, observer, 127) == pytest.approx(10, rel=0.02), observer
-    assert find_threshold(tailed, "minmax", 127) == 100.0
-    # One value of 100,000 weighs enough in the square error to keep half of its range.
-    assert find_threshold(tailed, "mse", 127) == pytest.approx(63.5)
-    for observer in ("percentile", "entropy"):
-        assert 2.0 < find_threshold(tailed, observer, 127) < 30.0, observer
 
 
 @settings(max_examples=12, deadline=None)

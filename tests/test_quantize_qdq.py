@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import torch.nn.functional as F
 from test_quantize_net import QUICK
 from test_quantize_preparation import SHAPES, draw_images, fused_net
 
@@ -18,8 +16,6 @@ from repvgg_deploy.errors import GraphError
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
 from repvgg_deploy.quantize import QuantizedNet, quantize
-from repvgg_deploy.quantize.codes import Target
-from repvgg_deploy.quantize.constant_channels import count_constants, read_constants
 from repvgg_deploy.quantize.edges import fused_blocks
 from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx, with_fp16_scales
 
@@ -35,11 +31,6 @@ def shape(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def quantized(shape: str) -> QuantizedNet:
     return quantize(fused_net(shape), [draw_images(64)], QUICK)
-
-
-@pytest.fixture(scope="module")
-def wide(shape: str) -> QuantizedNet:
-    return quantize(fused_net(shape), [draw_images(64)], QUICK, target=Target.ONNXRUNTIME)
 
 
 def run(model: onnx.ModelProto, images: torch.Tensor, optimized: Path | None = None) -> list[np.ndarray]:
@@ -106,7 +97,7 @@ def test_no_pair_stands_between_a_convolution_and_its_relu(quantized: QuantizedN
     assert before == {"Mul" if shape == "se before" else "Conv"}
 
 
-def agreeing_share(model: onnx.ModelProto, net: QuantizedNet, images: torch.Tensor, zero_point: int = 0) -> float:
+def agreeing_share(model: onnx.ModelProto, net: QuantizedNet, images: torch.Tensor) -> float:
     """Of all activations, the share that has the same integer in ONNX Runtime and in torch."""
     edges = net.edge_integers(images)
     zeros = {node.output[0]: node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
@@ -117,11 +108,7 @@ def agreeing_share(model: onnx.ModelProto, net: QuantizedNet, images: torch.Tens
     _, *integers = run(model, images)
     equal = []
     for edge, seen in zip(edges, integers, strict=True):
-        offset = -128 if edge in net.wide else zero_point if edge in net.unsigned else 0
-        # Constant channels are the last ones.
-        assert (seen[:, edges[edge].shape[1] :] == -128).all()
-        seen = seen[:, : edges[edge].shape[1]]
-        equal.append(seen.astype(np.int64).ravel() - offset == edges[edge].numpy().ravel())
+        equal.append(seen.ravel() == edges[edge].numpy().ravel())
     return float(np.concatenate(equal).mean())
 
 
@@ -133,35 +120,31 @@ def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: Quantize
     assert agreeing_share(model, quantized, images) >= 0.999
 
 
-@pytest.mark.parametrize("target", list(Target), ids=lambda target: target.value)
 @pytest.mark.parametrize(("factor", "value"), [(0.0, 0.0), (0.0, 0.5), (1e-7, 0.5), (1e-6, 0.5)])
-def test_onnx_runtime_computes_the_integers_of_filters_that_are_nearly_zero(
-    target: Target, factor: float, value: float
-) -> None:
+def test_onnx_runtime_computes_the_integers_of_filters_that_are_nearly_zero(factor: float, value: float) -> None:
     """Such a filter's bias is many units of its sums, and ONNX Runtime holds it as int32."""
     net, images = fused_net(), draw_images(32, seed=11)
     block = dict(fused_blocks(net))["stages.2.0"]
     assert block.conv.bias is not None
     block.conv.weight[0] *= factor
     block.conv.bias[0] = value
-    rounded = quantize(net, [draw_images(64)], QUICK, target=target)
+    rounded = quantize(net, [draw_images(64)], QUICK)
     model = to_qdq_onnx(rounded, OPTIONS, {}).to_proto()
-    assert agreeing_share(model, rounded, images, 0 if target is not Target.ONNXRUNTIME else -128) >= 0.999
+    assert agreeing_share(model, rounded, images) >= 0.999
     # Nothing but such filters pays for it.
     exact = net(images)
     assert float((rounded(images) - exact).norm() / exact.norm()) < 0.1
 
 
-@pytest.mark.parametrize("target", list(Target), ids=lambda target: target.value)
 @pytest.mark.parametrize("factor", [0.0, 0.03])
-def test_small_filters_keep_their_bias_in_float16(target: Target, factor: float) -> None:
+def test_small_filters_keep_their_bias_in_float16(factor: float) -> None:
     """ONNX Runtime casts a float16 bias in units of the sums to float16, which ends at 65,504."""
     net, images = fused_net(), draw_images(32, seed=11)
     block = dict(fused_blocks(net))["stages.3.0"]
     assert block.conv.bias is not None
     block.conv.weight[0] *= factor
     block.conv.bias[0] = 0.7
-    rounded = quantize(net, [draw_images(64)], QUICK, target=target)
+    rounded = quantize(net, [draw_images(64)], QUICK)
     (logits,) = run(to_qdq_onnx(rounded, OPTIONS, {}, np.dtype(np.float16)).to_proto(), images)
     exact, half = net(images), with_fp16_scales(rounded)(images)
     # Float16 arithmetic turns some integers: 0.03 for any net.
@@ -181,93 +164,8 @@ def test_the_graph_as_tensorrt_reads_it_gives_the_integers_of_as_tensorrt(quanti
     assert agreeing_share(to_qdq_onnx(quantized, OPTIONS, {}).to_proto(), engine, images) < 0.999
 
 
-def test_for_onnx_runtime_alone_activations_have_all_codes_and_a_zero_point(
-    quantized: QuantizedNet, wide: QuantizedNet
-) -> None:
-    images = draw_images(32, seed=11)
-    model = to_qdq_onnx(wide, OPTIONS, {}).to_proto()
-    for name, scale in ((name, layer.input_scale) for name, layer in wide.integers().items() if name in wide.unsigned):
-        assert scale < 0.7 * quantized.integers()[name].input_scale, name
-    assert agreeing_share(model, wide, images, zero_point=-128) >= 0.999
-    with pytest.raises(ValueError, match="TensorRT"):
-        wide.as_tensorrt()
-
-
-@pytest.fixture(scope="module")
-def full_range(shape: str) -> QuantizedNet:
-    return quantize(fused_net(shape), [draw_images(64)], QUICK, target=Target.FULL_RANGE)
-
-
-def test_full_range_is_for_edges_between_plain_ungrouped_convolutions(full_range: QuantizedNet, shape: str) -> None:
-    blocks = full_range.float_net.named_blocks()
-    pairs = itertools.pairwise(blocks)
-    ungrouped = {name for (_, a), (name, b) in pairs if a.conv.groups == b.conv.groups == 1}
-    assert len(ungrouped) == {"plain": 9, "grouped": 1}.get(shape, 9)
-    assert full_range.wide == (frozenset() if shape.startswith("se ") else ungrouped)
-
-
-def test_full_range_gives_the_integers_of_the_torch_net_everywhere(full_range: QuantizedNet) -> None:
-    # Twice as strong as any image of the calibration, so that much lies beyond the clipping thresholds.
-    images = draw_images(32, seed=11) * 2
-    model = to_qdq_onnx(full_range, OPTIONS, {}).to_proto()
-    assert agreeing_share(model, full_range, images) >= 0.999
-    model = as_tensorrt_reads(to_qdq_onnx(full_range, OPTIONS, {}).to_proto())
-    assert agreeing_share(model, full_range.as_tensorrt(), images) >= 0.999
-
-
-def test_full_range_has_half_the_step_and_no_zero_point(full_range: QuantizedNet, quantized: QuantizedNet) -> None:
-    model = to_qdq_onnx(full_range, OPTIONS, {}).to_proto()
-    weights = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
-    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    assert not any(weights[node.input[2]].any() for node in pairs)
-    for name in full_range.wide:
-        assert full_range.integers()[name].input_scale < 0.7 * quantized.integers()[name].input_scale, name
-        assert weights[f"{name}.input.zero_point"].dtype == np.int8
-
-
-def test_where_no_edge_is_wide_full_range_is_the_portable_file(
-    full_range: QuantizedNet, quantized: QuantizedNet
-) -> None:
-    files = [to_qdq_onnx(net, OPTIONS, {}).to_proto().SerializeToString() for net in (full_range, quantized)]
-    assert (files[0] == files[1]) == (not full_range.wide)
-
-
-def test_full_range_with_float16_between_the_integers_is_close_to_it(full_range: QuantizedNet) -> None:
-    images = draw_images(16, seed=2)
-    (half,) = run(to_qdq_onnx(full_range, OPTIONS, {}, np.dtype(np.float16)).to_proto(), images)
-    exact = full_range(images).numpy()
-    assert np.linalg.norm(half - exact) < 0.1 * np.linalg.norm(exact)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("columns", [1, 40])
-def test_constant_channels_stand_for_a_zero_point(columns: int, stride: int) -> None:
-    generator = torch.Generator().manual_seed(columns)
-    weight = torch.randint(-127, 128, (6, columns, 3, 3), generator=generator, dtype=torch.int8)
-    codes = torch.randint(0, 256, (2, columns, 7, 5), generator=generator)
-    constants = torch.full((2, count_constants(weight), 7, 5), -128)
-    lowered = torch.cat([codes - 128, constants], 1)
-    wide = read_constants(weight)
-    assert wide.shape[1] == lowered.shape[1]
-    assert wide.dtype == torch.int8
-    assert int(wide.min()) >= -127
-    found = F.conv2d(lowered.double(), wide.double(), stride=stride, padding=1)
-    assert torch.equal(found, F.conv2d(codes.double(), weight.double(), stride=stride, padding=1))
-
-
-def test_layers_kept_float_have_no_wide_edge_on_either_side() -> None:
-    net = quantize(fused_net(), [draw_images(32)], QUICK, keep_float=["stages.3.1"], target=Target.FULL_RANGE)
-    blocks = [name for name, _ in net.float_net.named_blocks()]
-    behind = blocks[blocks.index("stages.3.1") + 1]
-    assert net.wide == frozenset(blocks[1:]) - {"stages.3.1", behind}
-    images = draw_images(8, seed=2)
-    (logits,) = run(to_qdq_onnx(net, OPTIONS, {}).to_proto(), images)
-    np.testing.assert_allclose(logits, net(images), rtol=1e-3, atol=0.02 * float(net(images).abs().max()))
-
-
-@pytest.mark.parametrize("target", list(Target))
-def test_onnx_runtime_makes_every_layer_an_integer_one(target: Target, tmp_path: Path) -> None:
-    quantized = quantize(fused_net("grouped"), [draw_images(32)], QUICK, target=target)
+def test_onnx_runtime_makes_every_layer_an_integer_one(tmp_path: Path) -> None:
+    quantized = quantize(fused_net("grouped"), [draw_images(32)], QUICK)
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     images = draw_images(16, seed=2)
     (logits,) = run(model, images, tmp_path / "optimized.onnx")

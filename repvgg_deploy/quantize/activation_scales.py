@@ -1,29 +1,26 @@
-"""The scale of one edge: the clipping threshold whose layer output is nearest to the float net's.
-
-`highest` is the code at which an edge saturates; see `repvgg_deploy.quantize.codes`.
-"""
+"""The scale of one edge: the clipping threshold whose layer output is nearest to the float net's."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from repvgg_deploy.quantize.codes import LOWEST
+from repvgg_deploy.quantize.codes import CLIPPING, LOWEST
 from repvgg_deploy.quantize.samples import Streams, run_layer
 
 _IMAGES = 64
 
 
-def quantize_activations(x: Tensor, scale: float, highest: int) -> Tensor:
+def quantize_activations(x: Tensor, scale: float) -> Tensor:
     """`x` rounded (half to even) and saturated with this scale, as floats that integer · scale gives."""
-    return (x / scale).round_().clamp_(LOWEST, highest).mul_(scale)
+    return (x / scale).round_().clamp_(LOWEST, CLIPPING).mul_(scale)
 
 
-def output_error(streams: Streams, layer: nn.Module, scale: float, highest: int) -> float:
+def output_error(streams: Streams, layer: nn.Module, scale: float) -> float:
     """The square error of `layer`'s output where its input is quantized; a constant offset a channel is no error.
 
     `layer` is a convolution or linear layer, or anything else for the mean over height and width.
     """
-    exact, rounded = streams.exact, quantize_activations(streams.rounded, scale, highest)
+    exact, rounded = streams.exact, quantize_activations(streams.rounded, scale)
     if isinstance(layer, nn.Conv2d | nn.Linear):
         difference = run_layer(layer, rounded - exact, layer.weight, None)
     else:
@@ -35,7 +32,7 @@ def output_error(streams: Streams, layer: nn.Module, scale: float, highest: int)
     return float(((flat - mean[:, None]).square().sum((1, 2)) * weights[:, 0]).double().sum())
 
 
-def scale_by_output(streams: Streams, layer: nn.Module, thresholds: tuple[float, ...], highest: int) -> float:
+def scale_by_output(streams: Streams, layer: nn.Module, thresholds: tuple[float, ...]) -> float:
     """The scale with the least output error; `thresholds` are shares of the largest input that images usually have.
 
     The usual one is the largest of those images that count in full (see `Streams.image_weights`).
@@ -45,9 +42,9 @@ def scale_by_output(streams: Streams, layer: nn.Module, thresholds: tuple[float,
     usual = streams.image_weights() >= 1.0
     largest = float(streams.rounded[usual].abs().amax())
     if largest == 0.0:
-        return 1.0 / highest
+        return 1.0 / CLIPPING
     if float(streams.rounded.amin()) < 0:
-        return largest / highest
+        return largest / CLIPPING
     sample = streams.thinned(_IMAGES)
-    scales = [largest * share / highest for share in sorted(thresholds, reverse=True)]
-    return min(scales, key=lambda scale: output_error(sample, layer, scale, highest))
+    scales = [largest * share / CLIPPING for share in sorted(thresholds, reverse=True)]
+    return min(scales, key=lambda scale: output_error(sample, layer, scale))

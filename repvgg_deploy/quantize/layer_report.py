@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.activation_scales import quantize_activations
-from repvgg_deploy.quantize.codes import Target, clipping_codes
+from repvgg_deploy.quantize.codes import CLIPPING
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, after_conv, fused_blocks
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
@@ -58,31 +58,25 @@ def report_layers(
     result: Reconstruction,
     removed: Mapping[str, RemovedInputs],
     images: Tensor,
-    target: Target = Target.PORTABLE,
 ) -> tuple[LayerRow, ...]:
     """One row a layer of the prepared `net`, measured on a few `images` (N, C, H, W)."""
     rows: list[LayerRow] = []
-    highest = clipping_codes(net, target, result.float_layers(net))
     exact = rounded = images
     for name, block in fused_blocks(net):
         exact_out = block.conv(exact)
-        row, rounded_out = _row(
-            name, block.conv, result.layers.get(name), rounded, exact_out, removed.get(name), highest[name]
-        )
+        row, rounded_out = _row(name, block.conv, result.layers.get(name), rounded, exact_out, removed.get(name))
         rows.append(row)
         exact, rounded = after_conv(block, exact_out), after_conv(block, rounded_out)
     if result.pool_scale is not None:
-        quantized = quantize_activations(rounded, result.pool_scale, highest[POOL])
+        quantized = quantize_activations(rounded, result.pool_scale)
         db = signal_to_noise_db(exact.mean((2, 3)), quantized.mean((2, 3)))
-        scale, clipped = result.pool_scale, _saturation(rounded, result.pool_scale, highest[POOL])
+        scale, clipped = result.pool_scale, _saturation(rounded, result.pool_scale)
         noise = signal_to_noise_db(rounded, quantized)
         rows.append(LayerRow(POOL, False, scale, clipped, None, noise, db, 0, 0.0))
         rounded = quantized
     exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
     out = net.classifier(exact)
-    rows.append(
-        _row(CLASSIFIER, net.classifier, result.layers.get(CLASSIFIER), rounded, out, None, highest[CLASSIFIER])[0]
-    )
+    rows.append(_row(CLASSIFIER, net.classifier, result.layers.get(CLASSIFIER), rounded, out, None)[0])
     return tuple(rows)
 
 
@@ -93,20 +87,19 @@ def _row(
     x: Tensor,
     exact: Tensor,
     removed: RemovedInputs | None,
-    highest: int,
 ) -> tuple[LayerRow, Tensor]:
     columns, bound = (removed.columns, removed.bound) if removed is not None else (0, 0.0)
     if integers is None:
         out = cast(Tensor, layer(x))
         return LayerRow(name, True, None, None, None, None, signal_to_noise_db(exact, out), columns, bound), out
-    quantized = quantize_activations(x, integers.input_scale, highest)
+    quantized = quantize_activations(x, integers.input_scale)
     weight = integers.dequantized()
     out = run_layer(layer, quantized, weight, integers.bias)
     row = LayerRow(
         name,
         False,
         integers.input_scale,
-        _saturation(x, integers.input_scale, highest),
+        _saturation(x, integers.input_scale),
         signal_to_noise_db(layer.weight, weight),
         signal_to_noise_db(x, quantized),
         signal_to_noise_db(exact, out),
@@ -116,5 +109,5 @@ def _row(
     return row, out
 
 
-def _saturation(x: Tensor, scale: float, highest: int) -> float:
-    return float((x.abs() > (highest + 0.5) * scale).double().mean())
+def _saturation(x: Tensor, scale: float) -> float:
+    return float((x.abs() > (CLIPPING + 0.5) * scale).double().mean())

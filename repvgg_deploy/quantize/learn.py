@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.augment import draw_pictures
-from repvgg_deploy.quantize.codes import LOWEST, UNSIGNED_HIGHEST, Target, highest_codes, wide_edges
+from repvgg_deploy.quantize.codes import CLIPPING, LOWEST, UNSIGNED_HIGHEST, highest_codes
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, Images, after_conv, fused_blocks, per_channel, rebatch
+from repvgg_deploy.quantize.pair_sums import count_taps, round_in_pairs
 from repvgg_deploy.quantize.recipe import Recipe
 from repvgg_deploy.quantize.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantize.samples import run_layer, weights_of_errors
-from repvgg_deploy.quantize.weight_scales import LEVELS
 
 # Scales and biases move by a share of what they are, weights by a share of one integer step.
 _SLOWER = 0.02
@@ -52,10 +52,14 @@ def _round_activations(x: Tensor, log_scale: Tensor, highest: int) -> Tensor:
     return cast(Tensor, _RoundActivations.apply(x, log_scale.exp(), highest))  # type: ignore[no-untyped-call]
 
 
+def _round_weights(weight: Tensor) -> Tensor:
+    return round_in_pairs(weight.flatten(1), count_taps(weight)).reshape(weight.shape)
+
+
 class _RoundWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:  # noqa: ARG004
-        return weight.round().clamp_(-LEVELS, LEVELS)
+        return _round_weights(weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # noqa: ARG004
@@ -85,7 +89,7 @@ class _Learnable:
         return run_layer(layer, x, rounded * per_channel(self.log_scale.exp(), rounded), self.bias)
 
     def integers(self) -> LayerIntegers:
-        weight = self.weight.detach().round().clamp_(-LEVELS, LEVELS).to(torch.int8)
+        weight = _round_weights(self.weight.detach()).to(torch.int8)
         scale = float(self.log_input.detach().exp())
         return LayerIntegers(weight, self.log_scale.detach().exp(), self.bias.detach().clone(), scale)
 
@@ -96,17 +100,15 @@ def learn(
     images: Images,
     recipe: Recipe,
     progress: Callable[[int], None] | None = None,
-    target: Target = Target.PORTABLE,
 ) -> Reconstruction:
     """Improve `start` by descent on the distance of logits and stage outputs to those of the float `net`.
 
-    Pictures are drawn from `images`; the draws depend on the recipe's seed alone. Where TensorRT and ONNX Runtime
-    saturate at different codes, the steps take turns. Nothing but the values in `start` changes.
+    Pictures are drawn from `images`; the draws depend on the recipe's seed alone. TensorRT and ONNX Runtime
+    saturate at different codes, so the steps take turns. Nothing but the values in `start` changes.
     """
     options = recipe.learning
     kept = _keep_images(images, net.classifier.weight.device)
-    wide = wide_edges(net, target, start.float_layers(net))
-    turns = [highest_codes(net, highest, wide) for highest in sorted({target.highest, UNSIGNED_HIGHEST})]
+    turns = [highest_codes(net, highest) for highest in (CLIPPING, UNSIGNED_HIGHEST)]
     layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
     pool = None
     if start.pool_scale is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -18,10 +18,11 @@ from repvgg_deploy.errors import GraphError
 from repvgg_deploy.onnx_export import FloatLayers, Fp16Rounding, GraphOptions, add_conv, to_onnx
 from repvgg_deploy.onnx_graph import GraphBuilder, OnnxGraph
 from repvgg_deploy.quantize.bias_range import FP16_ROOM, rescale, smallest_scale
-from repvgg_deploy.quantize.codes import LOWEST, Target
-from repvgg_deploy.quantize.constant_channels import count_constants, make_constants, read_constants
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL
-from repvgg_deploy.quantize.quantized_net import QuantizedNet
+from repvgg_deploy.quantize.pair_sums import INT16_MAX, largest_pair_sum
+from repvgg_deploy.quantize.quantized_net import IntegerLayer, QuantizedNet
+
+ActivationType = Literal["uint8", "int8"]
 
 FP16_SCALES_OPSET = 19
 """From this opset on QuantizeLinear takes float16 scales."""
@@ -38,13 +39,12 @@ class IntegerLayers:
     """
 
     net: QuantizedNet
+    activation_type: ActivationType = "uint8"
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.float32))
     rounding: Fp16Rounding = field(default_factory=Fp16Rounding)
 
     def __post_init__(self) -> None:
         self.floats = FloatLayers(self.dtype, self.rounding)
-        names = [name for name, _ in self.net.float_net.named_blocks()]
-        self.readers = dict(zip(names, [*names[1:], POOL], strict=True))
 
     def conv(self, g: GraphBuilder, name: str, conv: nn.Conv2d, x: str) -> str:
         """Q/DQ of the input, DQ of the weights, Conv."""
@@ -53,19 +53,12 @@ class IntegerLayers:
         if layer is None:
             return self.floats.conv(g, name, conv, x)
         x = self._rounded(g, block, f"{block}.input", x, layer.input_scale)
-        weight, scale, bias = layer.weight, layer.weight_scale, layer.bias
-        if block in self.net.wide:
-            weight = read_constants(weight)
-        reader = self.net.integer_layer(self.readers[block]) if self.readers[block] in self.net.wide else None
-        if reader is not None:
-            count = count_constants(reader.weight)
-            weight, scale, bias = make_constants(weight, scale, bias, layer.input_scale, reader.input_scale, count)
-        bias_name = self.floats.value(g, f"{name}.bias", bias)
-        return add_conv(g, name, conv, [x, self._weight(g, name, weight, scale), bias_name])
+        bias = self.floats.value(g, f"{name}.bias", layer.bias)
+        return add_conv(g, name, conv, [x, self._weight(g, name, layer), bias])
 
     def relu(self, g: GraphBuilder, name: str, x: str) -> str:
-        """A Relu; nothing where the rounding behind it saturates at what stands for 0."""
-        return x if self.readers[name] in self.net.wide else self.floats.relu(g, name, x)
+        """A Relu."""
+        return self.floats.relu(g, name, x)
 
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
         """Q/DQ in front of the global average pool, and behind it, in front of the classifier."""
@@ -80,7 +73,7 @@ class IntegerLayers:
         layer = self.net.integer_layer(CLASSIFIER)
         if layer is None:
             return self.floats.linear(g, name, linear, x)
-        weight = self._weight(g, name, layer.weight, layer.weight_scale)
+        weight = self._weight(g, name, layer)
         bias = self.floats.value(g, f"{name}.bias", layer.bias)
         x = self._rounded(g, CLASSIFIER, f"{name}.input", x, layer.input_scale)
         return g.add("Add", [g.add("Gemm", [x, weight], f"{name}.product", transB=1), bias], name)
@@ -92,14 +85,19 @@ class IntegerLayers:
         return g.add("DequantizeLinear", [x, scale_name, zero], f"{name}.dequantized")
 
     def _zero_point(self, edge: str) -> NDArray[np.integer]:
-        if edge not in self.net.unsigned or edge in self.net.wide:
-            return np.zeros((), np.int8)
-        return np.full((), LOWEST, np.int8) if self.net.target is Target.ONNXRUNTIME else np.zeros((), np.uint8)
+        unsigned = edge in self.net.unsigned and self.activation_type == "uint8"
+        return np.zeros((), np.uint8 if unsigned else np.int8)
 
-    def _weight(self, g: GraphBuilder, name: str, weight: Tensor, scale: Tensor) -> str:
-        integers = g.weight(f"{name}.weight", weight.cpu().numpy())
-        scales = g.weight(f"{name}.weight.scale", scale.cpu().numpy().astype(self.dtype))
-        zero = g.weight(f"{name}.weight.zero_point", np.zeros(len(scale), np.int8))
+    def _weight(self, g: GraphBuilder, name: str, layer: IntegerLayer) -> str:
+        largest = largest_pair_sum(layer.weight)
+        if largest > INT16_MAX:
+            raise GraphError(
+                f"two products of {name} may add up to {largest}, which does not fit 16 bits",
+                "quantize() never makes such weights; see repvgg_deploy.quantize.pair_sums",
+            )
+        integers = g.weight(f"{name}.weight", layer.weight.cpu().numpy())
+        scales = g.weight(f"{name}.weight.scale", layer.weight_scale.cpu().numpy().astype(self.dtype))
+        zero = g.weight(f"{name}.weight.zero_point", np.zeros(len(layer.weight), np.int8))
         return g.add("DequantizeLinear", [integers, scales, zero], f"{name}.weight.dequantized", axis=0)
 
 
@@ -108,6 +106,7 @@ def to_qdq_onnx(
     options: GraphOptions,
     metadata: Mapping[str, str],
     dtype: np.dtype[Any] | None = None,
+    activation_type: ActivationType = "uint8",
 ) -> OnnxGraph:
     """The Q/DQ graph of `net`, simplified and checked; inputs and outputs as `repvgg_deploy.onnx_export.to_onnx`.
 
@@ -116,16 +115,19 @@ def to_qdq_onnx(
         options: of the graph.
         metadata: see `make_metadata`.
         dtype: float32 (default) or float16, of the scales, the biases and everything that is not int8.
+        activation_type: of the zero-points behind a ReLU. `int8` is for TensorRT before 10.10, whose parser refuses
+            uint8 ones; the integers are the same, and ONNX Runtime then runs the convolutions in float.
 
     Raises:
-        GraphError: the opset is too old for float16 scales, or what stays float does not fit float16.
+        GraphError: the opset is too old for float16 scales, what stays float does not fit float16, or a sum of two
+            products does not fit 16 bits.
     """
     dtype = np.dtype(np.float32) if dtype is None else dtype
     if dtype == np.float16:
         if options.opset < FP16_SCALES_OPSET:
             raise GraphError(f"opset {options.opset} has no float16 scales", f"--opset {FP16_SCALES_OPSET} or later")
         net = with_fp16_scales(net)
-    layers = IntegerLayers(net, dtype)
+    layers = IntegerLayers(net, activation_type, dtype)
     graph = to_onnx(net.float_net, layers, options, metadata)
     if layers.rounding.overflowed:
         name, largest = next(iter(layers.rounding.overflowed.items()))
@@ -161,12 +163,8 @@ def with_fp16_scales(net: QuantizedNet) -> QuantizedNet:
         _round_to_half(layer.input_scale)
     if rounded.pool_scale is not None:
         _round_to_half(rounded.pool_scale)
-    for name, reader in zip([*names, CLASSIFIER], [*names[1:], POOL, None], strict=True):
-        if name not in layers:
-            continue
-        layer = layers[name]
-        lowered = -LOWEST * layers[reader].input_scale if reader in rounded.wide and reader is not None else 0.0
-        room = smallest_scale(layer.bias, layer.input_scale, lowered, FP16_ROOM)
+    for layer in layers.values():
+        room = smallest_scale(layer.bias, layer.input_scale, FP16_ROOM)
         wanted = _round_to_half(torch.maximum(layer.weight_scale, room))
         layer.weight.copy_(rescale(layer.weight, layer.weight_scale, wanted))
         layer.weight_scale.copy_(wanted)

@@ -12,7 +12,6 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.float32 import float32
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.bias_range import make_room_for_biases
-from repvgg_deploy.quantize.codes import Target, clipping_codes
 from repvgg_deploy.quantize.dead_inputs import RemovedInputs, remove_dead_inputs
 from repvgg_deploy.quantize.edges import Images, edge_names, rebatch
 from repvgg_deploy.quantize.equalize import equalize
@@ -20,9 +19,8 @@ from repvgg_deploy.quantize.layer_report import report_layers
 from repvgg_deploy.quantize.learn import learn
 from repvgg_deploy.quantize.quantized_net import QuantizationSummary, QuantizedNet
 from repvgg_deploy.quantize.recipe import Recipe
-from repvgg_deploy.quantize.reconstruct import Thresholds, reconstruct
+from repvgg_deploy.quantize.reconstruct import reconstruct
 from repvgg_deploy.quantize.statistics import CalibrationStatistics, collect_statistics
-from repvgg_deploy.quantize.thresholds import find_threshold
 from repvgg_deploy.quantize.views import Views
 
 FEW_IMAGES = 32
@@ -42,7 +40,6 @@ def quantize(
     keep_float: Collection[str] = (),
     progress: Progress | None = None,
     chained: bool = True,
-    target: Target = Target.PORTABLE,
 ) -> QuantizedNet:
     """`fused` with int8 weights and activations, as `recipe` says; `fused` itself is not changed.
 
@@ -57,7 +54,6 @@ def quantize(
         keep_float: names of layers (`stages.S.B`, `classifier`) that are not quantized.
         progress: see `Progress`.
         chained: without it no layer makes up for the error of those before, so that each can be looked at by itself.
-        target: see `Target`.
 
     Raises:
         DeployError: there are no images, an image is not finite, a name in `keep_float` is no layer's, or `statistics`
@@ -80,7 +76,6 @@ def quantize(
         )
     removed = prepare(net, statistics, recipe)
     views = Views(images, recipe.views)
-    thresholds = _thresholds(net, views, recipe, target, keep_float)
     layers = len(edge_names(net)) - 1
     done: list[str] = []
 
@@ -89,14 +84,14 @@ def quantize(
         report("round", len(done), layers)
 
     count = statistics.images * statistics.views
-    result = reconstruct(net, views, count, recipe, thresholds, keep_float, layer_done, chained, target)
+    result = reconstruct(net, views, count, recipe, keep_float, layer_done, chained)
     if recipe.learning.steps and chained:
-        result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps), target)
-    result = make_room_for_biases(net, result, target)
+        result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps))
+    result = make_room_for_biases(result)
     sample = next(rebatch(images, net.classifier.weight.device))
-    rows = report_layers(net, result, removed, sample, target)
+    rows = report_layers(net, result, removed, sample)
     summary = QuantizationSummary(recipe.name, statistics.images, statistics.images_sha256, recipe.seed, rows)
-    return QuantizedNet(net, result, summary, target)
+    return QuantizedNet(net, result, summary)
 
 
 def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> dict[str, RemovedInputs]:
@@ -107,19 +102,6 @@ def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> d
     if recipe.equalize is not None:
         equalize(net, statistics, recipe.equalize)
     return removed
-
-
-def _thresholds(
-    net: RepVGG, images: Images, recipe: Recipe, target: Target, keep_float: Collection[str]
-) -> Thresholds | None:
-    if recipe.scales.observer == "output":
-        return None
-    statistics = collect_statistics(net, images, histograms=True)
-    highest = clipping_codes(net, target, keep_float)
-    return {
-        name: find_threshold(edge, recipe.scales.observer, highest[name], recipe.scales.percentile)
-        for name, edge in statistics.edges.items()
-    }
 
 
 def _say_nothing(step: str, done: int, total: int) -> None:

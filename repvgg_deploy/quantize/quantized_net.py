@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.codes import (
+    CLIPPING,
     LOWEST,
-    SIGNED_HIGHEST,
     UNSIGNED_HIGHEST,
-    Target,
     highest_codes,
     is_plain,
     unsigned_edges,
-    wide_edges,
 )
 from repvgg_deploy.quantize.edges import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
 from repvgg_deploy.quantize.layer_report import LayerRow
@@ -63,10 +61,10 @@ class IntegerLayer(nn.Module):
         """What one unit of the sums is worth, per filter."""
         return self.weight_scale * self.input_scale
 
-    def total(self, integers: Tensor, bias: Tensor | None = None) -> Tensor:
+    def total(self, integers: Tensor) -> Tensor:
         """Sums of products and bias, whole numbers as floats, for integers given as floats."""
         weight = self.weight.to(integers.dtype)
-        bias = ((self.bias if bias is None else bias) / self.scale).round()
+        bias = (self.bias / self.scale).round()
         if self.geometry is None:
             return F.linear(integers, weight) + bias
         return F.conv2d(integers, weight, **self.geometry) + bias[:, None, None]
@@ -76,15 +74,12 @@ class IntegerLayer(nn.Module):
         total = self.total(integers)
         return total * (self.scale if self.geometry is None else self.scale[:, None, None])
 
-    def requantized(self, integers: Tensor, scale: Tensor, lowest: int) -> Tensor:
-        """The convolution's output in steps of `scale`, rounded, not saturated; `lowest` is the code that 0 has.
+    def requantized(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """The convolution's output in steps of `scale`, rounded, not saturated.
 
-        As an integer convolution does it: one factor from the sums to the next integers. Where 0 is not the code 0 that
-        goes through the bias, which is a whole number of sums; see `constant_channels`.
+        As an integer convolution does it: one factor from the sums to the next integers.
         """
-        factor = (self.scale / scale)[:, None, None]
-        lowered = None if lowest == 0 else self.bias + lowest * scale
-        return (self.total(integers, lowered) * factor).round() - lowest
+        return (self.total(integers) * (self.scale / scale)[:, None, None]).round()
 
     def integers(self) -> LayerIntegers:
         """The layer's values."""
@@ -101,7 +96,7 @@ class QuantizedNet(nn.Module):
 
     Input normalized images (N, C, H, W), output logits (N, classes), as ONNX Runtime computes them from the graph;
     see `as_tensorrt`. `float_net` is the prepared net (equalized, dead inputs removed), with the geometry, the
-    squeeze-excites and the layers that stay float. `target` says for whom the scales were chosen.
+    squeeze-excites and the layers that stay float.
     """
 
     def __init__(
@@ -109,15 +104,11 @@ class QuantizedNet(nn.Module):
         float_net: RepVGG,
         result: Reconstruction,
         summary: QuantizationSummary | None = None,
-        target: Target = Target.PORTABLE,
     ) -> None:
         super().__init__()
         self.float_net = float_net
         self.summary = summary
-        self.target = target
         self.unsigned = unsigned_edges(float_net)
-        self.wide = wide_edges(float_net, target, result.float_layers(float_net))
-        # uint8, whatever the scales were chosen for.
         self._highest = highest_codes(float_net, UNSIGNED_HIGHEST)
         self.layers = nn.ModuleDict()
         for name, block in fused_blocks(float_net):
@@ -132,15 +123,9 @@ class QuantizedNet(nn.Module):
         self.eval()
 
     def as_tensorrt(self) -> QuantizedNet:
-        """The net as TensorRT computes it from the same graph: int8 activations, which saturate at 127.
-
-        Raises:
-            ValueError: the net's activations have more codes than TensorRT knows.
-        """
-        if self.target is Target.ONNXRUNTIME:
-            raise ValueError(f"TensorRT cannot run a net quantized for {self.target.value}")
+        """The net as TensorRT computes it from the same graph: int8 activations, which saturate at 127."""
         net = copy.copy(self)
-        net._highest = highest_codes(self.float_net, SIGNED_HIGHEST, self.wide)
+        net._highest = highest_codes(self.float_net, CLIPPING)
         return net
 
     def integer_layer(self, name: str) -> IntegerLayer | None:
@@ -170,11 +155,7 @@ class QuantizedNet(nn.Module):
         return self._run(x, {})
 
     def edge_integers(self, x: Tensor) -> dict[str, Tensor]:
-        """The integers on every quantized edge for images `x`, as floats, counted from 0.
-
-        They are what QuantizeLinear gives in the graph, less its zero-point, or 128 more where the edge is one of
-        `wide`, whose constant channels are not among them.
-        """
+        """The integers on every quantized edge for images `x`, as floats: what QuantizeLinear gives in the graph."""
         seen: dict[str, Tensor] = {}
         self._run(x, seen)
         return seen
@@ -193,8 +174,7 @@ class QuantizedNet(nn.Module):
             if scale is None or not is_plain(block):
                 flow = _Flow(after_conv(block, layer(seen[name])))
             else:
-                integers = layer.requantized(seen[name], scale, LOWEST if reader in self.wide else 0)
-                integers = integers.clamp(0, self._highest[reader])
+                integers = layer.requantized(seen[name], scale).clamp(0, self._highest[reader])
                 flow = _Flow(integers * scale, integers)
         return self._run_head(flow, seen)
 

@@ -3,60 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.locate import data_folder
 from repvgg_deploy.quantize.views import MOST_VIEWS
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-Observer = Literal["output", "minmax", "percentile", "entropy", "mse"]
-Rounding = Literal["nearest", "feedback"]
-
 
 @dataclass(frozen=True)
 class ScaleOptions:
-    """How activation scales are chosen.
+    """How activation scales are chosen: by the clipping threshold whose layer output is nearest to the float net's.
 
-    Attributes:
-        observer: `output` takes the clipping threshold whose layer output is nearest to the float net's; the others
-            look at the activations alone.
-        percentile: of the absolute values, for the observer of that name.
-        thresholds: the shares of the largest value that `output` tries.
+    `thresholds` are the shares of the largest value that are tried.
     """
 
-    observer: Observer = "output"
-    percentile: float = 99.99
     thresholds: tuple[float, ...] = (0.55, 0.65, 0.75, 0.85, 1.0)
 
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """How weights are rounded.
+    """How weights are refitted to the float net's output and rounded with error feedback.
 
     Attributes:
-        method: `nearest`, or `feedback`, which lets the weights not yet rounded make up for the error of the others.
-        compensate: refit each layer to the float net's output on the inputs that the quantized net really has.
         images: at most so many calibration images, each view counted, are kept in memory for it.
         samples: pixels of the input of a layer, over all images.
         damping: what is added to the diagonal of the inputs' covariance, in shares of its mean, for as many samples as
             a kernel has weights; fewer samples raise it, more lower it.
-        correct_bias: make the mean of every output channel that of the float net.
     """
 
-    method: Rounding = "feedback"
-    compensate: bool = True
     images: int = 512
     samples: int = 16384
     damping: float = 1.0
-    correct_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,10 +120,7 @@ def _read(kind: type[Any], values: dict[str, Any], path: Path) -> Any:
 
 def _check(recipe: Recipe, path: Path) -> None:
     wrong = [
-        ("scales.observer", recipe.scales.observer, recipe.scales.observer in get_args(Observer)),
-        ("scales.percentile", recipe.scales.percentile, 50 < recipe.scales.percentile <= 100),
         ("scales.thresholds", recipe.scales.thresholds, all(0 < t <= 1 for t in recipe.scales.thresholds)),
-        ("rounding.method", recipe.rounding.method, recipe.rounding.method in get_args(Rounding)),
         ("rounding.damping", recipe.rounding.damping, recipe.rounding.damping > 0),
         ("views", recipe.views, recipe.views in range(1, MOST_VIEWS + 1)),
         ("count", recipe.count, recipe.count > 0),

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.quantize.activation_scales import quantize_activations, scale_by_output
-from repvgg_deploy.quantize.codes import Target, clipping_codes
 from repvgg_deploy.quantize.edges import (
     BATCH,
     CLASSIFIER,
-    POOL,
     Images,
     after_conv,
     fused_blocks,
@@ -24,6 +22,7 @@ from repvgg_deploy.quantize.edges import (
     rebatch,
 )
 from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
+from repvgg_deploy.quantize.pair_sums import count_taps
 from repvgg_deploy.quantize.recipe import Recipe
 from repvgg_deploy.quantize.samples import MEMORY_BYTES, Moments, Streams, input_moments, run_layer
 from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
@@ -62,20 +61,15 @@ class Reconstruction:
         return tuple(name for name in names if name not in self.layers)
 
 
-Thresholds = dict[str, float]
-
-
 @torch.no_grad()
 def reconstruct(
     net: RepVGG,
     images: Images,
     count: int,
     recipe: Recipe,
-    thresholds: Thresholds | None = None,
     keep_float: Collection[str] = (),
     progress: Callable[[str], None] | None = None,
     chained: bool = True,
-    target: Target = Target.PORTABLE,
 ) -> Reconstruction:
     """Quantize the layers of a fused `net` in the order of execution; each makes up for the error of those before.
 
@@ -84,22 +78,19 @@ def reconstruct(
         images: the calibration images, in all their views; the kept ones are spaced evenly over all `count` of them.
         count: how many there are.
         recipe: its `scales` and `rounding` are used.
-        thresholds: clipping thresholds of the edges; without them they are chosen by output error.
         keep_float: names of layers that are not quantized.
         progress: called with the name of each layer when it is done.
         chained: without it each layer is quantized as if all the others were float.
-        target: which codes the activations have.
     """
     chosen = take_images(net, images, count, recipe.rounding.images)
     streams = Streams(chosen, chosen)
-    highest = clipping_codes(net, target, keep_float)
     layers: dict[str, LayerIntegers] = {}
     for index, (name, block) in enumerate(fused_blocks(net)):
         if name in keep_float:
             weight, bias = block.conv.weight, cast(Tensor, block.conv.bias)
         else:
-            scale = _choose_scale(streams, name, block.conv, recipe, thresholds, highest[name])
-            streams.rounded = quantize_activations(streams.rounded, scale, highest[name])
+            scale = _choose_scale(streams, block.conv, recipe)
+            streams.rounded = quantize_activations(streams.rounded, scale)
             layers[name] = _quantize_layer(streams, block.conv, scale, recipe, index)
             weight, bias = layers[name].dequantized(), layers[name].bias
         exact = partial(_run_block, block, block.conv.weight, cast(Tensor, block.conv.bias))
@@ -110,12 +101,12 @@ def reconstruct(
             progress(name)
     if CLASSIFIER in keep_float:
         return Reconstruction(layers, None)
-    pool = _choose_scale(streams, POOL, nn.Identity(), recipe, thresholds, highest[POOL])
+    pool = _choose_scale(streams, nn.Identity(), recipe)
     if chained:
-        streams.rounded = quantize_activations(streams.rounded, pool, highest[POOL])
+        streams.rounded = quantize_activations(streams.rounded, pool)
     streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
-    scale = _choose_scale(streams, CLASSIFIER, net.classifier, recipe, thresholds, highest[CLASSIFIER])
-    streams.rounded = quantize_activations(streams.rounded, scale, highest[CLASSIFIER])
+    scale = _choose_scale(streams, net.classifier, recipe)
+    streams.rounded = quantize_activations(streams.rounded, scale)
     layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers))
     if progress is not None:
         progress(CLASSIFIER)
@@ -164,13 +155,8 @@ def _widest(net: RepVGG, shape: torch.Size) -> int:
     return int(values)
 
 
-def _choose_scale(
-    streams: Streams, name: str, layer: nn.Module, recipe: Recipe, thresholds: Thresholds | None, highest: int
-) -> float:
-    if thresholds is not None:
-        scale = thresholds[name] / highest
-    else:
-        scale = scale_by_output(streams, layer, recipe.scales.thresholds, highest)
+def _choose_scale(streams: Streams, layer: nn.Module, recipe: Recipe) -> float:
+    scale = scale_by_output(streams, layer, recipe.scales.thresholds)
     # What the graph stores is float32.
     return float(torch.tensor(scale, dtype=torch.float32))
 
@@ -183,10 +169,10 @@ def _quantize_layer(streams: Streams, layer: Layer, scale: float, recipe: Recipe
     for weight, bias, moments in zip(
         layer.weight.flatten(1).chunk(len(groups)), layer.bias.chunk(len(groups)), groups, strict=True
     ):
-        integers, filter_scales = _round(weight, moments, recipe)
+        integers, filter_scales = _round(weight, moments, options.damping, count_taps(layer.weight))
         rounded = integers * filter_scales[:, None]
-        if options.correct_bias:
-            bias = bias + weight @ moments.exact_mean - rounded @ moments.rounded_mean
+        # The mean of every output channel becomes that of the float net.
+        bias = bias + weight @ moments.exact_mean - rounded @ moments.rounded_mean
         rows.append(integers)
         scales.append(filter_scales)
         biases.append(bias)
@@ -194,23 +180,18 @@ def _quantize_layer(streams: Streams, layer: Layer, scale: float, recipe: Recipe
     return LayerIntegers(integers, torch.cat(scales), torch.cat(biases), scale)
 
 
-def _round(weight: Tensor, moments: Moments, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _round(weight: Tensor, moments: Moments, damping: float, taps: int) -> tuple[Tensor, Tensor]:
     """Integers (filters, columns) and scales (filters) of one group."""
-    options = recipe.rounding
     strength = moments.covariance.diagonal()
     mean_strength = float(strength.mean())
-    if (options.method == "nearest" and not options.compensate) or mean_strength <= 0.0:
-        scales = choose_weight_scales(weight, strength.clamp_min(1e-6 * max(mean_strength, 1e-30)))
-        return round_weights(weight, scales), scales
+    if mean_strength <= 0.0:
+        scales = choose_weight_scales(weight, taps)
+        return round_weights(weight, scales, taps), scales
     # As many samples as unknowns determine nothing: the fewer there are, the closer the answer stays to `weight`.
-    damping = options.damping * weight.shape[1] / moments.samples * mean_strength
+    damping = damping * weight.shape[1] / moments.samples * mean_strength
     identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     covariance = moments.covariance + max(damping, 1e-4 * mean_strength) * identity
-    target = weight
-    if options.compensate:
-        # Least squares of ‖W x − W′ x̂‖² + damping · ‖W′ − W‖², which is W + drift · (covariance + damping)⁻¹.
-        target = weight + torch.linalg.solve(covariance, moments.drift.t()).t()
-    scales = choose_weight_scales(target, covariance.diagonal())
-    if options.method == "nearest":
-        return round_weights(target, scales), scales
-    return round_with_feedback(target, scales, covariance), scales
+    # Least squares of ‖W x − W′ x̂‖² + damping · ‖W′ − W‖², which is W + drift · (covariance + damping)⁻¹.
+    target = weight + torch.linalg.solve(covariance, moments.drift.t()).t()
+    scales = choose_weight_scales(target, taps, covariance.diagonal())
+    return round_with_feedback(target, scales, covariance, taps), scales

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from repvgg_deploy.float32 import float32
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.codes import Target
 from repvgg_deploy.quantize.edges import BATCH, CLASSIFIER, Images, fused_blocks
 from repvgg_deploy.quantize.quantization import quantize
 from repvgg_deploy.quantize.quantized_net import QuantizedNet
@@ -53,7 +52,7 @@ def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ..
     found = []
     for name, integers in net.integers().items():
         pool = None if net.pool_scale is None or name != CLASSIFIER else float(net.pool_scale)
-        alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool), target=net.target)
+        alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool))
         error = lead_at_risk(exact, _run(alone, images))
         found.append(LayerSensitivity(name, error, macs[name] / total))
     return tuple(sorted(found, key=lambda layer: -layer.gain))
@@ -118,7 +117,6 @@ def quantize_within(
     max_drop: float,
     statistics: CalibrationStatistics | None = None,
     keep_float: Collection[str] = (),
-    target: Target = Target.PORTABLE,
 ) -> MixedPrecision:
     """The net with the fewest float layers, taken in the order of `rank_layers`, whose drop is at most `max_drop`.
 
@@ -133,7 +131,6 @@ def quantize_within(
         max_drop: in the same unit.
         statistics: see `quantize`.
         keep_float: names of layers that are not quantized in any candidate.
-        target: see `quantize`.
     """
     if statistics is None:
         statistics = collect_statistics(fused, images, views=recipe.views)
@@ -141,7 +138,7 @@ def quantize_within(
     macs = count_macs(fused, sample[:1])
 
     def attempt(names: tuple[str, ...]) -> MixedPrecision:
-        net = quantize(fused, images, recipe, statistics, names, target=target)
+        net = quantize(fused, images, recipe, statistics, names)
         share = sum(macs[name] for name in names) / sum(macs.values())
         return MixedPrecision(net, names, share, measure_drop(net))
 
@@ -149,7 +146,7 @@ def quantize_within(
     best = attempt(always)
     if best.drop <= max_drop:
         return best
-    apart = quantize(fused, images, recipe, statistics, always, chained=False, target=target)
+    apart = quantize(fused, images, recipe, statistics, always, chained=False)
     ranking = rank_layers(apart, sample)
     low, high = 0, len(ranking)
     while high - low > 1:

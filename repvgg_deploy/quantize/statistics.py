@@ -20,20 +20,16 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantize.edges import Images, edge_names, rebatch, walk
 from repvgg_deploy.quantize.views import Views
 
-BINS = 2048
 _PEAKS = 8
 _PER_CHANNEL = ("lowest", "highest", "mean", "mean_square", "usual")
 
 
 @dataclass(frozen=True)
 class EdgeStatistics:
-    """One edge. Per channel (C): `lowest` and `highest` value, `mean`, `mean_square`; over all values a histogram.
+    """One edge. Per channel (C): `lowest` and `highest` value, `mean` and `mean_square`.
 
     `usual` (C) is the largest absolute value without the one image in 128 (at most 7) that reaches highest: a single
     image can drive a net to activations a hundred times those of all others.
-
-    `histogram` (BINS) counts absolute values in equal bins from 0 to `limit`, a power of two; all zeros where
-    it was not asked for.
     """
 
     lowest: NDArray[np.float64]
@@ -41,8 +37,6 @@ class EdgeStatistics:
     mean: NDArray[np.float64]
     mean_square: NDArray[np.float64]
     usual: NDArray[np.float64]
-    histogram: NDArray[np.int64]
-    limit: float
 
     @property
     def largest(self) -> NDArray[np.float64]:
@@ -67,9 +61,8 @@ class CalibrationStatistics:
         """Write everything to an `.npz` file at `path`."""
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, edge in self.edges.items():
-            for key in (*_PER_CHANNEL, "histogram"):
+            for key in _PER_CHANNEL:
                 arrays[f"{name}/{key}"] = getattr(edge, key)
-            arrays[f"{name}/limit"] = np.array(edge.limit)
         about = {"images": self.images, "views": self.views, "sha256": self.sha256, "images_sha256": self.images_sha256}
         with path.open("wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
@@ -110,26 +103,19 @@ def _add_to(digest: hashlib._Hash, batch: Tensor) -> None:
 
 
 def _read_edge(file: Mapping[str, NDArray[np.generic]], name: str) -> EdgeStatistics:
-    lowest, highest, mean, square, usual = (file[f"{name}/{key}"].astype(np.float64) for key in _PER_CHANNEL)
-    histogram = file[f"{name}/histogram"].astype(np.int64)
-    return EdgeStatistics(
-        lowest, highest, mean, square, usual, histogram, float(file[f"{name}/limit"].astype(np.float64))
-    )
+    return EdgeStatistics(*(file[f"{name}/{key}"].astype(np.float64) for key in _PER_CHANNEL))
 
 
 class _EdgeObserver:
     """Takes one image after another; the result does not depend on how they were batched."""
 
-    def __init__(self, histograms: bool) -> None:
+    def __init__(self) -> None:
         self.images = 0
-        self.histograms = histograms
         self.lowest: Tensor | None = None
         self.highest: Tensor
         self.sum: Tensor
         self.square: Tensor
         self.peaks: Tensor
-        self.histogram = torch.zeros(BINS, dtype=torch.int64)
-        self.limit = 2.0**-60
 
     def add(self, x: Tensor) -> bool:
         """Take the values of some images (N, C, …); False, and nothing taken, where one is not finite."""
@@ -149,25 +135,13 @@ class _EdgeObserver:
         # The highest few images of each channel are all that is kept.
         self.peaks = peaks.topk(min(len(peaks), _PEAKS), dim=0).values
         self.images += len(x)
-        if self.histograms:
-            self._count(flat.abs(), largest)
         return True
-
-    def _count(self, size: Tensor, largest: float) -> None:
-        # The limit only doubles, and then two bins become one exactly: so the order of the images does not matter.
-        while self.limit <= largest:
-            pairs = self.histogram.reshape(-1, 2).sum(1)
-            self.histogram = torch.cat([pairs, torch.zeros_like(pairs)])
-            self.limit *= 2
-        bins = (size.flatten() * (BINS / self.limit)).to(torch.int64)
-        self.histogram += torch.bincount(bins, minlength=BINS).cpu()
 
     def result(self) -> EdgeStatistics:
         assert self.lowest is not None
         peaks = self.peaks[min(self.images // 128, _PEAKS - 1)]
         values = (self.lowest, self.highest, self.sum / self.images, self.square / self.images, peaks)
-        lowest, highest, mean, square, usual = (value.double().cpu().numpy() for value in values)
-        return EdgeStatistics(lowest, highest, mean, square, usual, self.histogram.numpy(), self.limit)
+        return EdgeStatistics(*(value.double().cpu().numpy() for value in values))
 
 
 @float32(deterministic=True)
@@ -178,7 +152,6 @@ def collect_statistics(
     sha256: str = "",
     views: int = 1,
     progress: Callable[[int], None] | None = None,
-    histograms: bool = False,
 ) -> CalibrationStatistics:
     """The statistics of a fused `net` on all `images`; memory does not grow with their number.
 
@@ -188,12 +161,11 @@ def collect_statistics(
         sha256: of the checkpoint; a saved result is refused for any other.
         views: how often each image is taken; see `Views`.
         progress: called with the number of images after each step, each view counted.
-        histograms: as well; they take longer than the rest, and only `find_threshold` needs them.
 
     Raises:
         DeployError: there is no image, or a value somewhere is not finite.
     """
-    observers = {name: _EdgeObserver(histograms) for name in edge_names(net)}
+    observers = {name: _EdgeObserver() for name in edge_names(net)}
     digest = hashlib.sha256()
     device = net.classifier.weight.device
     for batch in rebatch(Views(images, views), device):
