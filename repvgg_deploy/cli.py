@@ -30,7 +30,6 @@ from repvgg_deploy.cli_options import (
 from repvgg_deploy.cli_progress import progress, say, steps
 from repvgg_deploy.errors import DeployError, ThresholdError
 from repvgg_deploy.process import prepare_process, quick_imports
-from repvgg_deploy.staging import start_hashing
 
 
 class _Group(click.Group):
@@ -83,7 +82,6 @@ def export(
     if fp16 and int8:
         raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is what stays float in INT8.")
     prepare_process()
-    start_hashing(ckpt)
     with quick_imports():
         from repvgg_deploy import report
         from repvgg_deploy.artifacts import Precision
