@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +28,23 @@ from repvgg_deploy.cli_options import (
 from repvgg_deploy.cli_progress import progress, say, steps
 from repvgg_deploy.errors import DeployError, ThresholdError
 from repvgg_deploy.process import prepare_process, quick_imports
-from repvgg_deploy.staging import start_hashing
+from repvgg_deploy.signals import raise_signals
 
 
 class _Group(click.Group):
     """The one place that prints an error a user can mend; anything else keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            # What ends a container or a CI job: like Ctrl-C it takes back what was begun on the disk.
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        try:
+            # SIGTERM is what ends a container or a CI job: like Ctrl-C it removes what was begun on the disk.
+            with raise_signals():
+                return self._invoke(ctx)
+        except KeyboardInterrupt:
+            # As click does, but with the status that a shell expects. The blank line closes the terminal's `^C`.
+            click.echo("\nAborted!", err=True)
+            ctx.exit(128 + signal.SIGINT)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except DeployError as error:
@@ -83,7 +88,6 @@ def export(
     if fp16 and int8:
         raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is what stays float in INT8.")
     prepare_process()
-    start_hashing(ckpt)
     with quick_imports():
         from repvgg_deploy import report
         from repvgg_deploy.artifacts import Precision

@@ -6,7 +6,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images import BrokenImages, Pixels, crop_image, decode_image, list_images, normalize, read_batches
 from repvgg_deploy.model import Model, open_model
 from repvgg_deploy.runners import Array
+from repvgg_deploy.threads import start_workers
 
 _SAMPLE = 64
 
@@ -79,7 +79,7 @@ def _time_stages(model: Model, sample: list[Path], batch: int, seconds: float) -
         return stacked if model.takes_pixels else normalize(stacked, model.preprocessing)
 
     inputs = prepare()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with start_workers(os.cpu_count() or 1) as pool:
         stages = {
             "decode": _rate(lambda: list(pool.map(decode_image, sample)), len(sample), seconds),
             "resize": _rate(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
+from repvgg_deploy.threads import start_workers
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
 Pixels = NDArray[np.uint8]
@@ -203,25 +205,26 @@ def read_batches(
 
     Threads decode ahead of the caller, at most four batches. A file that is no image goes into `broken`.
     """
-    decoded = _decode_ahead(paths, preprocessing, 4 * batch, workers)
-    pixels: list[Pixels] = []
-    indices: list[int] = []
-    for index, result in enumerate(decoded):
-        if isinstance(result, ImageError):
-            broken.reasons[paths[index]] = result.message
-            continue
-        pixels.append(result)
-        indices.append(index)
-        if len(pixels) == batch:
+    # Closed here, and not with the traceback of an error, so that its threads end first.
+    with closing(_decode_ahead(paths, preprocessing, 4 * batch, workers)) as decoded:
+        pixels: list[Pixels] = []
+        indices: list[int] = []
+        for index, result in enumerate(decoded):
+            if isinstance(result, ImageError):
+                broken.reasons[paths[index]] = result.message
+                continue
+            pixels.append(result)
+            indices.append(index)
+            if len(pixels) == batch:
+                yield np.stack(pixels), indices
+                pixels, indices = [], []
+        if pixels:
             yield np.stack(pixels), indices
-            pixels, indices = [], []
-    if pixels:
-        yield np.stack(pixels), indices
 
 
 def _decode_ahead(
     paths: Iterable[Path], preprocessing: Preprocessing, ahead: int, workers: int | None
-) -> Iterator[Pixels | ImageError]:
+) -> Generator[Pixels | ImageError, None, None]:
     def decode(path: Path) -> Pixels | ImageError:
         try:
             return read_pixels(path, preprocessing)
@@ -230,7 +233,7 @@ def _decode_ahead(
 
     # The filters of warnings are shared by all threads, so they are set once, out here. Pillow warns about the size of
     # large images and about damaged EXIF data; neither matters to who wants the pixels.
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), start_workers(workers or min(16, os.cpu_count() or 1)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         waiting: deque[Future[Pixels | ImageError]] = deque()
         try:

@@ -6,11 +6,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -35,6 +33,7 @@ from repvgg_deploy.reference import run_fused, run_in_float64
 from repvgg_deploy.runners import Array
 from repvgg_deploy.runners.onnx_runner import OnnxRunner
 from repvgg_deploy.staging import flush_files, hash_file, stage_files
+from repvgg_deploy.threads import start_workers
 from repvgg_deploy.verification import VerificationInputs, choose_inputs
 
 if TYPE_CHECKING:
@@ -76,8 +75,6 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
-    # Imported while the checkpoint is hashed and fused, which needs no interpreter.
-    Thread(target=import_module, args=("onnxsim",), daemon=True).start()
     backend = _find_backend(request, say)
     say(f"reading {request.checkpoint}")
     checkpoint = load_checkpoint(request.checkpoint, request.arch, request.ema, request.bn_eps)
@@ -87,50 +84,52 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
     say(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
     net = build(checkpoint)
-    pool = ThreadPoolExecutor(3)
-    # Fusing takes one core; what it will be held against is computed on the other.
-    trained = pool.submit(run_in_float64, net, normalize(inputs.small, preprocessing))
-    stage = _Stage(
-        request, checkpoint.without_tensors(), begin_fusion(net, torch.float32), trained, preprocessing, inputs
-    )
-    del checkpoint, net, trained
-    parity: dict[str, Parity] = {}
-    say(f"making the {request.precision} graph")
-    if request.precision is Precision.INT8:
-        product = _make_int8_graph(stage, parity, backend is not None, say, report)
-    else:
-        product = _make_float_graph(stage, parity)
-    result = ExportResult(
-        onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
-        engine=None,
-        checkpoint=stage.checkpoint,
-        preprocessing=preprocessing,
-        precision=request.precision,
-        parameters=count_parameters(stage.unfinished.spec),
-        ops=product.graph.op_histogram(),
-        parity=parity,
-        rounding=product.rounding,
-        quantization=product.quantization,
-        seconds=0.0,
-        peak_bytes=0,
-    )
-    with stage_files(request.output) as staging, pool:
-        staged = staging / result.onnx.name
-        # Block by block: computed, written and run.
-        finished = pool.submit(stage.fusion.finish)
-        written = pool.submit(write_graph, product.graph, staged, wait_for=stage.fusion.wait_for)
-        expected = product.run()
-        finished.result()
-        written.result()
-        # The weights are in the file now, which ONNX Runtime maps.
-        del stage, product
-        say("running the graph in ONNX Runtime")
-        flushed = pool.submit(flush_files, staging)
-        outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
-        flushed.result()
-        engine = None
-        if backend is not None:
-            engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, say, report)
+    with start_workers(1) as reference:
+        # Fusing takes one core; what it will be held against is computed on the other.
+        trained = reference.submit(run_in_float64, net, normalize(inputs.small, preprocessing))
+        stage = _Stage(
+            request, checkpoint.without_tensors(), begin_fusion(net, torch.float32), trained, preprocessing, inputs
+        )
+        del checkpoint, net, trained
+        parity: dict[str, Parity] = {}
+        say(f"making the {request.precision} graph")
+        if request.precision is Precision.INT8:
+            product = _make_int8_graph(stage, parity, backend is not None, say, report)
+        else:
+            product = _make_float_graph(stage, parity)
+        result = ExportResult(
+            onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
+            engine=None,
+            checkpoint=stage.checkpoint,
+            preprocessing=preprocessing,
+            precision=request.precision,
+            parameters=count_parameters(stage.unfinished.spec),
+            ops=product.graph.op_histogram(),
+            parity=parity,
+            rounding=product.rounding,
+            quantization=product.quantization,
+            seconds=0.0,
+            peak_bytes=0,
+        )
+        with stage_files(request.output) as staging, start_workers(2) as pool:
+            staged = staging / result.onnx.name
+            # Block by block: computed, written and run.
+            finished = pool.submit(stage.fusion.finish)
+            written = pool.submit(write_graph, product.graph, staged, wait_for=stage.fusion.wait_for)
+            expected = product.run()
+            finished.result()
+            written.result()
+            # The weights are in the file now, which ONNX Runtime maps.
+            del stage, product
+            say("running the graph in ONNX Runtime")
+            flushed = pool.submit(flush_files, staging)
+            outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
+            flushed.result()
+            engine = None
+            if backend is not None:
+                engine = _build_and_compare(
+                    staged, backend, request, inputs, preprocessing, outputs, parity, say, report
+                )
     if engine is None:
         _note_other_engine(result.onnx, say)
     seconds = time.perf_counter() - start

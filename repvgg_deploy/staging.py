@@ -8,10 +8,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
 
 from repvgg_deploy.errors import DeployError
 
@@ -88,38 +86,8 @@ def flush_files(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-_Version = tuple[Path, int, int, int]
-_ahead: dict[_Version, Future[str]] = {}
-
-
-def start_hashing(path: Path) -> None:
-    """Begin what `hash_file` will be asked for later, in a thread of its own: beside an import, it costs no time."""
-    future: Future[str] = Future()
-
-    def hash_it() -> None:
-        try:
-            future.set_result(_hash(path))
-        except OSError as error:
-            future.set_exception(error)
-
-    if path.is_file():
-        _ahead[_version(path)] = future
-        Thread(target=hash_it, daemon=True).start()
-
-
 def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal; the interpreter is free meanwhile."""
-    begun = _ahead.pop(_version(path), None)
-    return _hash(path) if begun is None else begun.result()
-
-
-def _version(path: Path) -> _Version:
-    """What changes when another file takes the place of this one."""
-    status = path.stat()
-    return path, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _hash(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal; other threads run meanwhile."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.staging import hash_file, stage_files, start_hashing
+from repvgg_deploy.staging import hash_file, stage_files
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -170,27 +170,8 @@ def test_two_at_a_time_do_not_meet(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"a": "1", "b": "2"}
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_the_hash_is_that_of_the_bytes_on_the_disk(ahead: bool, tmp_path: Path) -> None:
+def test_the_hash_is_that_of_the_bytes_on_the_disk(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for content in (b"one", b"another"):
         path.write_bytes(content)
-        if ahead:
-            start_hashing(path)
         assert hash_file(path) == hashlib.sha256(content).hexdigest()
-
-
-def test_a_hash_begun_for_another_file_of_that_name_is_not_taken(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"one")
-    start_hashing(path)
-    path.unlink()
-    path.write_bytes(b"another")
-    assert hash_file(path) == hashlib.sha256(b"another").hexdigest()
-
-
-def test_hashing_ahead_leaves_the_errors_to_those_who_read(tmp_path: Path) -> None:
-    start_hashing(tmp_path / "missing")
-    start_hashing(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        hash_file(tmp_path / "missing")

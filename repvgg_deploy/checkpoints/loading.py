@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from repvgg_deploy.checkpoints.reading import Contents, StateDict, read_file
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.staging import hash_file
+from repvgg_deploy.threads import start_workers
 
 LAYOUTS = (
     official.LAYOUT,
@@ -98,7 +98,7 @@ def load_checkpoint(
     """
     path = Path(path)
     wanted = find_card(arch) if arch is not None else None
-    with ThreadPoolExecutor(1) as pool:
+    with start_workers(1) as pool:
         # Hashing releases the interpreter lock, so it costs no time of its own beside the reading.
         contents = read_file(path)
         sha256 = pool.submit(hash_file, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 
 from repvgg_deploy.artifacts import Provenance
 from repvgg_deploy.engine.backends import Backend, has
-from repvgg_deploy.engine.cancellation import Cancellation, Progress, make_monitor, run_cancellable
+from repvgg_deploy.engine.cancellation import Progress, make_monitor
 from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.engine.messages import Messages, collect_messages, explain_failure
 from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolution_precisions, require_precision
@@ -23,6 +22,7 @@ from repvgg_deploy.engine.timing_cache import use_timing_cache
 from repvgg_deploy.onnx_export import read_metadata
 from repvgg_deploy.onnx_skeleton import read_onnx_metadata
 from repvgg_deploy.staging import hash_file
+from repvgg_deploy.threads import Cancellation, run_cancellable, start_workers
 
 Say = Callable[[str], None]
 
@@ -89,7 +89,7 @@ def build_engine(
     start = time.perf_counter()
     options.check(backend)
     # Hashed by the second core while the first one builds.
-    with ThreadPoolExecutor(1) as pool:
+    with start_workers(1) as pool:
         provenance = read_metadata(read_onnx_metadata(onnx))
         onnx_hash = pool.submit(hash_file, onnx)
         found = find_gpus()

@@ -1,33 +1,15 @@
-"""A long call into C++ that Ctrl-C can end: it runs in a thread, and the progress monitor is told to stop."""
+"""The progress monitor of a build: it reports how far the build is, and stops it when asked to."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.threads import Cancellation
 
-Result = TypeVar("Result")
 Progress = Callable[[float, str], None]
 """Called with the share that is done (0 to 1, never falling) and the name of the phase."""
-
-
-class Cancellation:
-    """A wish to stop, set by one thread and read by another."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def cancel(self) -> None:
-        """Ask to stop."""
-        self._event.set()
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether stopping was asked for."""
-        return self._event.is_set()
 
 
 class PhaseTree:
@@ -107,49 +89,3 @@ def make_monitor(backend: Backend, progress: Progress, cancellation: Cancellatio
                 cancellation.cancel()
 
     return Monitor()
-
-
-class _Task(threading.Thread, Generic[Result]):
-    def __init__(self, call: Callable[[], Result]) -> None:
-        super().__init__(name="engine-build")
-        self._call = call
-        # Waited for in place of `join`: up to Python 3.12 a Ctrl-C inside `join` takes the thread for ended.
-        self.is_over = threading.Event()
-        self.result: Result | None = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.result = self._call()
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.is_over.set()
-
-
-def _wait_regardless(over: threading.Event) -> None:
-    """Wait, whatever else the user presses: leaving the library in mid-build aborts the process."""
-    while not over.is_set():
-        with suppress(KeyboardInterrupt):
-            over.wait()
-
-
-def run_cancellable(call: Callable[[], Result], cancellation: Cancellation | None = None) -> Result:
-    """The result of `call`, run in a thread; Ctrl-C asks it to stop, waits for it, and then is raised.
-
-    Python handles signals between bytecodes of the main thread only. Inside the library's C++ there are none but those
-    of the logger and the monitor, and an exception that is raised there is lost. So nothing that takes long runs in
-    the main thread, also where it cannot be stopped.
-    """
-    task = _Task(call)
-    try:
-        task.start()
-        task.is_over.wait()
-    except KeyboardInterrupt:
-        if cancellation is not None:
-            cancellation.cancel()
-        _wait_regardless(task.is_over)
-        raise
-    if task.error is not None:
-        raise task.error
-    return cast(Result, task.result)

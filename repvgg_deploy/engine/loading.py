@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.engine.backends import MODULES, Backend, BackendName, Unavailable, import_backend
-from repvgg_deploy.engine.cancellation import run_cancellable
 from repvgg_deploy.engine.cleanup import give_back
 from repvgg_deploy.engine.cuda import Cuda, open_cuda
 from repvgg_deploy.engine.gpus import find_gpus
@@ -24,6 +23,7 @@ from repvgg_deploy.engine.side_file import (
     side_path,
 )
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.threads import run_cancellable
 
 
 @dataclass

@@ -14,7 +14,6 @@ import numpy as np
 from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
 from repvgg_deploy.engine.backends import Backend, has
 from repvgg_deploy.engine.building import Engine
-from repvgg_deploy.engine.cancellation import run_cancellable
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
 from repvgg_deploy.engine.messages import collect_messages, construct, explain_failure, get_logger
 from repvgg_deploy.engine.side_file import SideFile, side_path
@@ -22,6 +21,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.onnx_export import GraphOptions, read_metadata
 from repvgg_deploy.onnx_skeleton import read_onnx_metadata
 from repvgg_deploy.staging import hash_file, stage_files
+from repvgg_deploy.threads import run_cancellable
 
 _REBUILD = "build the engine with --refittable: `repvgg-deploy export CHECKPOINT --refittable`"
 
