@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from repvgg_deploy.cli_options import (
     engine_options,
     graph_options,
     int8_options,
+    integers_option,
     json_option,
     path_argument,
     preprocessing_options,
     read_labels,
     take_build,
+    take_exact_integers,
     take_int8,
     take_preprocessing,
     trust_option,
 )
 from repvgg_deploy.cli_progress import progress, say, steps
-from repvgg_deploy.errors import DeployError, ThresholdError
+from repvgg_deploy.errors import DeployError, ThresholdError, VerificationError
 from repvgg_deploy.process import prepare_process, quick_imports
 from repvgg_deploy.signals import raise_signals
 
@@ -213,6 +216,7 @@ def archs(as_json: bool) -> None:
 @click.option("--max-disagreement", type=float, metavar="P", help="Fail beyond P percent other top-1 classes.")
 @checkpoint_options
 @preprocessing_options
+@integers_option
 @trust_option
 @json_option
 def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
@@ -228,7 +232,8 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--count is for --data DIR.")
     tolerance = Tolerance(options.pop("max_relative"), options.pop("max_abs"), options.pop("max_disagreement"))
     preprocessing = take_preprocessing(options)
-    parity = verify_models(a, b, preprocessing, tolerance, **options)
+    exact = take_exact_integers(options)
+    parity = verify_models(a, b, preprocessing, tolerance, **options, exact_integers=exact, say=say)
     values = {"a": str(a), "b": str(b), **parity.to_dict()}
     if as_json:
         report.print_json(values)
@@ -244,6 +249,7 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @click.option("--min-top1", type=float, metavar="P", help="Fail below P percent.")
 @checkpoint_options
 @preprocessing_options
+@integers_option
 @trust_option
 @json_option
 def eval_(
@@ -258,7 +264,9 @@ def eval_(
     from repvgg_deploy.model import open_model
 
     preprocessing = take_preprocessing(options)
-    opened = open_model(model, preprocessing, **options)
+    opened = open_model(model, preprocessing, exact_integers=take_exact_integers(options), **options)
+    for note in opened.notes:
+        say(f"note: {note}")
     with progress("evaluating") as start:
         result = evaluate(opened, data, batch, strict, start)
     for path, reason in result.broken.items():
@@ -316,6 +324,7 @@ def demo(output: Path | None, as_json: bool) -> None:
     result = run_demo(output, say)
     if as_json:
         report.print_json(result.to_dict())
+        _require_all_forms(result.failures)
         return
     rows = [
         [
@@ -332,6 +341,14 @@ def demo(output: Path | None, as_json: bool) -> None:
     columns = ["form", "run by", "top-1 %", "images/s", "x training", "relative error", "MB"]
     report.print_table(columns, rows)
     click.echo(f"{result.images} drawn images, batch {result.batch}, {result.seconds:.0f} s in all")
+    _require_all_forms(result.failures)
+
+
+def _require_all_forms(failures: Mapping[str, str]) -> None:
+    """Raise VerificationError if a form of the demo model could not be made."""
+    if failures:
+        reasons = "; ".join(f"{form}: {reason}" for form, reason in failures.items())
+        raise VerificationError(f"not in the table: {reasons}", "`repvgg-deploy doctor` says what this machine can do")
 
 
 @main.command()

@@ -233,6 +233,22 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
 
 
+def integers_option(command: F) -> F:
+    """How an INT8 graph is run on a CPU whose integer kernels saturate on it."""
+    return click.option(
+        "--integers",
+        type=click.Choice(["exact", "native"]),
+        default="exact",
+        show_default=True,
+        help="Sums of an INT8 graph that may saturate on this CPU: exact, or as its kernels compute them.",
+    )(command)
+
+
+def take_exact_integers(values: dict[str, Any]) -> bool:
+    """Remove `--integers` from `values` and return whether it asks for exact sums."""
+    return bool(values.pop("integers") == "exact")
+
+
 def trust_option(command: F) -> F:
     """Whether an engine without a matching side file is run."""
     return click.option("--trust", is_flag=True, help="Run an engine whose side file is missing or does not match.")(

@@ -243,6 +243,9 @@ def _open_graph(entry: Entry, path: Path, name: str) -> Contestant:
     shape = cast("tuple[int, ...]", runner.input_shape[1:])
     # On a GPU ONNX Runtime copies from and to the host within the call.
     mode = "" if backend == "onnxruntime-cpu" else "with copies"
+    if runner.saturating:
+        # Its speed is that of a right one, its outputs are not: whoever reads the figure should know.
+        mode = "sums may saturate"
     label = _label(known, name, runner.backend_version, _pixels(shape, dtype), mode)
 
     def at_batch(batch: int) -> Subject:

@@ -15,6 +15,7 @@ import torch
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.drawn import write_image_folder
+from repvgg_deploy.errors import DeployError
 from repvgg_deploy.evaluate import evaluate
 from repvgg_deploy.export_request import ExportRequest, Int8Request
 from repvgg_deploy.fuse import fuse
@@ -58,9 +59,10 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table of `demo`."""
+    """The table of `demo`; `failures` has the reason for each form that could not be made, by its name."""
 
     rows: tuple[DemoRow, ...]
+    failures: dict[str, str]
     images: int
     batch: int
     seconds: float
@@ -74,14 +76,14 @@ def run_demo(output: Path | None = None, say: Callable[[str], None] = lambda _: 
     """Take the embedded model from checkpoint to ONNX, and compare every form of it.
 
     The accuracy is measured on pictures that are drawn now and that the training has not seen. With `output` the ONNX
-    graphs are kept there.
+    graphs are kept there. A form whose export fails is left out of the table, and told of in `failures`.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "images"
         say(f"drawing {_IMAGES} images")
         write_image_folder(data, _IMAGES, seed=_SEED, size=64)
-        forms, relatives = _make_forms(output or Path(scratch), Path(scratch), say)
+        forms, relatives, failures = _make_forms(output or Path(scratch), Path(scratch), say)
         say("evaluating")
         top1 = {name: evaluate(model, data).top1 for name, model in forms.items()}
         say("timing, one form after the other in turn")
@@ -99,14 +101,16 @@ def run_demo(output: Path | None = None, say: Callable[[str], None] = lambda _: 
             )
             for (form, family), model in forms.items()
         )
-    return DemoResult(rows, _IMAGES, _BATCH, round(time.perf_counter() - start, 1))
+    return DemoResult(rows, failures, _IMAGES, _BATCH, round(time.perf_counter() - start, 1))
 
 
 Name = tuple[str, str]
 
 
-def _make_forms(output: Path, scratch: Path, say: Callable[[str], None]) -> tuple[dict[Name, Model], dict[Name, float]]:
-    """Every form of the model ready to run, and how far the logits of the exported ones are from the fused net's."""
+def _make_forms(
+    output: Path, scratch: Path, say: Callable[[str], None]
+) -> tuple[dict[Name, Model], dict[Name, float], dict[str, str]]:
+    """Every form ready to run, how far the logits of the exported ones are from the fused net's, and what failed."""
     path = data_folder("models") / "demo.safetensors"
     say(f"loading {path.name}")
     checkpoint = load_checkpoint(path)
@@ -125,16 +129,21 @@ def _make_forms(output: Path, scratch: Path, say: Callable[[str], None]) -> tupl
         ("training", "onnx"): model(OnnxRunner(training), training),
     }
     relatives: dict[Name, float] = {}
+    failures: dict[str, str] = {}
     calibration = scratch / "calibration"
     write_image_folder(calibration, _CALIBRATION_IMAGES, seed=_CALIBRATION_SEED, size=64)
     for precision in Precision:
         say(f"exporting and verifying {precision}")
         int8 = Int8Request(calibration) if precision is Precision.INT8 else None
-        result = export(ExportRequest(path, output, precision=precision, int8=int8))
         name = ("fused" if precision is Precision.FP32 else f"fused {precision}", "onnx")
+        try:
+            result = export(ExportRequest(path, output, precision=precision, int8=int8))
+        except DeployError as error:
+            failures[name[0]] = error.message
+            continue
         forms[name] = open_model(result.onnx)
         relatives[name] = result.parity["quantized" if int8 is not None else "onnx"].relative
-    return forms, relatives
+    return forms, relatives, failures
 
 
 def _time_forms(forms: Mapping[Name, Model], data: Path) -> dict[Name, float]:

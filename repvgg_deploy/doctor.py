@@ -8,6 +8,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 
+from repvgg_deploy.cpu import read_cpu
 from repvgg_deploy.engine.backends import LABELS, MODULES, Backend, BackendName, import_backend, unsupported_gpu
 from repvgg_deploy.engine.gpus import FoundGpus, find_gpus
 from repvgg_deploy.engine.network import create_builder
@@ -74,7 +75,10 @@ def require_parts(rows: list[Row], wanted: tuple[str, ...]) -> None:
 
 def _probe_host() -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    detail = f"{platform.system()} {platform.machine()}, {cores} CPU cores, Python {platform.python_version()}"
+    detail = (
+        f"{platform.system()} {platform.machine()}, {cores} CPU cores, {read_cpu().integer_instructions}, "
+        f"Python {platform.python_version()}"
+    )
     return Row("machine", "", detail)
 
 

@@ -16,7 +16,7 @@ from repvgg_deploy.errors import DeployError, GraphError, ImageError, Verificati
 from repvgg_deploy.images import BrokenImages, LabelledImages, list_images, list_labelled_images, read_batches
 from repvgg_deploy.model import Model, PreprocessingOptions, is_engine, is_onnx, open_model, rank_classes
 from repvgg_deploy.parity import compare, require_parity
-from repvgg_deploy.runners import Array
+from repvgg_deploy.runners import Array, Runner
 from repvgg_deploy.verification import choose_pixels
 
 Advance = Callable[[int], None]
@@ -24,7 +24,10 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Top-1 and top-5 in percent; `top5` is None where the model gives fewer than five classes."""
+    """Top-1 and top-5 in percent; `top5` is None where the model gives fewer than five classes.
+
+    `integers`: `exact` or `native` for a graph whose sums may saturate on this CPU, else None; see `open_model`.
+    """
 
     model: str
     backend: str
@@ -34,6 +37,7 @@ class Evaluation:
     top5: float | None
     images_per_sec: float
     broken: dict[str, str]
+    integers: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `eval --json` prints."""
@@ -91,7 +95,14 @@ def evaluate(
         top5=round(100 * hits5 / count, 4) if width == 5 else None,
         images_per_sec=round(count / seconds, 1),
         broken={str(path): reason for path, reason in broken.reasons.items()},
+        integers=_integers(model.runner),
     )
+
+
+def _integers(runner: Runner) -> str | None:
+    if not getattr(runner, "saturating", ()):
+        return None
+    return "exact" if getattr(runner, "exact_integers", False) else "native"
 
 
 def _map_classes(model: Model, images: LabelledImages) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -167,6 +178,8 @@ def verify_models(
     arch: str | None = None,
     ema: bool | None = None,
     trust: bool = False,
+    exact_integers: bool = True,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Parity:
     """How the outputs of model `second` differ from those of `first`, on the images of `data` or on drawn ones.
 
@@ -184,7 +197,9 @@ def verify_models(
         if models and graphs.count(True) == 1:
             known = models[0].preprocessing
             shared = PreprocessingOptions((known.height, known.width), known.resize, known.mean, known.std)
-        models.append(open_model(path, shared, arch, ema, trust))
+        models.append(open_model(path, shared, arch, ema, trust, exact_integers))
+        for note in models[-1].notes:
+            say(f"note: {note}")
     if models[0].path != first:
         models.reverse()
     a, b = models

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import repvgg_deploy
+from repvgg_deploy.cpu import read_cpu
 
 # What decides how fast a CPU multiplies; the whole list is a page long and says no more.
 _TELLING_FLAGS = (
@@ -137,21 +138,15 @@ def _name_gpus() -> list[dict[str, Any]]:
 
 
 def _describe_cpu() -> dict[str, Any]:
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    cpu = read_cpu()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "model": fields.get("model name") or platform.processor() or platform.machine(),
-        "family_model_stepping": [fields.get(key) for key in ("cpu family", "model", "stepping")],
+        "model": cpu.model,
+        "family_model_stepping": list(cpu.family_model_stepping),
         "cores": os.cpu_count(),
         "usable_cores": usable,
-        "flags": [flag for flag in _TELLING_FLAGS if flag in flags],
+        "flags": [flag for flag in _TELLING_FLAGS if flag in cpu.flags],
+        "integer_instructions": cpu.integer_instructions,
         "governor": _first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
     }
 

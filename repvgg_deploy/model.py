@@ -86,6 +86,7 @@ class Model:
         channels: of the input; None where the model does not say.
         takes_pixels: the model takes uint8 NHWC and normalizes itself.
         half_input: its input is float16.
+        notes: what a user should know of how it is run here.
     """
 
     path: Path
@@ -96,6 +97,7 @@ class Model:
     channels: int | None = None
     takes_pixels: bool = False
     half_input: bool = False
+    notes: tuple[str, ...] = ()
 
     def run_pixels(self, pixels: Pixels) -> dict[str, Array]:
         """The outputs for cropped pixels (n, H, W, channels); of RGB pixels a net of one channel gets the luma.
@@ -169,8 +171,12 @@ def open_model(
     arch: str | None = None,
     ema: bool | None = None,
     trust: bool = False,
+    exact_integers: bool = True,
 ) -> Model:
     """The model in a checkpoint (run in torch), an ONNX graph (in ONNX Runtime), or an engine (on the GPU).
+
+    `exact_integers`: an INT8 graph whose sums may saturate on this CPU is run with slower kernels that add exactly, so
+    that its outputs are those of every other machine; a note says so.
 
     Raises:
         DeployError: there is no such file, it is none of these, it cannot be run here, or the options contradict it.
@@ -181,13 +187,14 @@ def open_model(
     if path.is_file() and is_engine(path):
         return _open_engine(path, options, arch, trust)
     if path.is_file() and is_onnx(path):
-        runner = OnnxRunner(path)
+        runner = OnnxRunner(path, exact_integers=exact_integers)
         dtype = runner.input_type.removeprefix("tensor(").removesuffix(")")
         outputs = dict(zip(runner.output_names, runner.output_shapes, strict=True))
         signature = _Signature(runner.input_shape, dtype, outputs)
         provenance = read_metadata(runner.metadata)
         require_arch(path, provenance, arch)
-        return _describe(path, runner, signature, provenance, options)
+        model = _describe(path, runner, signature, provenance, options)
+        return replace(model, notes=_saturation_notes(path, runner))
     checkpoint = load_checkpoint(path, arch, ema)
     return Model(
         path,
@@ -197,6 +204,15 @@ def open_model(
         checkpoint.spec.classes,
         checkpoint.spec.in_channels,
     )
+
+
+def _saturation_notes(path: Path, runner: OnnxRunner) -> tuple[str, ...]:
+    if not runner.saturating:
+        return ()
+    first, *others = runner.saturating
+    layers = f"layer {first} of {path}" if not others else f"{len(others) + 1} layers of {path} ({first}, …)"
+    how = "run with exact sums, which is slower" if runner.exact_integers else "outputs differ from those elsewhere"
+    return (f"sums in {layers} may saturate on this CPU, which has no VNNI: {how}",)
 
 
 def _open_engine(path: Path, options: PreprocessingOptions, arch: str | None, trust: bool) -> Model:

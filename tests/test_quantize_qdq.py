@@ -102,22 +102,37 @@ def agreeing_share(model: onnx.ModelProto, net: QuantizedNet, images: torch.Tens
     edges = net.edge_integers(images)
     zeros = {node.output[0]: node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     types = {item.name: item.data_type for item in model.graph.initializer}
-    for edge in edges:
-        name = f"{edge}.input.quantized"
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, types[zeros[name]], None))
-    _, *integers = run(model, images)
+    first, *others = edges
     equal = []
-    for edge, seen in zip(edges, integers, strict=True):
-        equal.append(seen.ravel() == edges[edge].numpy().ravel())
+    # ONNX Runtime keeps a convolution in float whose int8 input is an output of the graph: so that one by itself.
+    for names in ([first], others):
+        watched = onnx.ModelProto()
+        watched.CopyFrom(model)
+        for name in (f"{edge}.input.quantized" for edge in names):
+            watched.graph.output.append(onnx.helper.make_tensor_value_info(name, types[zeros[name]], None))
+        _, *integers = run(watched, images)
+        equal += [seen.ravel() == edges[edge].numpy().ravel() for edge, seen in zip(names, integers, strict=True)]
     return float(np.concatenate(equal).mean())
 
 
+def least_share(net: QuantizedNet) -> float:
+    """What `agreeing_share` must be: all of it where every layer is an integer one.
+
+    In front of a squeeze-excite a convolution is a float one in ONNX Runtime, whose sums are ordered in another way
+    than torch's: a value on the border between two steps may then round to either side.
+    """
+    plain = all(isinstance(block.se_before, torch.nn.Identity) for _, block in fused_blocks(net.float_net))
+    plain = plain and all(isinstance(block.se_after, torch.nn.Identity) for _, block in fused_blocks(net.float_net))
+    return 1.0 if plain else 0.999
+
+
 def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: QuantizedNet) -> None:
-    images = draw_images(32, seed=11)
+    # Twice as strong as any image of the calibration, so that much lies beyond the clipping thresholds.
+    images = draw_images(32, seed=11) * 2
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     (logits,) = run(model, images)
     np.testing.assert_allclose(logits, quantized(images), atol=0.03 * float(quantized(images).abs().max()))
-    assert agreeing_share(model, quantized, images) >= 0.999
+    assert agreeing_share(model, quantized, images) >= least_share(quantized)
 
 
 @pytest.mark.parametrize(("factor", "value"), [(0.0, 0.0), (0.0, 0.5), (1e-7, 0.5), (1e-6, 0.5)])
@@ -130,7 +145,7 @@ def test_onnx_runtime_computes_the_integers_of_filters_that_are_nearly_zero(fact
     block.conv.bias[0] = value
     rounded = quantize(net, [draw_images(64)], QUICK)
     model = to_qdq_onnx(rounded, OPTIONS, {}).to_proto()
-    assert agreeing_share(model, rounded, images) >= 0.999
+    assert agreeing_share(model, rounded, images) == 1.0
     # Nothing but such filters pays for it.
     exact = net(images)
     assert float((rounded(images) - exact).norm() / exact.norm()) < 0.1

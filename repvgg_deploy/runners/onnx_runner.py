@@ -13,6 +13,7 @@ import numpy as np
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.onnx_skeleton import read_skeleton
 from repvgg_deploy.runners import Array
+from repvgg_deploy.runners.saturation import EXACT, find_saturating_layers, saturates_here
 
 _CUDA = "CUDAExecutionProvider"
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -26,16 +27,24 @@ class OnnxRunner:
 
     Attributes:
         metadata: the `metadata_props` of the graph.
+        saturating: the layers whose sums may saturate on this CPU; none on most CPUs and in graphs of this project.
+        exact_integers: those layers are run with exact sums.
         input_shape: of the input, None where a dimension is dynamic.
         input_type: as ONNX Runtime names it, for example `tensor(float)`.
     """
 
     def __init__(
-        self, path: Path, provider: str = "CPUExecutionProvider", threads: int = 0, quick_start: bool = False
+        self,
+        path: Path,
+        provider: str = "CPUExecutionProvider",
+        threads: int = 0,
+        quick_start: bool = False,
+        exact_integers: bool = False,
     ) -> None:
         """Open `path`; with `quick_start` for a few runs, by mapping the weights in place of copying them.
 
         The copy in ONNX Runtime's own layout makes a run faster, and costs more time than a few runs take.
+        `exact_integers`: where this CPU's integer kernels may saturate on the graph, take slower ones that do not.
         """
         runtime = import_onnxruntime()
         options = runtime.SessionOptions()
@@ -46,8 +55,13 @@ class OnnxRunner:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
             model = read_skeleton(path).SerializeToString()
         options.log_severity_level = 4
+        on_cpu = provider == "CPUExecutionProvider"
+        self.saturating = find_saturating_layers(path) if on_cpu and saturates_here() else ()
+        self.exact_integers = exact_integers and bool(self.saturating)
+        if self.exact_integers:
+            options.add_session_config_entry(*EXACT)
         providers = choose_providers(runtime, provider)
-        if provider != "CPUExecutionProvider":
+        if not on_cpu:
             # A node that the provider cannot take fails the session, where it would run on the CPU in silence.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             _load_cuda(runtime)
