@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from int8_peers import quantize_onnxruntime
 from int8_plants import CASES, USUAL_CASES
 from int8_setup import (
     PIXELS,
@@ -38,6 +37,7 @@ from int8_setup import (
     timed,
     write_record,
 )
+from int8_tools import quantize_onnxruntime
 
 from repvgg_deploy.archs import ArchSpec, BlockSpec, SqueezeExcite, find_card, training_branches
 from repvgg_deploy.drawn import draw_images

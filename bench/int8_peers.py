@@ -1,125 +1,134 @@
-"""Accuracy of INT8 by ONNX Runtime, nvidia-modelopt and this project, on the same net, images and evaluation.
+"""Accuracy of INT8 by ONNX Runtime, nvidia-modelopt, NNCF, AMD Quark and this project: same net, images and evaluation.
 
     python bench/int8_peers.py --checkpoint CKPT --calib DIR --val DIR -o bench/results
+    python bench/int8_peers.py … --files FILES     # once on each CPU: the second run evaluates the files of the first
 
-Every graph runs in ONNX Runtime on the CPU, every convolution in INT8. This project's files are those of `export
---qdq`, measured as they are, and where TensorRT can run them as it reads them too (uint8 is int8 there). modelopt is
-measured where it is installed: `pip install --no-deps nvidia-modelopt==0.47.0 onnx-graphsurgeon polygraphy onnxslim
-onnxconverter-common` and its pure-Python dependencies.
+Every file runs in ONNX Runtime on the CPU, with every convolution in INT8, in two ways:
+
+- `native`: as ONNX Runtime does it here. A CPU without VNNI adds products in 16 bits, which saturate with many files.
+- `exact`: with kernels that cannot saturate. On a CPU whose kernels do not, the option for them does nothing, so
+  `native` is what `exact` says there.
+
+Where OpenVINO is installed, `openvino` is the same file in it. This project's files are those of `export --int8`; their
+rows "as TensorRT" have activations that saturate as they do there (uint8 is int8 there). See `int8_tools.py` for how to
+install the other tools.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
+import importlib.metadata
 import importlib.util
-import sys
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from int8_setup import (
-    PIXELS,
     Floats,
     add_data_options,
     compare,
-    in_batches,
     load_fused,
-    quantize_ours,
     read_calibration,
     read_validation,
     run_onnx,
+    run_openvino,
     run_torch,
     timed,
-    write_as_tensorrt_reads,
     write_record,
 )
+from int8_tools import FP32, Tool, list_tools, path_in
+from numpy.typing import NDArray
 
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
-
-
-def quantize_onnxruntime(source: Path, method: str, per_channel: bool, images: Floats, target: Path) -> None:
-    """ONNX Runtime's `quantize_static`, with its default types."""
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches: Iterator[Floats] = iter(in_batches(images))
-
-        def get_next(self) -> dict[str, Floats] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": batch}
-
-    calibration = {
-        "minmax": CalibrationMethod.MinMax,
-        "percentile": CalibrationMethod.Percentile,
-        "entropy": CalibrationMethod.Entropy,
-    }[method]
-    quantize_static(str(source), str(target), Reader(), per_channel=per_channel, calibrate_method=calibration)
-
-
-def quantize_modelopt(source: Path, method: str, images: Floats, target: Path) -> None:
-    """nvidia-modelopt's ONNX quantization."""
-    from modelopt.onnx.quantization import quantize as modelopt_quantize
-
-    modelopt_quantize(
-        str(source),
-        quantize_mode="int8",
-        calibration_data=images,
-        calibration_method=method,
-        calibration_eps=["cpu"],
-        high_precision_dtype="fp32",
-        output_path=str(target),
-    )
+from repvgg_deploy.runners.saturation import saturates_here
 
 
 def main() -> None:
     """Quantize with every tool, evaluate, print and record the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_data_options(parser)
-    parser.add_argument("--only", nargs="*", help="parts of the names of the rows to measure")
-    arguments = parser.parse_args()
+    arguments = _parse()
     fused = load_fused(arguments.checkpoint)
     calibration = read_calibration(arguments.calib, arguments.count)
-    images, labels = read_validation(arguments.val)
-    exact = run_torch(fused, images)
+    images, labels = read_validation(arguments.val, arguments.images)
+    expected = run_torch(fused, images)
+    given = {"checkpoint": _digest(arguments.checkpoint), "calibration_images": len(calibration)}
+    more = {**given, "openvino": _find_openvino()}
+    kind = "int8-peers-without-vnni" if saturates_here() else "int8-peers"
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-
-        def path_of(name: str) -> Path:
-            return Path(scratch) / f"{name.replace(' ', '-')}.onnx"
-
-        source = path_of("fp32")
-        write_graph(to_onnx(fused, FloatLayers(), GraphOptions(PIXELS, PIXELS), {}), source)
-        jobs: dict[str, Callable[[Path], None]] = {}
-        for per_channel, methods in product((False, True), ("minmax", "percentile", "entropy")):
-            name = f"onnxruntime {'per-channel' if per_channel else 'per-tensor'} {methods}"
-            jobs[name] = partial(quantize_onnxruntime, source, methods, per_channel, calibration)
-        if importlib.util.find_spec("modelopt") is None:
-            print("nvidia-modelopt is not installed: its rows are left out", file=sys.stderr)
-        else:
-            for method in ("max", "entropy"):
-                jobs[f"modelopt {method}"] = partial(quantize_modelopt, source, method, calibration)
-        for recipe in ("fast", "accurate", "thorough"):
-            ours = f"repvgg-deploy {recipe}"
-            jobs[ours] = partial(quantize_ours, fused, recipe, calibration)
-            jobs[f"{ours}, as TensorRT"] = partial(write_as_tensorrt_reads, path_of(ours))
-        for name, job in jobs.items():
-            if arguments.only and not any(part in name for part in arguments.only):
+    with contextlib.ExitStack() as stack:
+        folder = arguments.files or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        for tool in list_tools(fused, calibration, folder):
+            chosen = _is_chosen(tool, arguments.only)
+            if not chosen and tool.name != FP32:
                 continue
-            target = path_of(name)
-            _, seconds = timed(partial(job, target))
-            figures = compare(run_onnx(target, images), exact, labels)
-            results.append({"tool": name, "seconds": seconds, "bytes": target.stat().st_size, **asdict(figures)})
+            row = _make_once(tool, folder, given)
+            if not chosen or arguments.no_evaluation:
+                continue
+            results.append({**row, **evaluate(path_in(folder, tool.name), images, expected, labels)})
             print(results[-1], flush=True)
             # After each row: the slow ones come last.
-            path = write_record(arguments.output, "int8-peers", results, calibration_images=len(calibration))
-            print(f"fp32 top-1 {np.mean(exact.argmax(1) == labels) * 100:.2f}; written {path}")
+            path = write_record(arguments.output, kind, results, cpu_note=arguments.cpu_note, **more)
+            print(f"fp32 top-1 {np.mean(expected.argmax(1) == labels) * 100:.2f}; written {path}")
+
+
+def evaluate(path: Path, images: Floats, expected: Floats, labels: NDArray[np.int64]) -> dict[str, Any]:
+    """The figures of a file as this CPU runs it, with exact integers, and in OpenVINO where it is installed."""
+    logits = {"native": run_onnx(path, images)}
+    logits["exact"] = run_onnx(path, images, exact=True) if saturates_here() else logits["native"]
+    if _find_openvino():
+        logits["openvino"] = run_openvino(path, images)
+    return {way: asdict(compare(values, expected, labels)) for way, values in logits.items()}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_data_options(parser)
+    parser.add_argument("--only", nargs="*", help="parts of the names of the rows to measure; needed for the slow ones")
+    parser.add_argument("--images", type=int, help="validation images to evaluate, evenly spaced; default: all")
+    parser.add_argument("--files", type=Path, help="folder that keeps the files; those found there are not made again")
+    parser.add_argument("--no-evaluation", action="store_true", help="only make the files")
+    parser.add_argument("--cpu-note", help="what the CPU's name does not tell, for the record")
+    return parser.parse_args()
+
+
+def _is_chosen(tool: Tool, only: list[str] | None) -> bool:
+    return any(part in tool.name for part in only) if only else not tool.slow
+
+
+def _make_once(tool: Tool, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Make a tool's file unless it is there, and return its row: tool, version, seconds, bytes.
+
+    Raises:
+        SystemExit: the file that is there was made from another checkpoint or number of images.
+    """
+    target = path_in(folder, tool.name)
+    about = target.with_suffix(".json")
+    if not about.exists():
+        # In a process of its own: modelopt replaces methods of ONNX Runtime's calibrators, which Quark then fails with.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            _, seconds = process.submit(timed, partial(tool.make, target)).result()
+        row = {"tool": tool.name, "version": tool.version, "seconds": seconds, "bytes": target.stat().st_size}
+        about.write_text(json.dumps({"given": given, "row": row}), encoding="utf-8")
+    found = json.loads(about.read_text(encoding="utf-8"))
+    if found["given"] != given:
+        raise SystemExit(f"error: {target} was made from {found['given']}, not {given}\nhint: name another folder")
+    row = found["row"]
+    return dict(row)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _find_openvino() -> str | None:
+    return importlib.metadata.version("openvino") if importlib.util.find_spec("openvino") else None
 
 
 if __name__ == "__main__":

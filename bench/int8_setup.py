@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from repvgg_deploy.archs import find_card
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.cpu import read_cpu
 from repvgg_deploy.fuse import fuse
 from repvgg_deploy.images import BrokenImages, list_images, list_labelled_images, normalize, read_batches
 from repvgg_deploy.nets.repvgg import RepVGG
@@ -29,6 +30,7 @@ from repvgg_deploy.onnx_export import GraphOptions
 from repvgg_deploy.onnx_graph import write_graph
 from repvgg_deploy.quantize import load_recipe, quantize
 from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx
+from repvgg_deploy.runners.saturation import saturates_here
 from repvgg_deploy.seeded import seeded_repvgg
 
 Floats = NDArray[np.float32]
@@ -65,10 +67,12 @@ def fuse_seeded(arch: str) -> RepVGG:
     return net.eval().requires_grad_(False)
 
 
-def read_validation(folder: Path) -> tuple[Floats, NDArray[np.int64]]:
-    """All images of `folder`/<class>/…, normalized, and their labels."""
+def read_validation(folder: Path, count: int | None = None) -> tuple[Floats, NDArray[np.int64]]:
+    """The images of `folder`/<class>/…, normalized, and their labels: all, or `count` evenly spaced ones."""
     images = list_labelled_images(folder)
-    return _read(images.paths), np.asarray(images.labels)
+    total = len(images.paths)
+    chosen = np.linspace(0, total, min(count or total, total), endpoint=False).astype(np.int64)
+    return _read([images.paths[index] for index in chosen]), np.asarray(images.labels)[chosen]
 
 
 def read_calibration(folder: Path, count: int, seed: int = 0, preprocessing: Preprocessing = PREPROCESSING) -> Floats:
@@ -116,6 +120,16 @@ def run_onnx(path: Path, images: Floats, exact: bool = False) -> Floats:
     return np.concatenate(parts)
 
 
+def run_openvino(path: Path, images: Floats) -> Floats:
+    """The logits of an ONNX file in OpenVINO on the CPU; what is not INT8 is float32, also where there is bfloat16."""
+    import openvino
+
+    core = openvino.Core()
+    settings = {"INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
+    return np.concatenate([compiled(np.ascontiguousarray(batch))[0] for batch in in_batches(images, 200)])
+
+
 def quantize_ours(fused: RepVGG, recipe: str, images: Floats, target: Path) -> None:
     """This project's Q/DQ graph."""
     net = quantize(fused, in_batches(images), load_recipe(recipe))
@@ -152,12 +166,12 @@ def compare(logits: Floats, exact: Floats, labels: NDArray[np.int64]) -> Figures
     )
 
 
-def write_record(folder: Path, what: str, results: Any, **more: Any) -> Path:
-    """Write a JSON record named after the backend, its version and the day."""
+def write_record(folder: Path, what: str, results: Any, *, cpu_note: str | None = None, **more: Any) -> Path:
+    """Write a JSON record named after the backend, its version and the day; `cpu_note` is for the machine's part."""
     date = time.strftime("%Y-%m-%d", time.gmtime())
     record = {
         "kind": what,
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": _describe_machine() | ({"note": cpu_note} if cpu_note else {}),
         "date": date,
         "backend": "onnxruntime",
         "backend_version": ort.__version__,
@@ -172,11 +186,16 @@ def write_record(folder: Path, what: str, results: Any, **more: Any) -> Path:
     return target
 
 
-def processor() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+def _describe_machine() -> dict[str, Any]:
+    """The CPU as the system names it, and whether the sums in its integer kernels saturate, which was tried."""
+    cpu = read_cpu()
+    return {
+        "cpu": cpu.model,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "integer_instructions": cpu.integer_instructions,
+        "saturates": saturates_here(),
+    }
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

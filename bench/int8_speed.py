@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from int8_peers import quantize_onnxruntime
 from int8_setup import fuse_seeded, open_session, write_record
+from int8_tools import quantize_onnxruntime
 
 from repvgg_deploy.baselines import find_baseline
 from repvgg_deploy.onnx_baseline import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx

@@ -4,7 +4,7 @@
     python bench/int8_time.py --arch A0 --size 224 --no-peers --rounds 1 --calib DIR -o bench/results
 
 From the fused net (for modelopt: its ONNX file) and the images in memory to the written INT8 file. Two threads; one
-round ahead of the measured ones pays for imports. modelopt is installed as `int8_peers.py` says.
+round ahead of the measured ones pays for imports. modelopt is installed as `int8_tools.py` says.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from int8_peers import quantize_modelopt
 from int8_setup import PIXELS, fuse_seeded, load_fused, quantize_ours, read_calibration, write_record
+from int8_tools import quantize_modelopt
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
