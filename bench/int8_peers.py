@@ -65,7 +65,7 @@ def main() -> None:
         folder = arguments.files or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         for tool in list_tools(fused, calibration, folder):
-            chosen = _is_chosen(tool, arguments.only)
+            chosen = _is_chosen(tool, arguments.only, folder)
             if not chosen and tool.name != FP32:
                 continue
             row = _make_once(tool, folder, given)
@@ -98,8 +98,10 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _is_chosen(tool: Tool, only: list[str] | None) -> bool:
-    return any(part in tool.name for part in only) if only else not tool.slow
+def _is_chosen(tool: Tool, only: list[str] | None, folder: Path) -> bool:
+    if only:
+        return any(part in tool.name for part in only)
+    return not tool.slow or path_in(folder, tool.name).exists()
 
 
 def _make_once(tool: Tool, folder: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ OURS = "repvgg-deploy"
 class Tool:
     """One way to make a file of the net: `make` writes it to a path.
 
-    `slow` ones take many minutes for this small net, and run only where they are asked for by name.
+    `slow` ones take many minutes for this small net: they are left out unless named, or made already.
     """
 
     name: str
@@ -181,8 +181,8 @@ def _list_quark(source: Path, calibration: Floats, version: str) -> list[Tool]:
     settings = {
         "Quark U8S8": ("U8S8_AAWS", False),
         "Quark U8S8, per-channel": ("U8S8_AAWS", True),
-        "Quark U8S8, AdaQuant": ("U8S8_AAWS_ADAQUANT", False),
-        "Quark U8S8, AdaRound": ("U8S8_AAWS_ADAROUND", False),
+        "Quark AdaQuant": ("U8S8_AAWS_ADAQUANT", False),
+        "Quark AdaRound": ("U8S8_AAWS_ADAROUND", False),
     }
     return [
         Tool(name, version, partial(quantize_quark, source, config, per_channel, calibration), slow="_ADA" in config)
