@@ -368,3 +368,25 @@ def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path
     process.terminate()
     assert process.wait(30) == 143
     assert not out.exists()
+
+
+def test_the_demo_shows_the_other_rows_where_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from repvgg_deploy import demo
+    from repvgg_deploy.artifacts import Precision
+    from repvgg_deploy.errors import VerificationError
+
+    real = demo.export
+
+    def fail_in_int8(request, *others):
+        if request.precision is Precision.INT8:
+            raise VerificationError("the outputs differ", "")
+        return real(request, *others)
+
+    monkeypatch.setattr(demo, "export", fail_in_int8)
+    for name, value in {"_IMAGES": 24, "_CALIBRATION_IMAGES": 2, "_ROUNDS": 2, "_BATCH": 8}.items():
+        monkeypatch.setattr(demo, name, value)
+    result = CliRunner().invoke(main, ["demo"])
+    assert result.exit_code == 1
+    assert "error: not in the table: fused int8: the outputs differ" in result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:-1]] == ["training", "fused", "training", "fused", "fused fp16"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.network import parse_onnx
 from repvgg_deploy.onnx_export import GraphOptions, make_metadata
 from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize.qdq import to_qdq_onnx
+from repvgg_deploy.quantize.qdq import ActivationType, to_qdq_onnx
 from repvgg_deploy.quantize.quantization import quantize
 from repvgg_deploy.quantize.quantized_net import QuantizedNet
 from repvgg_deploy.quantize.recipe import Recipe, RoundingOptions, ScaleOptions
@@ -27,6 +28,7 @@ QUICK = Recipe(
 )
 
 
+@lru_cache
 def quantized_net(arch: str) -> QuantizedNet:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(16, 3, PIXELS, PIXELS, generator=generator) for _ in range(2)]
@@ -47,6 +49,17 @@ def test_a_quantized_net_becomes_an_engine_with_int8_convolutions(
     onnx = tmp_path / "net.int8.onnx"
     write_graph(graph, onnx)
     engine = build_engine(onnx, rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
+    assert engine.side.convolutions == {"int8": graph.op_histogram()["Conv"]}
+
+
+@pytest.mark.parametrize(("activation_type", "opset"), [("uint8", 13), ("uint8", 21), ("int8", 13), ("int8", 17)])
+def test_both_kinds_of_file_build_at_every_opset_that_the_table_names(
+    activation_type: ActivationType, opset: int, tmp_path: Path
+) -> None:
+    options, metadata = GraphOptions(PIXELS, PIXELS, opset=opset), make_metadata(provenance(Precision.INT8))
+    graph = to_qdq_onnx(quantized_net("A0"), options, metadata, activation_type=activation_type)
+    write_graph(graph, tmp_path / "net.onnx")
+    engine = build_engine(tmp_path / "net.onnx", rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
     assert engine.side.convolutions == {"int8": graph.op_histogram()["Conv"]}
 
 

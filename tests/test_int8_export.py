@@ -273,6 +273,7 @@ def test_int8_zero_points_are_for_old_releases_of_tensorrt(images, tmp_path) -> 
     assert model.opset_import[0].version == 13
     about = json.loads({item.key: item.value for item in model.metadata_props}["repvgg_deploy.quantization"])
     assert about["activation_type"] == "int8"
+    assert about["largest_pair_sum"] <= 32767
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

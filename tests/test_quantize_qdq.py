@@ -179,6 +179,21 @@ def test_the_graph_as_tensorrt_reads_it_gives_the_integers_of_as_tensorrt(quanti
     assert agreeing_share(to_qdq_onnx(quantized, OPTIONS, {}).to_proto(), engine, images) < 0.999
 
 
+def test_a_file_with_int8_zero_points_has_the_same_integers(quantized: QuantizedNet) -> None:
+    """It is the usual file node for node and weight for weight, but for the type of the zero-points behind a ReLU."""
+    usual, old = (
+        to_qdq_onnx(quantized, OPTIONS, {}, activation_type=activation_type).to_proto()
+        for activation_type in ("uint8", "int8")
+    )
+    assert list(usual.graph.node) == list(old.graph.node)
+    changed = [a.name for a, b in zip(usual.graph.initializer, old.graph.initializer, strict=True) if a != b]
+    unsigned = {f"{edge}.input.zero_point" for edge in quantized.unsigned if edge not in ("pool", "classifier")}
+    assert unsigned <= set(changed)
+    assert all(name.endswith(".zero_point") for name in changed)
+    assert as_tensorrt_reads(usual) == old
+    assert agreeing_share(old, quantized.as_tensorrt(), draw_images(16, seed=11) * 2) >= 0.999
+
+
 def test_onnx_runtime_makes_every_layer_an_integer_one(tmp_path: Path) -> None:
     quantized = quantize(fused_net("grouped"), [draw_images(32)], QUICK)
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()

@@ -36,9 +36,9 @@ def safe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def foreign(safe: Path) -> Path:
-    """The same with one layer as other tools make them: neighbours of 100 steps each."""
+    """The same with one layer as other tools make them: a stem of 100 steps everywhere."""
     model = onnx.load(safe)
-    (kernel,) = (item for item in model.graph.initializer if item.name == "stages.2.1.conv.weight")
+    (kernel,) = (item for item in model.graph.initializer if item.name == "stages.0.0.conv.weight")
     kernel.CopyFrom(numpy_helper.from_array(np.full(kernel.dims, 100, np.int8), kernel.name))
     path = safe.with_name("foreign.onnx")
     onnx.save(model, path)
@@ -53,7 +53,7 @@ def saturating_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_graph_that_saturates_is_found_and_one_of_ours_is_not(safe: Path, foreign: Path) -> None:
     assert find_saturating_layers(safe) == ()
-    assert find_saturating_layers(foreign) == ("stages.2.1.conv",)
+    assert find_saturating_layers(foreign) == ("stages.0.0.conv",)
 
 
 @pytest.mark.parametrize("op", ["QLinearMatMul", "MatMulInteger"])
@@ -129,7 +129,7 @@ def test_eval_and_verify_say_how_they_ran(integers: str, safe: Path, foreign: Pa
     )
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["integers"] == integers
-    assert "note: sums in layer stages.2.1.conv of" in result.stderr
+    assert "note: sums in layer stages.0.0.conv of" in result.stderr
     result = runner.invoke(main, ["eval", str(safe), "--data", str(image_folder), "--json"], catch_exceptions=False)
     assert json.loads(result.stdout)["integers"] is None
     assert "note:" not in result.stderr
@@ -140,7 +140,7 @@ def test_eval_and_verify_say_how_they_ran(integers: str, safe: Path, foreign: Pa
 
 def test_exact_sums_are_those_of_the_torch_net_on_any_cpu(foreign: Path) -> None:
     net = quantize(fused_net(), [draw_images(32)], QUICK)
-    layer = net.integer_layer("stages.2.1")
+    layer = net.integer_layer("stages.0.0")
     assert layer is not None
     layer.weight.fill_(100)
     images = 2 * draw_images(8, seed=4)
