@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,3 +70,61 @@ def test_handlers_are_put_back_and_those_of_others_are_left_alone() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is own
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+class SlowLock:
+    """A lock that a signal reaches just after it was taken, before its caller knows."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.is_taken = number, False
+
+    def __enter__(self) -> bool:
+        self.is_taken = True
+        os.kill(os.getpid(), self.number)
+        time.sleep(0.01)
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        self.is_taken = False
+
+    def acquire(self) -> bool:
+        return self.__enter__()
+
+    def release(self) -> None:
+        self.__exit__()
+
+
+@pytest.mark.parametrize("number", RAISED)
+def test_a_signal_inside_a_lock_of_the_library_waits_until_it_can_be_released(number: signal.Signals) -> None:
+    lock = SlowLock(number)
+    condition = threading.Condition(lock)  # type: ignore[arg-type]
+    entered = False
+
+    def command() -> None:
+        nonlocal entered
+        with raise_signals():
+            with condition:
+                entered = True
+            time.sleep(20)
+
+    with pytest.raises(RAISED[number]):
+        command()
+    assert entered
+    assert not lock.is_taken
+
+
+@pytest.mark.parametrize("number", RAISED)
+def test_a_signal_ends_a_wait_for_a_thread(number: signal.Signals) -> None:
+    event = threading.Event()
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    start = time.monotonic()
+
+    def command() -> None:
+        with raise_signals():
+            timer.start()
+            event.wait(20)
+
+    with pytest.raises(RAISED[number]):
+        command()
+    timer.join()
+    assert time.monotonic() - start < 10
