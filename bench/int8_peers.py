@@ -3,9 +3,10 @@
     python bench/int8_peers.py --checkpoint CKPT --calib DIR --val DIR -o bench/results
     python bench/int8_peers.py … --files FILES     # once on each CPU: the second run evaluates the files of the first
 
-Every file runs in ONNX Runtime on the CPU, with every convolution in INT8, in two ways:
+In every file all convolutions are quantized. It runs in ONNX Runtime on the CPU in two ways:
 
-- `native`: as ONNX Runtime does it here. A CPU without VNNI adds products in 16 bits, which saturate with many files.
+- `native`: as ONNX Runtime does it here. A CPU without VNNI adds products in 16 bits, which saturate with many files;
+  not with modelopt's, whose convolutions ONNX Runtime computes in float.
 - `exact`: with kernels that cannot saturate. On a CPU whose kernels do not, the option for them does nothing, so
   `native` is what `exact` says there.
 
