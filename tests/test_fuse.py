@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from float32_sums import error_of_float32_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -160,33 +161,6 @@ def test_float32_is_as_near_to_the_reference_as_the_lengths_of_its_sums_allow(na
     x = torch.randn(2, 3, 32, 32)
     reference = torch.from_numpy(run_in_float64(net, x.numpy()))
     assert relative(fuse(net)(x), reference) <= 2 * error_of_float32_sums(fuse(net, torch.float64), x)
-
-
-def error_of_float32_sums(wide: nn.Module, x: torch.Tensor, draws: int = 4) -> float:
-    """The relative error that float32 arithmetic may add to the output of `wide`, a fused net in float64.
-
-    It depends on the lengths of the sums alone, not on the order in which a CPU's kernels add. A sum of n products in
-    floating point is the exact sum with each weight changed by a relative γ_n = nu/(1 − nu) at most, u = 2⁻²⁴, in any
-    order of the additions (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); with rounding errors
-    independent and of mean zero, √n·u takes the place of nu (Higham and Mary, 2019, https://doi.org/10.1137/18M1226312).
-    So each weight and bias is changed at random by a relative √n·u, and the error is what this does to the logits.
-
-    Adding one term after another, the order with the largest error, comes to 0.30 of it for terms of mean zero:
-    0.43 u is the root mean square of a rounding error, and √(1/2) that of the partial sums. The factor of 2 in the test
-    thus leaves more than six standard deviations.
-    """
-    generator = torch.Generator().manual_seed(0)
-    exact, squares = wide(x.double()), []
-    for _ in range(draws):
-        changed = copy.deepcopy(wide)
-        for layer in changed.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                # The bias is one more term of the sum.
-                size = (layer.weight[0].numel() + 1) ** 0.5 * torch.finfo(torch.float32).eps / 2
-                for values in (layer.weight, layer.bias):
-                    values.mul_(1 + size * torch.randn(values.shape, generator=generator, dtype=values.dtype))
-        squares.append(relative(changed(x.double()), exact) ** 2)
-    return (sum(squares) / draws) ** 0.5
 
 
 def test_a_net_is_fused_whole_or_not_at_all() -> None:
