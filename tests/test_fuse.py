@@ -11,11 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from repvgg_deploy.archs import IDENTITY, BlockSpec, Branch, SqueezeExcite, find_card, load_cards, training_branches
 from repvgg_deploy.errors import FusionError
-from repvgg_deploy.fuse import Fusion, begin_fusion, equivalent_kernel_bias, fuse
+from repvgg_deploy.fusion.fuse import Fusion, begin_fusion, equivalent_kernel_bias, fuse
+from repvgg_deploy.nets.cards import (
+    IDENTITY,
+    BlockSpec,
+    Branch,
+    SqueezeExcite,
+    find_card,
+    load_cards,
+    training_branches,
+)
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, TrainingBlock
-from repvgg_deploy.reference import run_in_float64
+from repvgg_deploy.verification.reference import run_in_float64
 
 
 def randomize(module: nn.Module, seed: int = 0, low: float = 0.3, high: float = 3.0) -> nn.Module:

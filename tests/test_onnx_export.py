@@ -14,14 +14,14 @@ from onnx import TensorProto
 from small_nets import logits_of, relative
 from test_fuse import narrow, randomize
 
-from repvgg_deploy.archs import load_cards
 from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.images import normalize
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, make_metadata, read_metadata, to_onnx
+from repvgg_deploy.images.decoding import normalize
+from repvgg_deploy.nets.cards import load_cards
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, make_metadata, read_metadata, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
 
 OPTIONS = GraphOptions(height=32, width=32)
 PREPROCESSING = Preprocessing(32, 32, 32)

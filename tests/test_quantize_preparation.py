@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_nets import logits_of, make_net, relative
 
-from repvgg_deploy.archs import SqueezeExcite
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.fuse import fuse
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.nets.cards import SqueezeExcite
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.dead_inputs import remove_dead_inputs
-from repvgg_deploy.quantize.edges import edge_names, fused_blocks, rebatch, walk
-from repvgg_deploy.quantize.equalize import equalize
-from repvgg_deploy.quantize.statistics import CalibrationStatistics, collect_statistics
+from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
+from repvgg_deploy.quantization.equalize import equalize
+from repvgg_deploy.quantization.points import edge_names, fused_blocks, rebatch, walk
+from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 
 SHAPES = {
     "plain": {},

@@ -13,15 +13,15 @@ from float32_sums import error_of_float32_sums
 from small_nets import logits_of, randomize, relative
 
 from repvgg_deploy.artifacts import Precision
-from repvgg_deploy.baselines import find_baseline, fold_batch_norms, load_baselines, require_baseline
+from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.nets.baselines import find_baseline, fold_batch_norms, load_baselines, require_baseline
 from repvgg_deploy.nets.resnet import ResNet, ResNetSpec
+from repvgg_deploy.nets.seeding import seed_weights
 from repvgg_deploy.nets.vgg import Vgg, VggSpec
-from repvgg_deploy.onnx_baseline import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
-from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.runners.onnx_runner import OnnxRunner, import_onnxruntime
-from repvgg_deploy.seeded import seed_weights
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner, import_onnxruntime
 
 # Parameters as torchvision's documentation has them.
 PARAMETERS = {
