@@ -85,10 +85,10 @@ def _run_step(step: str, card: str, graph: str, backend: str, precision: str) ->
 def _write_graph(card: str, path: Path, precision: str) -> None:
     import numpy as np
 
-    from repvgg_deploy.archs import find_card
+    from repvgg_deploy.graphs.builder import write_graph
+    from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+    from repvgg_deploy.nets.cards import find_card
     from repvgg_deploy.nets.repvgg import RepVGG
-    from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-    from repvgg_deploy.onnx_graph import write_graph
 
     layers = FloatLayers(np.dtype(np.float16 if precision == "fp16" else np.float32))
     net = RepVGG(find_card(card).spec().fused()).eval()

@@ -29,7 +29,7 @@ import copy, sys, warnings
 warnings.simplefilter("ignore")
 import onnx, onnxsim, torch
 from torch.nn.functional import pad
-from repvgg_deploy.archs import find_card
+from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.checkpoints.official import LAYOUT
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
@@ -85,9 +85,9 @@ def make_checkpoint(arch: str, path: Path) -> None:
     """A training-form checkpoint in the official layout, with seeded weights."""
     import torch
 
-    from repvgg_deploy.archs import find_card
     from repvgg_deploy.checkpoints.writing import name_state_dict
-    from repvgg_deploy.seeded import seeded_repvgg
+    from repvgg_deploy.nets.cards import find_card
+    from repvgg_deploy.nets.seeding import seeded_repvgg
 
     torch.save(name_state_dict(seeded_repvgg(find_card(arch)), "official"), path)
 

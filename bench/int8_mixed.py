@@ -2,9 +2,9 @@
 
     python bench/int8_mixed.py --checkpoint CKPT --calib DIR --val DIR -o bench/results --plots bench/plots
 
-Layers are taken by measured sensitivity (`repvgg_deploy.quantize.sensitivity`), and for comparison in random order.
-The ranking is made on calibration images. Each candidate is quantized anew with its float layers, and evaluated in the
-torch net that computes the graph's integers.
+Layers are taken by measured sensitivity (`repvgg_deploy.quantization.mixed_precision`), and for comparison in
+random order. The ranking is made on calibration images. Each candidate is quantized anew with its float layers, and
+evaluated in the torch net that computes the graph's integers.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from int8_setup import (
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from repvgg_deploy.plots import COLOURS, STYLE
-from repvgg_deploy.quantize import load_recipe, quantize
-from repvgg_deploy.quantize.sensitivity import RANKING_IMAGES, LayerSensitivity, layers_within, rank_layers
-from repvgg_deploy.quantize.statistics import collect_statistics
+from repvgg_deploy.benchmark.report.plots import COLOURS, STYLE
+from repvgg_deploy.quantization import load_recipe, quantize
+from repvgg_deploy.quantization.mixed_precision import RANKING_IMAGES, LayerSensitivity, layers_within, rank_layers
+from repvgg_deploy.quantization.statistics import collect_statistics
 
 BLUE, ORANGE = COLOURS[:2]
 

@@ -2,10 +2,10 @@
 
     python bench/int8_nets.py --checkpoints FOLDER -o bench/results
 
-Calibration and evaluation images are drawn (`repvgg_deploy.drawn`) with seeds that no net was trained or measured on.
-The small nets are trained here first, as the demo model was but not as long. Each net is held against its own float32
-form: this project's recipes and ONNX Runtime's own quantizer (per-channel, min-max), both in ONNX Runtime. Top-1 means
-nothing for the checkpoints, which have never seen these classes.
+Calibration and evaluation images are drawn (`repvgg_deploy.images.synthetic`) with seeds that no net was trained or
+measured on. The small nets are trained here first, as the demo model was but not as long. Each net is held against its
+own float32 form: this project's recipes and ONNX Runtime's own quantizer (per-channel, min-max), both in ONNX Runtime.
+Top-1 means nothing for the checkpoints, which have never seen these classes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from int8_setup import (
 )
 from int8_tools import quantize_onnxruntime
 
-from repvgg_deploy.archs import ArchSpec, BlockSpec, SqueezeExcite, find_card, training_branches
-from repvgg_deploy.drawn import draw_images
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.images import normalize
-from repvgg_deploy.locate import data_folder
+from repvgg_deploy.files import data_folder
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.images.decoding import normalize
+from repvgg_deploy.images.synthetic import draw_images
+from repvgg_deploy.nets.cards import ArchSpec, BlockSpec, SqueezeExcite, find_card, training_branches
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
 
 CALIBRATION_SEED, EVALUATION_SEED, TRAINING_SEED, HELD_OUT_SEED = 31, 32, 33, 34
 TRAINING_IMAGES, EPOCHS = 8000, 10

@@ -48,7 +48,7 @@ from int8_setup import (
 from int8_tools import FP32, Tool, list_tools, path_in
 from numpy.typing import NDArray
 
-from repvgg_deploy.runners.saturation import saturates_here
+from repvgg_deploy.runtime.saturation import saturates_here
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
-from repvgg_deploy.quantize.codes import is_plain
-from repvgg_deploy.quantize.edges import BATCH, fused_blocks
-from repvgg_deploy.quantize.samples import Moments, Streams, input_moments
+from repvgg_deploy.quantization.activation_range import is_plain
+from repvgg_deploy.quantization.layer_inputs import Moments, Streams, input_moments
+from repvgg_deploy.quantization.points import BATCH, fused_blocks
 
 Floats = NDArray[np.float32]
 Plant = Callable[[RepVGG, Floats], RepVGG]

@@ -19,19 +19,19 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from repvgg_deploy.archs import find_card
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.checkpoints import build, load_checkpoint
-from repvgg_deploy.cpu import read_cpu
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.images import BrokenImages, list_images, list_labelled_images, normalize, read_batches
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.hardware.cpu import read_cpu
+from repvgg_deploy.images.decoding import BrokenImages, list_images, list_labelled_images, normalize, read_batches
+from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize import load_recipe, quantize
-from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx
-from repvgg_deploy.runners.saturation import saturates_here
-from repvgg_deploy.seeded import seeded_repvgg
+from repvgg_deploy.nets.seeding import seeded_repvgg
+from repvgg_deploy.quantization import load_recipe, quantize
+from repvgg_deploy.quantization.qdq import as_tensorrt_reads, to_qdq_onnx
+from repvgg_deploy.runtime.saturation import saturates_here
 
 Floats = NDArray[np.float32]
 PIXELS = 64

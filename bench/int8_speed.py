@@ -17,13 +17,13 @@ import onnxruntime as ort
 from int8_setup import fuse_seeded, open_session, write_record
 from int8_tools import quantize_onnxruntime
 
-from repvgg_deploy.baselines import find_baseline
-from repvgg_deploy.onnx_baseline import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize import load_recipe, quantize
-from repvgg_deploy.quantize.qdq import to_qdq_onnx
-from repvgg_deploy.seeded import seeded_baseline
+from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.nets.baselines import find_baseline
+from repvgg_deploy.nets.seeding import seeded_baseline
+from repvgg_deploy.quantization import load_recipe, quantize
+from repvgg_deploy.quantization.qdq import to_qdq_onnx
 
 
 def write_models(arch: str, size: int, folder: Path) -> dict[str, Path]:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.edges import fused_blocks
+from repvgg_deploy.quantization.points import fused_blocks
 
 
 def describe(net: RepVGG, logits: Floats, unplanted: Floats, labels: NDArray[np.int64]) -> dict[str, Any]:

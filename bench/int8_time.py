@@ -22,9 +22,9 @@ from int8_setup import PIXELS, fuse_seeded, load_fused, quantize_ours, read_cali
 from int8_tools import quantize_modelopt
 
 from repvgg_deploy.artifacts import Preprocessing
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.pipeline import peak_bytes
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.workflows.export import peak_bytes
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ import onnxruntime
 from int8_setup import PIXELS, Floats, in_batches, quantize_ours, write_as_tensorrt_reads
 
 import repvgg_deploy
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
 
 FP32 = "fp32"
 OURS = "repvgg-deploy"

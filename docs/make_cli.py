@@ -6,7 +6,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from repvgg_deploy.cli import main
+from repvgg_deploy.cli.main import main
 
 PAGE = Path(__file__).with_name("cli.md")
 

@@ -2,7 +2,7 @@
 
 The recipe is the usual one of RepVGG (SGD, cosine schedule, weight decay on the convolutions, label smoothing), so
 that the checkpoint's BN statistics and kernels are those of an ordinary net. The data are drawn by
-`repvgg_deploy.drawn`; the held-out set is another seed. The file has the key names of the official code.
+`repvgg_deploy.images.synthetic`; the held-out set is another seed. The file has the key names of the official code.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repvgg_deploy.archs import find_card
 from repvgg_deploy.artifacts import Preprocessing
-from repvgg_deploy.drawn import CLASS_NAMES, draw_image, image_seed
+from repvgg_deploy.images.synthetic import CLASS_NAMES, draw_image, image_seed
+from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
 
 TRAINING_SEED, HELD_OUT_SEED = 1, 2

@@ -1,5 +1,5 @@
 """`python -m repvgg_deploy`."""
 
-from repvgg_deploy.cli import main
+from repvgg_deploy.cli.main import main
 
 main()

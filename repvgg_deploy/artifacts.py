@@ -7,6 +7,11 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+"""An array of any shape and type, on the host."""
+
 
 class Precision(StrEnum):
     """Number format of the convolutions: it is carried by the ONNX graph, never by a builder's flag."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.archs import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
+from repvgg_deploy.nets.cards import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
 from repvgg_deploy.nets.repvgg import RepVGG
 
 PLAIN = (Branch(3), Branch(1), Branch(IDENTITY))

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from repvgg_deploy.archs import describe, find_card, load_cards, match_card
-from repvgg_deploy.cost import count_flops, count_parameters
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.nets.cards import describe, find_card, load_cards, match_card
+from repvgg_deploy.nets.cost import count_flops, count_parameters
 
 PUBLISHED = [card for card in load_cards().values() if card.name != "RepVGG-demo"]
 ALL = ["A0", "A1", "A2", "B0", "B1", "B1g2", "B1g4", "B2", "B2g2", "B2g4", "B3", "B3g2", "B3g4", "D2se", "L2pse"]
@@ -73,7 +73,7 @@ def test_an_architecture_without_a_card_is_described() -> None:
 def test_holocrons_extra_block_in_every_stage_keeps_the_name() -> None:
     spec = find_card("A0").spec(classes=10)
     stages = tuple((*stage, replace(stage[-1], in_channels=stage[-1].out_channels, stride=1)) for stage in spec.stages)
-    from repvgg_deploy.archs import training_branches
+    from repvgg_deploy.nets.cards import training_branches
 
     stages = tuple(tuple(replace(b, branches=training_branches(b)) for b in stage) for stage in stages)
     holocron = replace(spec, stages=stages)

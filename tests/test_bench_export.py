@@ -11,11 +11,11 @@ import torch
 from small_nets import logits_of, make_net, relative
 
 from repvgg_deploy.artifacts import Precision
-from repvgg_deploy.bench_export import NamedNet, quantize_plainly, write_net
-from repvgg_deploy.fuse import fuse
+from repvgg_deploy.benchmark.graphs import NamedNet, quantize_plainly, write_net
+from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.runners.onnx_runner import OnnxRunner
-from repvgg_deploy.seeded import seed_weights
+from repvgg_deploy.nets.seeding import seed_weights
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from test_report_html import make_record
 
-from repvgg_deploy.bench_record import SCHEMA_NAME, SCHEMA_VERSION, check_record, read_record, write_record
+from repvgg_deploy.benchmark.record import SCHEMA_NAME, SCHEMA_VERSION, check_record, read_record, write_record
+from repvgg_deploy.benchmark.statistics import compare_rates
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.timing_statistics import compare_rates
 
 
 def is_bench(path: Path) -> bool:

@@ -15,9 +15,9 @@ import torch
 from small_nets import NETS, make_net, name_in_layout
 from torch import Tensor
 
-from repvgg_deploy.archs import SqueezeExcite, find_card
 from repvgg_deploy.checkpoints import load_checkpoint
 from repvgg_deploy.errors import CheckpointError, DeployError
+from repvgg_deploy.nets.cards import SqueezeExcite, find_card
 from repvgg_deploy.nets.repvgg import RepVGG
 
 Save = Callable[..., Path]

@@ -15,14 +15,14 @@ import torch
 from small_nets import NETS, logits_of, make_net, name_in_layout, relative
 from torch import Tensor
 
-from repvgg_deploy.archs import SqueezeExcite, describe
 from repvgg_deploy.checkpoints import build, load_checkpoint
-from repvgg_deploy.cost import count_parameters
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.model import PreprocessingOptions
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.nets.cards import SqueezeExcite, describe
+from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
-from repvgg_deploy.pipeline import ExportRequest, export
+from repvgg_deploy.runtime.model import PreprocessingOptions
+from repvgg_deploy.workflows.export import ExportRequest, export
 
 GOLDEN = [
     "holocron_train",

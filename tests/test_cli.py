@@ -18,7 +18,7 @@ from small_nets import make_net, name_in_layout
 
 import repvgg_deploy
 from repvgg_deploy.checkpoints import load_checkpoint
-from repvgg_deploy.cli import main
+from repvgg_deploy.cli.main import main
 
 Save = Callable[..., Path]
 NO_ENGINE = ["--engine", "none"]
@@ -297,7 +297,7 @@ def test_help_takes_less_than_a_third_of_a_second_and_imports_nothing_heavy() ->
         seconds.append(time.perf_counter() - begin)
         assert done.returncode == 0
     assert min(seconds) < 0.3
-    code = "import sys, repvgg_deploy.cli; print(sorted({'torch', 'onnx', 'numpy', 'PIL'} & set(sys.modules)))"
+    code = "import sys, repvgg_deploy.cli.main; print(sorted({'torch', 'onnx', 'numpy', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -355,7 +355,7 @@ def test_the_smallest_sizes_export(size: str, checkpoint_file: Path, tmp_path: P
 def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path) -> None:
     """What ends a container: the export is stopped while its graph is being written."""
     script = (
-        "import time; from repvgg_deploy import pipeline; from repvgg_deploy.cli import main; "
+        "import time; from repvgg_deploy.workflows import export as pipeline; from repvgg_deploy.cli.main import main; "
         "pipeline.run_fused = lambda *_, **__: time.sleep(60); main()"
     )
     out = tmp_path / "out"
@@ -371,9 +371,9 @@ def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path
 
 
 def test_the_demo_shows_the_other_rows_where_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from repvgg_deploy import demo
     from repvgg_deploy.artifacts import Precision
     from repvgg_deploy.errors import VerificationError
+    from repvgg_deploy.workflows import demo
 
     real = demo.export
 

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 from small_nets import make_net, name_in_layout
 
-from repvgg_deploy.bench_record import check_record, read_record
-from repvgg_deploy.cli import main
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
+from repvgg_deploy.benchmark.record import check_record, read_record
+from repvgg_deploy.cli.main import main
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
 
 QUICK = ["--duration", "0.05", "--iterations", "3", "--warmup", "0"]
 

@@ -14,15 +14,15 @@ from engine_graphs import write_onnx
 from small_nets import make_net
 
 from repvgg_deploy.artifacts import Precision
-from repvgg_deploy.benchmark import Group, _add_group, _with_precisions
-from repvgg_deploy.contestants import Contestant, Entry, _build_plan, _pixels, comparable_options, open_entry
+from repvgg_deploy.benchmark.cases import Contestant, Entry, _build_plan, _pixels, comparable_options, open_entry
+from repvgg_deploy.benchmark.measure import Label, Measurement, Query, Slice
+from repvgg_deploy.benchmark.run import Group, _add_group, _with_precisions
 from repvgg_deploy.engine.options import BuildOptions
-from repvgg_deploy.engine.side_file import read_side_file
+from repvgg_deploy.engine.sidecar import read_side_file
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.measure import Label, Measurement, Query, Slice
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 PLAN = BuildOptions(batch_range=(1, 128, 512), optimization_level=2)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from small_nets import NETS, logits_of, make_net, name_in_layout, randomize, relative
 from torch import Tensor, nn
 
-from repvgg_deploy.archs import SqueezeExcite
 from repvgg_deploy.checkpoints import build, load_checkpoint
-from repvgg_deploy.deploy_form import write_fused
 from repvgg_deploy.errors import CheckpointError, DeployError, VerificationError
-from repvgg_deploy.fuse import fuse
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.nets.cards import SqueezeExcite
+from repvgg_deploy.workflows.fuse_checkpoint import write_fused
 
 Save = Callable[..., Path]
 State = dict[str, Tensor]
@@ -176,7 +176,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_older_file(name: str, checkpoint
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "from repvgg_deploy.cli import main\n"
+        "from repvgg_deploy.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, "fuse", str(checkpoint_file), "-o", str(folder / name)]
@@ -195,7 +195,7 @@ def test_directory_as_target_is_an_error(checkpoint_file: Path, tmp_path: Path) 
 def test_written_file_that_does_not_agree_is_not_kept(
     checkpoint_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from repvgg_deploy import deploy_form
+    from repvgg_deploy.workflows import fuse_checkpoint as deploy_form
 
     write = deploy_form.write_state_dict
 

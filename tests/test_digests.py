@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from repvgg_deploy.checkpoints import build, load_checkpoint
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.locate import data_folder
+from repvgg_deploy.files import data_folder
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.training import to_training_onnx
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.onnx_training import to_training_onnx
 
 # Made on 2026-11-25, before the files of the package were put into floors. The algebra is float64 and rounded once, so
 # that they are the same on every CPU; the metadata, which name versions, are left out.

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from repvgg_deploy.cli import main
+from repvgg_deploy.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

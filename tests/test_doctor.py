@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from repvgg_deploy.doctor import Row, probe_machine, require_parts
 from repvgg_deploy.engine.backends import Backend, import_backend
-from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.hardware.gpus import find_gpus
+from repvgg_deploy.workflows.doctor import Row, probe_machine, require_parts
 
 ROWS = {row.part: row for row in probe_machine()}
 

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from repvgg_deploy import drawn
-from repvgg_deploy.archs import find_card
 from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
-from repvgg_deploy.drawn import CLASS_NAMES, draw_image, draw_images, image_seed, write_image_folder
 from repvgg_deploy.errors import ImageError
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.locate import data_folder
+from repvgg_deploy.files import data_folder
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.images import synthetic as drawn
+from repvgg_deploy.images.synthetic import CLASS_NAMES, draw_image, draw_images, image_seed, write_image_folder
+from repvgg_deploy.nets.cards import find_card
 
 DEMO = data_folder("models") / "demo.safetensors"
 UNSEEN_SEED = 77

@@ -14,22 +14,21 @@ from test_engine_side_file import make_side
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, Unavailable, build_engine, find_backend
 from repvgg_deploy.engine.backends import Backend, Capabilities, has, import_backend, release, unsupported_gpu
-from repvgg_deploy.engine.gpus import Gpu, find_gpus
 from repvgg_deploy.engine.refit import (
-    _check_refitted,
     describe_refitted,
-    export_for_refit,
     graph_options,
     refit_engine,
     require_same_net,
 )
-from repvgg_deploy.engine.side_file import SideFile, read_side_file
+from repvgg_deploy.engine.runner import load_engine
+from repvgg_deploy.engine.sidecar import SideFile, read_side_file
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.export_request import ExportRequest
-from repvgg_deploy.locate import data_folder
-from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.pipeline import export
-from repvgg_deploy.runners.engine_runner import load_engine
+from repvgg_deploy.files import data_folder
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.hardware.gpus import Gpu, find_gpus
+from repvgg_deploy.workflows.export import export
+from repvgg_deploy.workflows.export_request import ExportRequest
+from repvgg_deploy.workflows.refit import _check_refitted, export_for_refit
 
 without_gpu = pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
 NO_CACHE = BuildOptions(timing_cache=False)

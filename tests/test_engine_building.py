@@ -17,14 +17,14 @@ from engine_graphs import (
     write_onnx,
 )
 
-from repvgg_deploy.archs import find_card, load_cards
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.network import parse_onnx, read_convolution_precisions
-from repvgg_deploy.engine.side_file import read_side_file
+from repvgg_deploy.engine.sidecar import read_side_file
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.staging import hash_file, stage_files
+from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.nets.cards import find_card, load_cards
 
 CARDS = list(load_cards())
 NO_CACHE = BuildOptions(timing_cache=False)

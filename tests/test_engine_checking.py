@@ -9,9 +9,9 @@ import pytest
 from engine_graphs import rtx_backend, small_onnx
 
 from repvgg_deploy.engine import BuildOptions, build_engine
-from repvgg_deploy.engine.checking import check_where_possible, require_signal
-from repvgg_deploy.engine.gpus import find_gpus
 from repvgg_deploy.errors import VerificationError
+from repvgg_deploy.hardware.gpus import find_gpus
+from repvgg_deploy.verification.engine import check_where_possible, require_signal
 
 GOOD = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
 

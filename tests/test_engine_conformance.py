@@ -41,12 +41,13 @@ OBJECTS = {
     "timing_cache": {"config": "IBuilderConfig", "cache": "ITimingCache"},
     "loading": {"runtime": "Runtime", "engine": "ICudaEngine"},
     "context": {"context": "IExecutionContext", "config": "IRuntimeConfig", "loaded.engine": "ICudaEngine"},
-    "lane": {
+    "stream": {
         "context": "IExecutionContext",
         "self.context": "IExecutionContext",
         "prepared.context": "IExecutionContext",
         "loaded.engine": "ICudaEngine",
     },
+    "runner": {"context": "IExecutionContext"},
     "inspection": {"inspector": "EngineInspector", "loaded.engine": "ICudaEngine"},
     "refit": {
         "refitter": "Refitter",
@@ -59,7 +60,6 @@ OBJECTS = {
 # Names that would be the library's anywhere else, and are this package's own here.
 OURS = {
     ("building", "cache"),
-    ("checking", "engine"),
     ("refit", "engine"),
     ("loading", "self.engine"),
 }

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import repvgg_deploy.engine
-from repvgg_deploy.engine import cuda as cuda_module
-from repvgg_deploy.engine.cuda import LIBRARIES, Cuda, DeviceArray, open_cuda, stream_handle
-from repvgg_deploy.engine.gpus import FoundGpus, Gpu, find_gpus
+from repvgg_deploy.engine.cuda import interface as cuda_module
+from repvgg_deploy.engine.cuda.interface import LIBRARIES, Cuda, DeviceArray, open_cuda, stream_handle
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.hardware import gpus
+from repvgg_deploy.hardware.gpus import FoundGpus, Gpu, find_gpus
 
 H200 = Gpu("NVIDIA H200", "9.0", 141 << 30)
 ENGINE = Path(repvgg_deploy.engine.__file__).parent
@@ -30,18 +31,18 @@ def cuda_bindings() -> Any:
 def test_every_name_of_cuda_bindings_that_is_used_exists() -> None:
     runtime = cuda_bindings()
     used = set()
-    for file in ("cuda_bindings.py", "gpus.py"):
-        for node in ast.walk(ast.parse((ENGINE / file).read_text(encoding="utf-8"))):
+    for file in (ENGINE / "cuda" / "bindings.py", Path(gpus.__file__)):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "runtime":
                 used.add(node.attr)
     assert len(used) > 25
     assert not [name for name in used if not hasattr(runtime, name)]
 
 
-@pytest.mark.parametrize("module", ["cuda_bindings", "cuda_pycuda"])
+@pytest.mark.parametrize("module", ["bindings", "pycuda"])
 def test_both_libraries_have_every_method_of_the_interface(module: str) -> None:
     # Read from the source: pycuda cannot be imported without a driver.
-    tree = ast.parse((ENGINE / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ENGINE / "cuda" / f"{module}.py").read_text(encoding="utf-8"))
     (library,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in ("CudaBindings", "PyCuda")]
     methods = {node.name: [a.arg for a in node.args.args] for node in library.body if isinstance(node, ast.FunctionDef)}
     names = {t.id for node in library.body if isinstance(node, ast.Assign) for t in node.targets}
@@ -73,7 +74,7 @@ def test_both_libraries_have_every_method_of_the_interface(module: str) -> None:
 )
 def test_each_call_of_cuda_bindings_reports_its_failure(call: Any) -> None:
     cuda_bindings()
-    library = importlib.import_module("repvgg_deploy.engine.cuda_bindings").CudaBindings()
+    library = importlib.import_module("repvgg_deploy.engine.cuda.bindings").CudaBindings()
     with pytest.raises(DeployError, match="CUDA says CUDA driver version is insufficient"):
         call(library)
 
@@ -87,7 +88,7 @@ def test_opening_cuda_without_a_gpu_says_why() -> None:
 
 def test_only_missing_memory_is_told_as_missing_memory() -> None:
     error = cuda_bindings().cudaError_t
-    check = importlib.import_module("repvgg_deploy.engine.cuda_bindings").check
+    check = importlib.import_module("repvgg_deploy.engine.cuda.bindings").check
     with pytest.raises(DeployError, match="too little free memory"):
         check((error.cudaErrorMemoryAllocation,), "allocating")
     # Too many registers or threads for one launch, however much memory there is.
@@ -109,7 +110,7 @@ class Library:
 
 def test_a_library_that_does_not_fit_the_driver_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     too_new = DeployError("choosing the GPU: CUDA says CUDA driver version is insufficient (35)")
-    modules = {"cuda_bindings": Library(too_new), "cuda_pycuda": Library("pycuda's")}
+    modules = {"bindings": Library(too_new), "pycuda": Library("pycuda's")}
     monkeypatch.setattr(cuda_module, "_import_quietly", lambda name: modules[name.split(".")[-1]])
     monkeypatch.delenv("REPVGG_DEPLOY_CUDA", raising=False)
     assert open_cuda() == "pycuda's"

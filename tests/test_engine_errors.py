@@ -12,15 +12,16 @@ from engine_graphs import rtx_backend, small_onnx
 from onnx import TensorProto, helper
 from simulated_engine import SimulatedCuda, simulate
 
-from repvgg_deploy.engine import BuildOptions, build_engine, loading, messages, network
+from repvgg_deploy.engine import BuildOptions, build_engine, loading, network
+from repvgg_deploy.engine import log as messages
 from repvgg_deploy.engine.backends import Backend
-from repvgg_deploy.engine.gpus import FoundGpus, Gpu, find_gpus
 from repvgg_deploy.engine.loading import _deserialize
-from repvgg_deploy.engine.messages import Messages, construct, explain_failure
+from repvgg_deploy.engine.log import Messages, construct, explain_failure
 from repvgg_deploy.engine.network import create_builder
 from repvgg_deploy.engine.refit import _put_weights
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.onnx_skeleton import read_onnx_metadata
+from repvgg_deploy.graphs.serialization import read_onnx_metadata
+from repvgg_deploy.hardware.gpus import FoundGpus, Gpu, find_gpus
 
 NO_CACHE = BuildOptions(timing_cache=False)
 without_gpu = pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")

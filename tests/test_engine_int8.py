@@ -13,12 +13,12 @@ from engine_graphs import PIXELS, make_net, narrow_spec, provenance, rtx_backend
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.network import parse_onnx
-from repvgg_deploy.onnx_export import GraphOptions, make_metadata
-from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize.qdq import ActivationType, to_qdq_onnx
-from repvgg_deploy.quantize.quantization import quantize
-from repvgg_deploy.quantize.quantized_net import QuantizedNet
-from repvgg_deploy.quantize.recipe import Recipe, RoundingOptions, ScaleOptions
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import GraphOptions, make_metadata
+from repvgg_deploy.quantization.net import QuantizedNet
+from repvgg_deploy.quantization.qdq import ActivationType, to_qdq_onnx
+from repvgg_deploy.quantization.quantize import quantize
+from repvgg_deploy.quantization.recipe import Recipe, RoundingOptions, ScaleOptions
 
 QUICK = Recipe(
     "quick",

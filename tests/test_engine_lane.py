@@ -14,17 +14,17 @@ import pytest
 from engine_graphs import CLASSES, PIXELS, rtx_backend
 from simulated_engine import SCRATCH, SimulatedCuda, SimulatedEngine, Undefined, simulate, tensorrt_like
 
-from repvgg_deploy.engine import lane as lane_module
-from repvgg_deploy.engine import messages
+from repvgg_deploy.engine import log as messages
+from repvgg_deploy.engine import runner as engine_runner
+from repvgg_deploy.engine import stream as lane_module
 from repvgg_deploy.engine.backends import Backend
-from repvgg_deploy.engine.cuda import DeviceArray
-from repvgg_deploy.engine.gpus import FoundGpus, Gpu
+from repvgg_deploy.engine.cuda.interface import DeviceArray
 from repvgg_deploy.engine.inspection import read_layers
 from repvgg_deploy.engine.loading import LoadedEngine
+from repvgg_deploy.engine.runner import EngineRunner, _OwnedMemory
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.model import PreprocessingOptions, open_model
-from repvgg_deploy.runners import engine_runner
-from repvgg_deploy.runners.engine_runner import EngineRunner, _OwnedMemory
+from repvgg_deploy.hardware.gpus import FoundGpus, Gpu
+from repvgg_deploy.runtime.model import PreprocessingOptions, open_model
 
 
 @pytest.fixture(params=[rtx_backend, tensorrt_like], ids=["tensorrt-rtx", "tensorrt"])

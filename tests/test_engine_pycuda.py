@@ -16,7 +16,7 @@ import pytest
 
 from repvgg_deploy.errors import DeployError
 
-MODULE = "repvgg_deploy.engine.cuda_pycuda"
+MODULE = "repvgg_deploy.engine.cuda.pycuda"
 
 
 class Driver(ModuleType):

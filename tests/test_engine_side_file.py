@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine.backends import Backend, Capabilities
-from repvgg_deploy.engine.gpus import Gpu, find_gpus
 from repvgg_deploy.engine.inspection import inspect_engine
 from repvgg_deploy.engine.loading import check_plan, load_plan
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.engine.options import BuildOptions
-from repvgg_deploy.engine.side_file import (
+from repvgg_deploy.engine.runner import load_engine
+from repvgg_deploy.engine.sidecar import (
     SideFile,
     read_side_file,
     require_same_gpu,
@@ -26,8 +26,8 @@ from repvgg_deploy.engine.side_file import (
     side_path,
 )
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.runners.engine_runner import load_engine
-from repvgg_deploy.staging import hash_file
+from repvgg_deploy.files import hash_file
+from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 
 L40 = Gpu("NVIDIA L40S", "8.9", 48 << 30)
 H200 = Gpu("NVIDIA H200", "9.0", 141 << 30)

@@ -12,9 +12,9 @@ from engine_graphs import rtx_backend, small_onnx
 
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.backends import Backend, Capabilities
-from repvgg_deploy.engine.gpus import Gpu, find_gpus
 from repvgg_deploy.engine.network import create_builder
 from repvgg_deploy.engine.timing_cache import cache_folder, cache_path, use_timing_cache
+from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 
 L40 = Gpu("NVIDIA L40S", "8.9", 48 << 30)
 

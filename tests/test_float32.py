@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from repvgg_deploy.float32 import float32
+from repvgg_deploy.torch_precision import float32
 
 
 @pytest.mark.parametrize("tf32", [False, True])
@@ -31,7 +31,7 @@ def test_a_process_that_uses_the_newer_switches_keeps_to_them() -> None:
     """In a process of its own: torch refuses the older ones from then on."""
     code = """
 import torch
-from repvgg_deploy.float32 import float32
+from repvgg_deploy.torch_precision import float32
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 def read():
     return matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.benchmark, cudnn.deterministic

@@ -6,7 +6,7 @@ from test_fuse import randomize, relative
 from torch import nn
 
 from repvgg_deploy.errors import FusionError
-from repvgg_deploy.fuse import fuse
+from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.nets.repvgg import FusedBlock, SqueezeExciteBlock
 
 

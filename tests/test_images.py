@@ -16,7 +16,7 @@ from PIL import Image
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
-from repvgg_deploy.images import (
+from repvgg_deploy.images.decoding import (
     BrokenImages,
     crop_image,
     decode_image,

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 from onnx import TensorProto
 from test_fuse import narrow, randomize
 
-from repvgg_deploy import int8_export
 from repvgg_deploy.checkpoints.writing import name_state_dict
-from repvgg_deploy.cli import main
-from repvgg_deploy.drawn import write_image_folder
-from repvgg_deploy.evaluate import evaluate
-from repvgg_deploy.locate import data_folder
+from repvgg_deploy.cli.main import main
+from repvgg_deploy.files import data_folder
+from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.qdq import with_fp16_scales
+from repvgg_deploy.quantization.qdq import with_fp16_scales
+from repvgg_deploy.workflows import int8 as int8_export
+from repvgg_deploy.workflows.evaluate import evaluate
 
 DEMO = str(data_folder("models") / "demo.safetensors")
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")

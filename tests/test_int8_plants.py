@@ -11,7 +11,7 @@ from small_nets import logits_of, relative
 from test_quantize_preparation import SHAPES, draw_images, fused_net
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.edges import fused_blocks, walk
+from repvgg_deploy.quantization.points import fused_blocks, walk
 
 
 def plant(case: str, net: RepVGG) -> RepVGG:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from repvgg_deploy.benchmark.layer_profile import LayerTimes, make_layer_profiler, profile_graph
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.layer_profile import LayerTimes, make_layer_profiler, profile_graph
 
 
 def test_an_engines_profiler_collects_what_the_library_reports() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from repvgg_deploy.machine import GpuLoad, describe_identity, finish_machine, read_gpus, record_machine
+from repvgg_deploy.hardware.machine import GpuLoad, describe_identity, finish_machine, read_gpus, record_machine
 
 
 def test_the_record_is_json_and_names_the_cpu_and_the_versions() -> None:

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_gpu import SimulatedGpu, SimulatedLane, SimulatedTime
 
-from repvgg_deploy import measure as harness
-from repvgg_deploy.measure import Label, Measurement, MeasureOptions, Query, Slice, measure_interleaved
-from repvgg_deploy.subjects import BlockingSubject, StreamSubject
+from repvgg_deploy.benchmark import measure as harness
+from repvgg_deploy.benchmark.measure import Label, Measurement, MeasureOptions, Query, Slice, measure_interleaved
+from repvgg_deploy.benchmark.workloads import BlockingSubject, StreamSubject
 
 LABEL = Label("net", "simulated", "1", "fp32", 8)
 SHORT = MeasureOptions(warmup_s=0.0, min_iterations=1, min_duration_s=0.0, min_rounds=1, slice_s=0.0, settle_s=0.0)

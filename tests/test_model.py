@@ -13,14 +13,14 @@ import torch
 from onnx import TensorProto, helper
 from small_nets import make_net, name_in_layout
 
-from repvgg_deploy.archs import find_card
 from repvgg_deploy.artifacts import Precision, Preprocessing
 from repvgg_deploy.checkpoints import load_checkpoint
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.images import normalize
-from repvgg_deploy.model import PreprocessingOptions, choose_preprocessing, is_onnx, open_model, rank_classes
+from repvgg_deploy.images.decoding import normalize
+from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.pipeline import ExportRequest, export
+from repvgg_deploy.runtime.model import PreprocessingOptions, choose_preprocessing, is_onnx, open_model, rank_classes
+from repvgg_deploy.workflows.export import ExportRequest, export
 
 Save = Callable[..., Path]
 SMALL = PreprocessingOptions(size=(32, 32))

@@ -10,8 +10,8 @@ import pytest
 from engine_graphs import PIXELS, small_onnx
 
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.runners import onnx_runner
-from repvgg_deploy.runners.onnx_runner import OnnxRunner
+from repvgg_deploy.runtime import onnxruntime as onnx_runner
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 
 
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from small_nets import BARE, logits_of, make_net, relative
 
-from repvgg_deploy.archs import SqueezeExcite
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.onnx_training import to_training_onnx
-from repvgg_deploy.runners.onnx_runner import OnnxRunner
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.graphs.training import to_training_onnx
+from repvgg_deploy.nets.cards import SqueezeExcite
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 
 NETS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -24,23 +24,23 @@ from test_quantize_net import QUICK
 from test_quantize_preparation import SHAPES, draw_images, fused_net
 from torch import Tensor
 
-from repvgg_deploy.baselines import require_baseline
-from repvgg_deploy.bench_export import quantize_plainly
+from repvgg_deploy.benchmark.baseline_graphs import BaselineIntegers, find_ranges, to_baseline_onnx
+from repvgg_deploy.benchmark.graphs import quantize_plainly
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.locate import data_folder
+from repvgg_deploy.files import data_folder
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.nets.baselines import require_baseline
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.onnx_baseline import BaselineIntegers, find_ranges, to_baseline_onnx
-from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.quantize import QuantizedNet, quantize
-from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
-from repvgg_deploy.quantize.learn import _round_weights
-from repvgg_deploy.quantize.pair_sums import INT16_MAX, count_taps, largest_pair_sum, neighbours, round_in_pairs
-from repvgg_deploy.quantize.qdq import to_qdq_onnx, with_fp16_scales
-from repvgg_deploy.quantize.quantized_net import IntegerLayer
-from repvgg_deploy.quantize.weight_scales import choose_weight_scales
-from repvgg_deploy.seeded import seeded_baseline
+from repvgg_deploy.nets.seeding import seeded_baseline
+from repvgg_deploy.quantization import QuantizedNet, quantize
+from repvgg_deploy.quantization.feedback_rounding import round_with_feedback
+from repvgg_deploy.quantization.learned_rounding import _round_weights
+from repvgg_deploy.quantization.net import IntegerLayer
+from repvgg_deploy.quantization.pair_sums import INT16_MAX, count_taps, largest_pair_sum, neighbours, round_in_pairs
+from repvgg_deploy.quantization.qdq import to_qdq_onnx, with_fp16_scales
+from repvgg_deploy.quantization.weight_scales import choose_weight_scales
 
 OPTIONS = GraphOptions(32, 32)
 NETS = ("demo", *sorted(SHAPES))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repvgg_deploy.errors import VerificationError
-from repvgg_deploy.parity import compare, require_parity
+from repvgg_deploy.verification.parity import compare, require_parity
 
 A = np.array([[3.0, 4.0], [0.0, 1.0]])
 

@@ -9,21 +9,21 @@ import pytest
 import torch
 from test_fuse import narrow, randomize
 
-from repvgg_deploy import pipeline
-from repvgg_deploy.archs import find_card
 from repvgg_deploy.artifacts import Precision, Preprocessing
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.export_request import ExportRequest
-from repvgg_deploy.fuse import Fusion, fuse
-from repvgg_deploy.images import normalize
-from repvgg_deploy.model import PreprocessingOptions
+from repvgg_deploy.fusion.fuse import Fusion, fuse
+from repvgg_deploy.graphs.repvgg import read_metadata
+from repvgg_deploy.images.decoding import normalize
+from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.onnx_export import read_metadata
-from repvgg_deploy.parity import compare
-from repvgg_deploy.pipeline import export
-from repvgg_deploy.reference import run_fused
-from repvgg_deploy.verification import choose_small_pixels
+from repvgg_deploy.runtime.model import PreprocessingOptions
+from repvgg_deploy.verification.inputs import choose_small_pixels
+from repvgg_deploy.verification.parity import compare
+from repvgg_deploy.verification.reference import run_fused
+from repvgg_deploy.workflows import export as pipeline
+from repvgg_deploy.workflows.export import export
+from repvgg_deploy.workflows.export_request import ExportRequest
 
 
 @pytest.fixture

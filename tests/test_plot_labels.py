@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from repvgg_deploy.plot_labels import label_points
+from repvgg_deploy.benchmark.report.labels import label_points
 
 
 def test_names_of_crowded_points_do_not_overlap() -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from repvgg_deploy.process import prepare_process, quick_imports
+from repvgg_deploy.cli.startup import prepare_process, quick_imports
 
 
 def run(code: str, **environment: str) -> str:
@@ -19,7 +19,7 @@ def run(code: str, **environment: str) -> str:
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout
 
 
-PRINT = "import os; from repvgg_deploy.process import *; prepare_process(); print(os.environ['OMP_WAIT_POLICY'])"
+PRINT = "import os; from repvgg_deploy.cli.startup import *; prepare_process(); print(os.environ['OMP_WAIT_POLICY'])"
 
 
 def test_threads_sleep_unless_the_user_wants_otherwise() -> None:
@@ -30,7 +30,7 @@ def test_threads_sleep_unless_the_user_wants_otherwise() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_is_kept() -> None:
     measure = (
-        "import ctypes; from repvgg_deploy.process import *\n"
+        "import ctypes; from repvgg_deploy.cli.startup import *\n"
         "held = lambda: int(open('/proc/self/statm').read().split()[1])\n"
         "{}\n"
         "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p\n"
@@ -45,7 +45,7 @@ def test_freed_memory_is_kept() -> None:
 
 def test_imports_are_not_searched_for_garbage() -> None:
     frozen = run(
-        "import gc; from repvgg_deploy.process import *\n"
+        "import gc; from repvgg_deploy.cli.startup import *\n"
         "with quick_imports():\n    print(gc.isenabled()); import torch\n"
         "print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
     )

@@ -8,7 +8,7 @@ import torch
 from test_quantize_preparation import draw_images
 from torch import Tensor
 
-from repvgg_deploy.quantize.augment import blend, crop, draw_pictures, recolour
+from repvgg_deploy.quantization.augmentation import blend, crop, draw_pictures, recolour
 
 
 def generator(seed: int = 0) -> torch.Generator:

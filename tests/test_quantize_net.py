@@ -13,17 +13,17 @@ import torch
 from test_quantize_preparation import SHAPES, draw_images, fused_net, in_batches, kill_channel
 from torch import Tensor
 
-from repvgg_deploy.bench_export import quantize_plainly
+from repvgg_deploy.benchmark.graphs import quantize_plainly
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.quantize import Recipe, collect_statistics, load_recipe, quantize
-from repvgg_deploy.quantize.edges import BATCH
-from repvgg_deploy.quantize.feedback_rounding import round_with_feedback
-from repvgg_deploy.quantize.layer_report import signal_to_noise_db
-from repvgg_deploy.quantize.learn import _relative_error
-from repvgg_deploy.quantize.recipe import LearningOptions, RoundingOptions, ScaleOptions
-from repvgg_deploy.quantize.samples import Streams, input_moments
-from repvgg_deploy.quantize.views import MOST_VIEWS, Views
-from repvgg_deploy.quantize.weight_scales import choose_weight_scales, round_weights
+from repvgg_deploy.quantization import Recipe, collect_statistics, load_recipe, quantize
+from repvgg_deploy.quantization.feedback_rounding import round_with_feedback
+from repvgg_deploy.quantization.layer_inputs import Streams, input_moments
+from repvgg_deploy.quantization.layer_report import signal_to_noise_db
+from repvgg_deploy.quantization.learned_rounding import _relative_error
+from repvgg_deploy.quantization.points import BATCH
+from repvgg_deploy.quantization.recipe import LearningOptions, RoundingOptions, ScaleOptions
+from repvgg_deploy.quantization.views import MOST_VIEWS, Views
+from repvgg_deploy.quantization.weight_scales import choose_weight_scales, round_weights
 
 QUICK = Recipe("quick", rounding=RoundingOptions(images=40, samples=2048))
 POOR = Recipe(

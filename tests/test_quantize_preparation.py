@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_nets import logits_of, make_net, relative
 
-from repvgg_deploy.archs import SqueezeExcite
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.fuse import fuse
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.nets.cards import SqueezeExcite
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantize.dead_inputs import remove_dead_inputs
-from repvgg_deploy.quantize.edges import fused_blocks, rebatch, walk
-from repvgg_deploy.quantize.equalize import equalize
-from repvgg_deploy.quantize.statistics import CalibrationStatistics, collect_statistics
+from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
+from repvgg_deploy.quantization.equalize import equalize
+from repvgg_deploy.quantization.points import edge_names, fused_blocks, rebatch, walk
+from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 
 SHAPES = {
     "plain": {},
@@ -55,13 +55,40 @@ def test_statistics_do_not_depend_on_the_batch_size(size: int) -> None:
             np.testing.assert_array_equal(getattr(other.edges[name], key), getattr(edge, key), err_msg=f"{name} {key}")
 
 
+def integer_net() -> RepVGG:
+    """A fused net whose activations on images of small integers are small integers, which float32 adds exactly.
+
+    So every CPU computes the same values, in whatever order it adds. Each filter has one +1, one −1 and a bias of 0 to
+    3, so that behind the first ReLU a layer adds 3 to the largest value at most. The last feature maps have one pixel:
+    the mean over it is exact too.
+    """
+    net = fused_net()
+    generator = torch.Generator().manual_seed(5)
+    for _, block in fused_blocks(net):
+        filters = torch.zeros_like(block.conv.weight).flatten(1)
+        for row in filters:
+            row[torch.randperm(len(row), generator=generator)[:2]] = torch.tensor([1.0, -1.0])
+        block.conv.weight.copy_(filters.view_as(block.conv.weight))
+        block.conv.bias.copy_(torch.randint(0, 4, block.conv.bias.shape, generator=generator))
+    return net
+
+
 def test_statistics_are_those_of_the_values_on_each_edge() -> None:
-    net, images = fused_net(), draw_images()
+    net = integer_net()
+    images = torch.randint(-3, 4, (40, 3, 32, 32), generator=torch.Generator().manual_seed(3)).float()
     statistics = collect_statistics(net, [images])
+    assert list(statistics.edges) == edge_names(net)
     for name, x in walk(net, images):
+        assert torch.equal(x, x.round())
+        assert 0 < x.abs().max() < 2**12
         edge, flat = statistics.edges[name], x.double().movedim(1, 0).flatten(1)
-        np.testing.assert_allclose(edge.largest, flat.abs().amax(1), rtol=1e-5)
-        np.testing.assert_allclose(edge.mean_square, flat.square().mean(1), rtol=1e-4)
+        np.testing.assert_array_equal(edge.lowest, flat.amin(1), err_msg=name)
+        np.testing.assert_array_equal(edge.highest, flat.amax(1), err_msg=name)
+        np.testing.assert_array_equal(edge.usual, flat.abs().amax(1), err_msg=name)
+        # All sums are exact, and the numbers of pixels are powers of two; dividing by 40 images, or multiplying with
+        # its rounded inverse, costs either side two roundings of 2⁻⁵³ at most.
+        np.testing.assert_allclose(edge.mean, flat.mean(1), rtol=2**-51, err_msg=name)
+        np.testing.assert_allclose(edge.mean_square, flat.square().mean(1), rtol=2**-51, err_msg=name)
 
 
 def test_saved_statistics_come_back_for_the_same_checkpoint_and_images_only(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from test_quantize_net import QUICK
 from test_quantize_preparation import SHAPES, draw_images, fused_net
 
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.onnx_graph import OnnxGraph, write_graph
-from repvgg_deploy.quantize import QuantizedNet, quantize
-from repvgg_deploy.quantize.edges import fused_blocks
-from repvgg_deploy.quantize.qdq import as_tensorrt_reads, to_qdq_onnx, with_fp16_scales
+from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.quantization import QuantizedNet, quantize
+from repvgg_deploy.quantization.points import fused_blocks
+from repvgg_deploy.quantization.qdq import as_tensorrt_reads, to_qdq_onnx, with_fp16_scales
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 OPTIONS = GraphOptions(32, 32)

@@ -7,9 +7,9 @@ import torch
 from test_quantize_net import QUICK
 from test_quantize_preparation import draw_images, fused_net
 
-from repvgg_deploy.quantize import QuantizedNet, quantize
-from repvgg_deploy.quantize.layer_report import signal_to_noise_db
-from repvgg_deploy.quantize.sensitivity import (
+from repvgg_deploy.quantization import QuantizedNet, quantize
+from repvgg_deploy.quantization.layer_report import signal_to_noise_db
+from repvgg_deploy.quantization.mixed_precision import (
     LayerSensitivity,
     layers_within,
     lead_at_risk,

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from repvgg_deploy.bench_record import (
+from repvgg_deploy.benchmark.measure import Label, Measurement, Query, Slice
+from repvgg_deploy.benchmark.record import (
     SCHEMA_NAME,
     SCHEMA_VERSION,
     check_record,
@@ -23,11 +24,10 @@ from repvgg_deploy.bench_record import (
     describe_ratio,
     write_record,
 )
-from repvgg_deploy.cli import main
-from repvgg_deploy.html_report import paper_rows, ratio_rows, render_markdown, render_page, result_rows
-from repvgg_deploy.machine import record_machine
-from repvgg_deploy.measure import Label, Measurement, Query, Slice
-from repvgg_deploy.plots import draw_plots, family_of
+from repvgg_deploy.benchmark.report.html import paper_rows, ratio_rows, render_markdown, render_page, result_rows
+from repvgg_deploy.benchmark.report.plots import draw_plots, family_of
+from repvgg_deploy.cli.main import main
+from repvgg_deploy.hardware.machine import record_machine
 
 SPEEDS = {
     "RepVGG-A0": (4.0, 72.41),
@@ -191,7 +191,7 @@ def test_a_baseline_that_no_ratio_has_is_an_error(result_file: Path, tmp_path: P
 
 
 def test_without_matplotlib_the_error_says_what_to_install(result_file: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['matplotlib'] = None; from repvgg_deploy.cli import main; main(sys.argv[1:])"
+    code = "import sys; sys.modules['matplotlib'] = None; from repvgg_deploy.cli.main import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "report", str(result_file), "-o", str(tmp_path / "page.html")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

@@ -6,11 +6,19 @@ import pytest
 import torch
 from small_nets import make_net
 
-from repvgg_deploy.baselines import load_baselines
+from repvgg_deploy.benchmark.roofline import (
+    Ceiling,
+    Cost,
+    RooflinePoint,
+    graph_costs,
+    measure_ceiling,
+    net_costs,
+    total_cost,
+)
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.fuse import fuse
-from repvgg_deploy.onnx_export import FloatLayers, GraphOptions, to_onnx
-from repvgg_deploy.roofline import Ceiling, Cost, RooflinePoint, graph_costs, measure_ceiling, net_costs, total_cost
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.nets.baselines import load_baselines
 
 
 def test_a_convolution_costs_two_operations_a_product_and_each_tensor_once() -> None:

@@ -14,15 +14,15 @@ from onnx import numpy_helper
 from test_quantize_net import QUICK
 from test_quantize_preparation import draw_images, fused_net
 
-from repvgg_deploy.cli import main
-from repvgg_deploy.cpu import read_cpu
-from repvgg_deploy.model import open_model
-from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.onnx_graph import write_graph
-from repvgg_deploy.quantize import quantize
-from repvgg_deploy.quantize.qdq import to_qdq_onnx
-from repvgg_deploy.runners import onnx_runner
-from repvgg_deploy.runners.saturation import find_saturating_layers, saturates_here
+from repvgg_deploy.cli.main import main
+from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.hardware.cpu import read_cpu
+from repvgg_deploy.quantization import quantize
+from repvgg_deploy.quantization.qdq import to_qdq_onnx
+from repvgg_deploy.runtime import onnxruntime as onnx_runner
+from repvgg_deploy.runtime.model import open_model
+from repvgg_deploy.runtime.saturation import find_saturating_layers, saturates_here
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.signals import raise_signals
+from repvgg_deploy.cli.signals import raise_signals
 
 RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 

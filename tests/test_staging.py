@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.staging import hash_file, stage_files
+from repvgg_deploy.files import hash_file, stage_files
 
 
 def tree(folder: Path) -> dict[str, str]:

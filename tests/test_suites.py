@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.archs import find_card
-from repvgg_deploy.baselines import find_baseline
+from repvgg_deploy.benchmark.suites import load_suite
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.suites import load_suite
+from repvgg_deploy.nets.baselines import find_baseline
+from repvgg_deploy.nets.cards import find_card
 
 SUITES = sorted((Path(__file__).parents[1] / "bench" / "suites").glob("*.toml"))
 

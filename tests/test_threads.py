@@ -18,7 +18,7 @@ import pytest
 from repvgg_deploy.threads import Cancellation, run_cancellable, start_workers
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
-EXPORT = "import json, sys, threading, time; from repvgg_deploy.cli import main; "
+EXPORT = "import json, sys, threading, time; from repvgg_deploy.cli.main import main; "
 
 
 @pytest.fixture(params=SIGNALS, ids=lambda number: number.name)
@@ -113,7 +113,8 @@ def test_a_signal_while_a_failed_export_waits_for_torch_ends_it(
     number: signal.Signals, status: int, checkpoint_file: Path, tmp_path: Path
 ) -> None:
     script = EXPORT + (
-        "import torch; from repvgg_deploy import pipeline; from repvgg_deploy.errors import DeployError"
+        "import torch; from repvgg_deploy.workflows import export as pipeline; "
+        "from repvgg_deploy.errors import DeployError"
         "\ndef write(*_, **__):"
         "\n    print('writing', flush=True); end = time.monotonic() + 0.8; x = torch.ones(500, 500)"
         "\n    while time.monotonic() < end: torch.mm(x, x)"

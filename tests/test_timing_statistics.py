@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from repvgg_deploy.timing_statistics import TimeStatistics, compare_rates
+from repvgg_deploy.benchmark.statistics import TimeStatistics, compare_rates
 
 
 def test_statistics_of_one_time() -> None:

@@ -10,7 +10,7 @@ import torch
 from small_nets import logits_of, make_net, relative
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.runners.torch_runner import TorchEvents, TorchLane, TorchOptions, TorchRunner
+from repvgg_deploy.runtime.torch import TorchEvents, TorchLane, TorchOptions, TorchRunner
 
 
 @pytest.mark.parametrize(

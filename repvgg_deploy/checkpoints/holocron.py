@@ -1,6 +1,6 @@
 """Holocron (https://github.com/frgfm/Holocron): every stage, the stem's too, has one block more than its card says."""
 
-from repvgg_deploy.checkpoints.layouts import Layout, Segment
+from repvgg_deploy.checkpoints.layout import Layout, Segment
 
 LAYOUT = Layout(
     "holocron",

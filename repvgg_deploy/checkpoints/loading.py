@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repvgg_deploy.archs import ArchSpec, describe, find_card
 from repvgg_deploy.checkpoints import holocron, official, official_plus, openmmlab, qarepvgg, repoptimizers, timm
-from repvgg_deploy.checkpoints.inference import infer_spec, name_nearest
-from repvgg_deploy.checkpoints.layouts import KeyMap
-from repvgg_deploy.checkpoints.reading import Contents, StateDict, read_file
+from repvgg_deploy.checkpoints.architecture import infer_spec, name_nearest
+from repvgg_deploy.checkpoints.containers import Contents, StateDict, read_file
+from repvgg_deploy.checkpoints.layout import KeyMap
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.files import hash_file
+from repvgg_deploy.nets.cards import ArchSpec, describe, find_card
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.staging import hash_file
 from repvgg_deploy.threads import start_workers
 
 LAYOUTS = (

@@ -1,6 +1,6 @@
 """The official code, repvgg.py (https://github.com/DingXiaoH/RepVGG)."""
 
-from repvgg_deploy.checkpoints.layouts import Layout, Segment, numbered_stages
+from repvgg_deploy.checkpoints.layout import Layout, Segment, numbered_stages
 
 PARTS = {
     "rbr_dense.conv": "branch_3x3.conv",

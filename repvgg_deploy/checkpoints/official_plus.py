@@ -1,6 +1,6 @@
 """RepVGGplus, repvggplus.py (https://github.com/DingXiaoH/RepVGG): stage 3 in two halves, auxiliary heads."""
 
-from repvgg_deploy.checkpoints.layouts import Layout, Segment
+from repvgg_deploy.checkpoints.layout import Layout, Segment
 from repvgg_deploy.checkpoints.official import PARTS
 
 LAYOUT = Layout(

@@ -1,6 +1,6 @@
 """OpenMMLab, mmcls 0.x and mmpretrain 1.x (https://github.com/open-mmlab/mmpretrain); `backbone.` is stripped."""
 
-from repvgg_deploy.checkpoints.layouts import Layout, Segment, numbered_stages
+from repvgg_deploy.checkpoints.layout import Layout, Segment, numbered_stages
 
 LAYOUT = Layout(
     "openmmlab",

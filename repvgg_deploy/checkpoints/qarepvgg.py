@@ -3,10 +3,10 @@
 V1 keeps a BN in the 1×1 and the identity branch; V2 has both bare, so its identity leaves no tensor in the file.
 """
 
-from repvgg_deploy.archs import IDENTITY, Branch
-from repvgg_deploy.checkpoints.layouts import Layout
+from repvgg_deploy.checkpoints.layout import Layout
 from repvgg_deploy.checkpoints.official import LAYOUT as OFFICIAL
 from repvgg_deploy.checkpoints.official import PARTS
+from repvgg_deploy.nets.cards import IDENTITY, Branch
 
 V1 = Layout("qarepvgg-v1", OFFICIAL.segments, {**PARTS, "bn": "bn"}, head="linear", norm_after_sum=True)
 

@@ -3,9 +3,9 @@
 Its deploy form is the same net with the BNs folded into the convolutions, which get a bias.
 """
 
-from repvgg_deploy.archs import Branch
-from repvgg_deploy.checkpoints.layouts import Layout
+from repvgg_deploy.checkpoints.layout import Layout
 from repvgg_deploy.checkpoints.official import LAYOUT as OFFICIAL
+from repvgg_deploy.nets.cards import Branch
 
 _SE = {"post_se.down": "se_after.down", "post_se.up": "se_after.up"}
 

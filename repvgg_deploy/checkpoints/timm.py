@@ -1,6 +1,6 @@
 """timm, byobnet.py (https://github.com/huggingface/pytorch-image-models)."""
 
-from repvgg_deploy.checkpoints.layouts import Layout, Segment, numbered_stages
+from repvgg_deploy.checkpoints.layout import Layout, Segment, numbered_stages
 
 LAYOUT = Layout(
     "timm",

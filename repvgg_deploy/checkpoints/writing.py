@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repvgg_deploy.archs import ArchSpec
 from repvgg_deploy.checkpoints import official, official_plus, timm
-from repvgg_deploy.checkpoints.layouts import KeyMap, Layout
+from repvgg_deploy.checkpoints.layout import KeyMap, Layout
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.nets.cards import ArchSpec
 from repvgg_deploy.nets.repvgg import RepVGG
 
 WRITABLE = ("official", "timm")

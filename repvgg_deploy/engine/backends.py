@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from repvgg_deploy.engine.gpus import Gpu, find_gpus
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

@@ -13,15 +13,15 @@ from typing import Any, BinaryIO
 from repvgg_deploy.artifacts import Provenance
 from repvgg_deploy.engine.backends import Backend, has
 from repvgg_deploy.engine.cancellation import Progress, make_monitor
-from repvgg_deploy.engine.gpus import find_gpus
-from repvgg_deploy.engine.messages import Messages, collect_messages, explain_failure
+from repvgg_deploy.engine.log import Messages, collect_messages, explain_failure
 from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolution_precisions, require_precision
 from repvgg_deploy.engine.options import BuildOptions
-from repvgg_deploy.engine.side_file import SideFile, side_path
+from repvgg_deploy.engine.sidecar import SideFile, side_path
 from repvgg_deploy.engine.timing_cache import use_timing_cache
-from repvgg_deploy.onnx_export import read_metadata
-from repvgg_deploy.onnx_skeleton import read_onnx_metadata
-from repvgg_deploy.staging import hash_file
+from repvgg_deploy.files import hash_file
+from repvgg_deploy.graphs.repvgg import read_metadata
+from repvgg_deploy.graphs.serialization import read_onnx_metadata
+from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.threads import Cancellation, run_cancellable, start_workers
 
 Say = Callable[[str], None]

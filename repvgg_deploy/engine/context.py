@@ -7,7 +7,7 @@ from typing import Any
 
 from repvgg_deploy.engine.backends import has
 from repvgg_deploy.engine.loading import LoadedEngine
-from repvgg_deploy.engine.messages import collect_messages, explain_failure, naming_gpu
+from repvgg_deploy.engine.log import collect_messages, explain_failure, naming_gpu
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.errors import DeployError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from repvgg_deploy.engine.context import create_context, set_batch
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
-from repvgg_deploy.engine.side_file import SideFile
+from repvgg_deploy.engine.sidecar import SideFile
 from repvgg_deploy.errors import DeployError
 
 # What the inspector writes of a tensor's format, over the releases: "Row major linear FP16 format", "Half NHWC8".

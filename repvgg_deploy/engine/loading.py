@@ -9,11 +9,10 @@ from typing import Any
 
 from repvgg_deploy.engine.backends import MODULES, Backend, BackendName, Unavailable, import_backend
 from repvgg_deploy.engine.cleanup import give_back
-from repvgg_deploy.engine.cuda import Cuda, open_cuda
-from repvgg_deploy.engine.gpus import find_gpus
-from repvgg_deploy.engine.messages import collect_messages, construct, explain_failure, get_logger
+from repvgg_deploy.engine.cuda.interface import Cuda, open_cuda
+from repvgg_deploy.engine.log import collect_messages, construct, explain_failure, get_logger
 from repvgg_deploy.engine.network import DTYPES, Tensor
-from repvgg_deploy.engine.side_file import (
+from repvgg_deploy.engine.sidecar import (
     SideFile,
     read_plan,
     read_side_file,
@@ -23,6 +22,7 @@ from repvgg_deploy.engine.side_file import (
     side_path,
 )
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.threads import run_cancellable
 
 

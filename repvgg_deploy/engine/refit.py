@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
+from repvgg_deploy.artifacts import Precision, Provenance
 from repvgg_deploy.engine.backends import Backend, has
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
-from repvgg_deploy.engine.messages import collect_messages, construct, explain_failure, get_logger
-from repvgg_deploy.engine.side_file import SideFile, side_path
+from repvgg_deploy.engine.log import collect_messages, construct, explain_failure, get_logger
+from repvgg_deploy.engine.sidecar import SideFile, side_path
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.onnx_export import GraphOptions, read_metadata
-from repvgg_deploy.onnx_skeleton import read_onnx_metadata
-from repvgg_deploy.staging import hash_file, stage_files
+from repvgg_deploy.files import hash_file
+from repvgg_deploy.graphs.repvgg import GraphOptions, read_metadata
+from repvgg_deploy.graphs.serialization import read_onnx_metadata
 from repvgg_deploy.threads import run_cancellable
 
 _REBUILD = "build the engine with --refittable: `repvgg-deploy export CHECKPOINT --refittable`"
@@ -76,44 +72,6 @@ def require_same_net(side: SideFile, graph: Provenance | None) -> None:
         built, new = (str(getattr(provenance, what)) for provenance in (side.provenance, graph))
         if built != new:
             raise DeployError(f"the engine is {built}, the new weights are {new}", "refit takes the same architecture")
-
-
-def export_for_refit(side: SideFile, checkpoint: Path, folder: Path, say: Callable[[str], None]) -> Path:
-    """The verified ONNX graph of `checkpoint` in `folder`, with the options of the engine's own graph.
-
-    Raises:
-        DeployError: the engine is INT8, or the checkpoint cannot be exported so.
-    """
-    # The pipeline builds engines, and so comes after this module.
-    from repvgg_deploy.export_request import ExportRequest
-    from repvgg_deploy.model import PreprocessingOptions
-    from repvgg_deploy.pipeline import export
-
-    options = graph_options(side)
-    assert side.provenance is not None  # graph_options has made sure.
-    if side.provenance.precision is Precision.INT8:
-        raise DeployError(
-            "the scales of an INT8 engine come from a calibration, not from a checkpoint",
-            "export the checkpoint with --int8 --calib DIR --engine none, and refit from that ONNX graph",
-        )
-    images = side.provenance.preprocessing
-    request = ExportRequest(
-        checkpoint=checkpoint,
-        output=folder,
-        precision=side.provenance.precision,
-        preprocessing=PreprocessingOptions(
-            (options.height, options.width),
-            images.resize if images is not None else None,
-            images.mean if images is not None else None,
-            images.std if images is not None else None,
-        ),
-        batch=options.batch,
-        io=options.io,
-        uint8_input=options.uint8_input is not None,
-        softmax=options.softmax,
-        topk=options.topk,
-    )
-    return export(request, say).onnx
 
 
 def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:
@@ -196,42 +154,3 @@ def _serialize(loaded: LoadedEngine) -> Any:
         if content is None:
             raise explain_failure(loaded.backend, "writing the refitted engine", messages)
     return content
-
-
-def refit_in_place(plan: Path, weights: Path, say: Callable[[str], None] = lambda _: None) -> Engine:
-    """Replace the plan and its side file by those with the weights of a checkpoint, or of an ONNX graph.
-
-    Raises:
-        DeployError: as `refit_engine`, and as `export` for a checkpoint; the files are as they were then.
-    """
-    from repvgg_deploy.model import is_onnx
-
-    side = require_refittable(plan)
-    with tempfile.TemporaryDirectory() as scratch:
-        onnx = weights if is_onnx(weights) else export_for_refit(side, weights, Path(scratch), say)
-        with stage_files(plan.absolute().parent) as staging:
-            engine = refit_engine(plan, onnx, staging)
-            _check_refitted(engine, onnx, say)
-    return Engine(plan, engine.side)
-
-
-def _check_refitted(engine: Engine, onnx: Path, say: Callable[[str], None]) -> None:
-    """The comparison that follows every build, on drawn pictures, or on noise where the net takes no RGB."""
-    from repvgg_deploy.drawn import draw_images
-    from repvgg_deploy.engine.checking import check_where_possible, run_as_engine
-    from repvgg_deploy.images import normalize
-
-    side, images = engine.side, engine.side.inputs[0]
-    takes_pixels = images.dtype == "uint8"
-    batch, *rest = images.shape
-    height, width, channels = rest if takes_pixels else (rest[1], rest[2], rest[0])
-    count = batch if batch > 0 else 4
-    taken: Any = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
-    if channels == 3:
-        taken = draw_images(count, seed=0, size=max(height, width, 8))[0][:, :height, :width]
-    if not takes_pixels:
-        known = side.provenance.preprocessing if side.provenance is not None else None
-        half = (0.5,) * channels
-        taken = normalize(taken, known or Preprocessing(height, width, max(height, width), half, half))
-        taken = taken.astype(images.dtype)
-    check_where_possible(engine, taken, lambda: run_as_engine(onnx, taken), say)

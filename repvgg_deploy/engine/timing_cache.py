@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from repvgg_deploy.engine.backends import Backend
-from repvgg_deploy.engine.gpus import Gpu
+from repvgg_deploy.hardware.gpus import Gpu
 
 Say = Callable[[str], None]
 

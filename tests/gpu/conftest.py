@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from repvgg_deploy.engine.gpus import find_gpus
+from repvgg_deploy.hardware.gpus import find_gpus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

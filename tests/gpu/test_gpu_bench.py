@@ -11,12 +11,14 @@ import pytest
 import torch
 from small_nets import logits_of, make_net, relative
 
-from repvgg_deploy.bench_record import check_record
-from repvgg_deploy.benchmark import BenchRequest, Group, run_benchmark
-from repvgg_deploy.contestants import Entry, open_entry
-from repvgg_deploy.measure import Label, MeasureOptions, measure
-from repvgg_deploy.roofline import measure_ceiling
-from repvgg_deploy.runners.torch_runner import (
+from repvgg_deploy.benchmark.cases import Entry, open_entry
+from repvgg_deploy.benchmark.measure import Label, MeasureOptions, measure
+from repvgg_deploy.benchmark.record import check_record
+from repvgg_deploy.benchmark.roofline import measure_ceiling
+from repvgg_deploy.benchmark.run import BenchRequest, Group, run_benchmark
+from repvgg_deploy.benchmark.workloads import StreamSubject
+from repvgg_deploy.nets.seeding import seeded_inputs
+from repvgg_deploy.runtime.torch import (
     TorchEvents,
     TorchLane,
     TorchMode,
@@ -24,8 +26,6 @@ from repvgg_deploy.runners.torch_runner import (
     TorchPrecision,
     TorchRunner,
 )
-from repvgg_deploy.seeded import seeded_inputs
-from repvgg_deploy.subjects import StreamSubject
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use"),

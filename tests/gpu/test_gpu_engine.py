@@ -15,17 +15,17 @@ from engine_graphs import CLASSES, PIXELS, PREPROCESSING, make_net, narrow_spec,
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, Engine, build_engine
 from repvgg_deploy.engine.backends import Backend, import_backend
-from repvgg_deploy.engine.checking import check_engine, check_where_possible, run_as_engine
-from repvgg_deploy.engine.cuda import LIBRARIES, DeviceArray, open_cuda
-from repvgg_deploy.engine.gpus import find_gpus
+from repvgg_deploy.engine.cuda.interface import LIBRARIES, DeviceArray, open_cuda
 from repvgg_deploy.engine.inspection import convolution_precisions, inspect_engine
 from repvgg_deploy.engine.loading import load_plan
 from repvgg_deploy.engine.network import parse_onnx, read_convolution_precisions
 from repvgg_deploy.engine.refit import refit_engine
+from repvgg_deploy.engine.runner import load_engine, open_engine
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.onnx_export import GraphOptions
-from repvgg_deploy.runners.engine_runner import load_engine, open_engine
-from repvgg_deploy.runners.onnx_runner import OnnxRunner
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.hardware.gpus import find_gpus
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
+from repvgg_deploy.verification.engine import check_engine, check_where_possible, run_as_engine
 
 RANGE = BuildOptions(batch_range=(1, 4, 8))
 
@@ -218,7 +218,7 @@ def test_graphs_of_several_batch_sizes_replay_what_they_captured(
 
 def test_more_batch_sizes_than_graphs(backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnx, engine = build(tmp_path, backend)
-    monkeypatch.setattr("repvgg_deploy.engine.lane.MAX_GRAPHS", 2)
+    monkeypatch.setattr("repvgg_deploy.engine.stream.MAX_GRAPHS", 2)
     images = draw(8)
     reference = OnnxRunner(onnx).run(images)["logits"]
     with load_engine(engine.plan) as runner:
@@ -268,7 +268,7 @@ def test_many_engines_are_closed_in_any_order_and_one_not_at_all(backend: Backen
     _, engine = build(tmp_path, backend)
     script = (
         "import sys, numpy as np\n"
-        "from repvgg_deploy.runners.engine_runner import open_engine\n"
+        "from repvgg_deploy.engine.runner import open_engine\n"
         "runners = [open_engine(sys.argv[1], cuda=sys.argv[2]) for _ in range(3)]\n"
         f"images = np.ones((2, 3, {PIXELS}, {PIXELS}), np.float32)\n"
         "runners[0].close()\n"

@@ -11,13 +11,13 @@ import pytest
 from click.testing import CliRunner
 from test_quantize_preparation import draw_images, fused_net, in_batches
 
-from repvgg_deploy.cli import main
-from repvgg_deploy.drawn import write_image_folder
-from repvgg_deploy.locate import data_folder
-from repvgg_deploy.quantize import Recipe, quantize
-from repvgg_deploy.quantize.layer_report import signal_to_noise_db
-from repvgg_deploy.quantize.recipe import LearningOptions, RoundingOptions
-from repvgg_deploy.quantize.sensitivity import rank_layers
+from repvgg_deploy.cli.main import main
+from repvgg_deploy.files import data_folder
+from repvgg_deploy.images.synthetic import write_image_folder
+from repvgg_deploy.quantization import Recipe, quantize
+from repvgg_deploy.quantization.layer_report import signal_to_noise_db
+from repvgg_deploy.quantization.mixed_precision import rank_layers
+from repvgg_deploy.quantization.recipe import LearningOptions, RoundingOptions
 
 # Of torch's own: TF32 switches that are to be renamed.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,1 @@
+"""Throughput and latency, measured turn by turn, recorded and reported."""

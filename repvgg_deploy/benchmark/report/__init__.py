@@ -1,0 +1,1 @@
+"""Recorded results as tables, plots and a page."""

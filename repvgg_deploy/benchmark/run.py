@@ -1,0 +1,261 @@
+"""The story of a benchmark: entries are opened, measured side by side batch by batch, compared, and recorded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from repvgg_deploy.benchmark.cases import Contestant, Entry, open_entry
+from repvgg_deploy.benchmark.measure import Label, Measurement, MeasureOptions, measure
+from repvgg_deploy.benchmark.record import (
+    SCHEMA_NAME,
+    SCHEMA_VERSION,
+    Record,
+    check_record,
+    describe_measurement,
+    describe_ratio,
+)
+from repvgg_deploy.benchmark.roofline import ELEMENT_BYTES, Ceiling, RooflinePoint, measure_ceiling
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.hardware.machine import GpuLoad, describe_identity, finish_machine, record_machine
+from repvgg_deploy.nets.baselines import require_baseline
+
+Say = Callable[[str], None]
+
+
+class OpenAll(Protocol):
+    """Opens entries that are not open yet; those of `baseline` stay open beside them."""
+
+    def __call__(self, entries: Sequence[Entry], baseline: str | None = None) -> list[Contestant]:
+        """The contestants in the order of the entries."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is measured side by side: entries at one batch size, and the baseline that each is compared with."""
+
+    key: str
+    entries: tuple[Entry, ...]
+    batch: int
+    baseline: str | None = None
+
+    def all_entries(self) -> tuple[Entry, ...]:
+        """The entries with the baseline: once for each way in which one of them runs."""
+        if self.baseline is None:
+            return self.entries
+        twins = [replace(entry, model=self.baseline, form="deploy") for entry in self.entries]
+        return tuple(dict.fromkeys((*self.entries, *twins)))
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """All that a benchmark is asked for; `roofline` has the machine's ceilings measured as well."""
+
+    name: str
+    groups: tuple[Group, ...]
+    options: MeasureOptions = field(default_factory=MeasureOptions)
+    roofline: bool = False
+
+
+def run_benchmark(
+    request: BenchRequest,
+    say: Say = lambda _: None,
+    progress: Callable[[float], None] = lambda _share: None,
+    earlier: Record | None = None,
+    save: Callable[[Record], None] = lambda _: None,
+) -> Record:
+    """The record of all groups of a request.
+
+    Args:
+        request: what is measured.
+        say: told what is going on.
+        progress: called with the share of the present group that is done.
+        earlier: the record of a run that was stopped; its groups are not measured again.
+        save: given the record after every group, so that a stopped run loses one group at most.
+
+    Raises:
+        DeployError: whatever the user can mend.
+    """
+    for group in request.groups:
+        if group.baseline is not None:
+            require_baseline(group.baseline)
+    record = earlier if earlier is not None else _new_record(request)
+    if earlier is not None:
+        _require_same(earlier, request)
+    done = {result["group"] for result in record["results"]}
+    ceilings = {key: Ceiling(**values) for key, values in record["ceilings"].items()}
+    load = GpuLoad()
+    with _opened_contestants(say) as open_all:
+        for number, group in enumerate(request.groups, 1):
+            if group.key in done:
+                say(f"{group.key}: measured before")
+                continue
+            contestants = open_all(_with_precisions(group, open_all))
+            say(f"[{number}/{len(request.groups)}] {group.key}: {len(contestants)} models at batch {group.batch}")
+            subjects = [contestant.at_batch(group.batch) for contestant in contestants]
+            # Before and after: a ceiling that was measured in a slow moment of the machine would be none.
+            if request.roofline:
+                _raise_ceilings(ceilings, contestants, say)
+            load.clear()
+            measurements = measure(subjects, request.options, progress, watch=load.read)
+            if request.roofline:
+                _raise_ceilings(ceilings, contestants, say)
+            # Before the next group takes memory of its own.
+            del subjects
+            record = _add_group(record, group, contestants, measurements, ceilings, load.summary())
+            del contestants
+            save(record)
+    return check_record(record)
+
+
+def _new_record(request: BenchRequest) -> Record:
+    return {
+        "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
+        "name": request.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": record_machine(),
+        "method": _method(request),
+        "ceilings": {},
+        "results": [],
+        "ratios": [],
+    }
+
+
+def _require_same(earlier: Record, request: BenchRequest) -> None:
+    """Nothing, where what is measured now can stand in one record with `earlier`.
+
+    Raises:
+        DeployError: it was another benchmark, with other options, or on another machine or with other versions.
+    """
+    elsewhere = "write to another file with -o"
+    if earlier["name"] != request.name:
+        raise DeployError(f"the earlier result is of {earlier['name']!r}, not of {request.name!r}", elsewhere)
+    if earlier["method"] != _method(request):
+        raise DeployError("the earlier result was measured with other options", elsewhere)
+    before, now = (describe_identity(machine) for machine in (earlier["machine"], record_machine()))
+    for what, value in now.items():
+        if before.get(what) != value:
+            raise DeployError(
+                f"the earlier result was measured with {what} {before.get(what) or 'unknown'}, here it is {value}",
+                elsewhere,
+            )
+
+
+def _method(request: BenchRequest) -> dict[str, Any]:
+    return asdict(request.options)
+
+
+def _with_precisions(group: Group, open_all: OpenAll) -> tuple[Entry, ...]:
+    """All entries of the group; the baseline's are run as the models turn out to run once they are open."""
+    if group.baseline is None:
+        return group.entries
+    known = []
+    for entry, contestant in zip(group.entries, open_all(group.entries, group.baseline), strict=True):
+        label = contestant.label
+        if label.precision == "unknown":
+            raise DeployError(
+                f"{entry.model} does not say its precision, so no baseline can have the same",
+                "give --precision, or leave --baseline out",
+            )
+        how = replace(entry, backend=label.backend, precision=label.precision, build=contestant.build)
+        known.append(replace(how, size=_square(entry, label)))
+    twins = replace(group, entries=tuple(known)).all_entries()[len(dict.fromkeys(known)) :]
+    return (*group.entries, *(twin for twin in twins if twin not in known))
+
+
+def _square(entry: Entry, label: Label) -> int | None:
+    """The size at which a baseline runs like `entry`."""
+    if label.size is None or label.size[0] == label.size[1]:
+        return None if label.size is None else label.size[0]
+    raise DeployError(
+        f"{entry.model} takes {label.size[0]}x{label.size[1]} pixels, and the baselines take squares",
+        "leave --baseline out",
+    )
+
+
+@contextmanager
+def _opened_contestants(say: Say) -> Iterator[OpenAll]:
+    """A function that opens entries, and closes those that are not asked for again, but for their baseline."""
+    opened: dict[Entry, Contestant] = {}
+    with tempfile.TemporaryDirectory(prefix="repvgg-deploy-bench-") as folder:
+
+        def open_all(entries: Sequence[Entry], baseline: str | None = None) -> list[Contestant]:
+            for entry in [entry for entry in opened if entry not in entries and entry.model != baseline]:
+                opened.pop(entry).close()
+            for entry in entries:
+                if entry not in opened:
+                    how = (entry.precision, entry.backend, f"{entry.size} px" if entry.size else None)
+                    say(" ".join(("opening", entry.model, entry.form, *filter(None, how))))
+                    opened[entry] = open_entry(entry, Path(folder))
+            return [opened[entry] for entry in entries]
+
+        try:
+            yield open_all
+        finally:
+            for contestant in opened.values():
+                contestant.close()
+
+
+def _device(contestant: Contestant) -> str:
+    return "cpu" if contestant.label.backend.endswith("-cpu") else "cuda"
+
+
+def _raise_ceilings(ceilings: dict[str, Ceiling], contestants: Sequence[Contestant], say: Say) -> None:
+    """Measure the ceiling of every precision once more, and keep the best that was seen."""
+    labels = [(contestant.label.precision, _device(contestant)) for contestant in contestants]
+    for precision, device in dict.fromkeys(label for label in labels if label[0] in ELEMENT_BYTES):
+        say(f"measuring the ceiling of {device} {precision}")
+        found, key = measure_ceiling(precision, device), f"{device} {precision}"
+        ceilings[key] = found.best_of(ceilings.get(key, found))
+
+
+def _add_group(
+    record: Record,
+    group: Group,
+    contestants: Sequence[Contestant],
+    measurements: Sequence[Measurement],
+    ceilings: dict[str, Ceiling],
+    load: list[dict[str, Any]],
+) -> Record:
+    results: list[Record] = []
+    ratios: list[Record] = []
+    for contestant, measurement in zip(contestants, measurements, strict=True):
+        point = _roofline(contestant, measurement, ceilings)
+        results.append(describe_measurement(measurement, group.key, contestant.parameters, contestant.top1, point))
+        ratios += [
+            describe_ratio(measurement, other, measurement.ratio_to(other), group.key)
+            for theirs, other in zip(contestants, measurements, strict=True)
+            if theirs.build == contestant.build and _is_baseline(group, measurement, other)
+        ]
+    return {
+        **record,
+        "machine": finish_machine(record["machine"], group.key, load),
+        "ceilings": {key: asdict(ceiling) for key, ceiling in ceilings.items()},
+        "results": [*record["results"], *results],
+        "ratios": [*record["ratios"], *ratios],
+    }
+
+
+def _is_baseline(group: Group, measurement: Measurement, other: Measurement) -> bool:
+    """Whether `measurement` is compared with `other`: its own training form, or the group's baseline."""
+    mine, theirs = measurement.label, other.label
+    if mine.conditions != theirs.conditions:
+        return False
+    if mine.model == theirs.model:
+        return mine.form == "deploy" and theirs.form == "training"
+    return group.baseline is not None and theirs.model == require_baseline(group.baseline).name
+
+
+def _roofline(
+    contestant: Contestant, measurement: Measurement, ceilings: dict[str, Ceiling]
+) -> dict[str, float | str] | None:
+    ceiling = ceilings.get(f"{_device(contestant)} {contestant.label.precision}")
+    if ceiling is None or contestant.cost is None:
+        return None
+    seconds = measurement.compute.p50 / 1e3
+    return RooflinePoint.of(contestant.cost(measurement.label.batch), seconds, ceiling).to_dict()

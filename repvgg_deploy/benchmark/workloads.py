@@ -1,0 +1,149 @@
+"""Models as the subjects of a measurement: blocking calls on a CPU, streams with events on a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from repvgg_deploy.benchmark.measure import Clock, Label, Query
+
+IN_FLIGHT = 2
+"""Queries on a stream at a time, as trtexec has them: one that runs, and the next."""
+
+
+class BlockingSubject:
+    """A call that returns when the batch is done; what it takes is compute and latency alike."""
+
+    spins = True
+
+    def __init__(self, label: Label, call: Callable[[], object], clock: Clock = time.perf_counter) -> None:
+        self.label = label
+        self._call = call
+        self._clock = clock
+
+    def run(self, queries: int) -> list[Query]:
+        """Call so many times."""
+        times: list[tuple[float, float]] = []
+        for _ in range(queries):
+            start = self._clock()
+            self._call()
+            times.append((start, self._clock()))
+        return [Query(start, end, 1e3 * (end - start)) for start, end in times]
+
+
+class StreamLane(Protocol):
+    """A stream of a GPU with one model and its buffers; everything but `synchronize` only enqueues."""
+
+    def upload(self) -> None:
+        """The copy of the batch to the device."""
+
+    def enqueue(self) -> None:
+        """One run of the model."""
+
+    def download(self) -> None:
+        """The copy of the results to the host."""
+
+    def record(self, event: Any) -> None:
+        """The moment at which the stream comes here."""
+
+    def synchronize(self) -> None:
+        """Wait for all of it."""
+
+
+class EventTimer(Protocol):
+    """Events of a GPU."""
+
+    def create_event(self) -> Any:
+        """An event that keeps the time."""
+
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Milliseconds between two events that are over."""
+
+    def synchronize_event(self, event: Any) -> None:
+        """Wait for an event."""
+
+
+class StreamSubject:
+    """Batches on one or more streams, each enqueued while the one before still runs; times are the GPU's own.
+
+    A stream has `IN_FLIGHT` queries at a time: so the GPU always has the next batch at hand, and waits for the host
+    only where enqueuing is slower than computing. More would fill CUDA's queue of launches, about a thousand, and then
+    enqueuing waits for the GPU and seems as slow as computing.
+
+    Args:
+        label: what it is.
+        lanes: they take turns; buffers of one lane are used again by its next query.
+        events: of the same GPU.
+        transfers: whether the copies to and from the device are part of a query.
+        clock: of the enqueue times.
+    """
+
+    spins = False
+
+    def __init__(
+        self,
+        label: Label,
+        lanes: Sequence[StreamLane],
+        events: EventTimer,
+        transfers: bool = False,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.label = label
+        self._lanes = lanes
+        self._events = events
+        self._transfers = transfers
+        self._clock = clock
+        self._pool: list[tuple[Any, Any, Any, Any]] = []
+
+    def run(self, queries: int) -> list[Query]:
+        """Enqueue so many batches, wait, and read the events."""
+        while len(self._pool) < queries:
+            self._pool.append(self._create_marks())
+        base = self._clock()
+        enqueue_ms = []
+        in_flight = IN_FLIGHT * len(self._lanes)
+        for n in range(queries):
+            if n >= in_flight:
+                self._events.synchronize_event(self._pool[n - in_flight][3])
+            enqueue_ms.append(self._enqueue(self._lanes[n % len(self._lanes)], self._pool[n]))
+        for lane in self._lanes:
+            lane.synchronize()
+        first = self._pool[0][0]
+        return [self._read(base, first, marks, ms) for marks, ms in zip(self._pool, enqueue_ms, strict=False)]
+
+    def _create_marks(self) -> tuple[Any, Any, Any, Any]:
+        """Events for before and after the upload, after the compute and after the download.
+
+        Without copies there are two of them only: each costs the GPU about a microsecond.
+        """
+        begin, end = self._events.create_event(), self._events.create_event()
+        if not self._transfers:
+            return begin, begin, end, end
+        return begin, self._events.create_event(), self._events.create_event(), end
+
+    def _enqueue(self, lane: StreamLane, marks: tuple[Any, Any, Any, Any]) -> float:
+        """One query; the milliseconds that the host spent on the run itself."""
+        lane.record(marks[0])
+        if self._transfers:
+            lane.upload()
+            lane.record(marks[1])
+        start = self._clock()
+        lane.enqueue()
+        end = self._clock()
+        lane.record(marks[2])
+        if self._transfers:
+            lane.download()
+            lane.record(marks[3])
+        return 1e3 * (end - start)
+
+    def _read(self, base: float, first: Any, marks: tuple[Any, Any, Any, Any], enqueue_ms: float) -> Query:
+        elapsed = self._events.elapsed_ms
+        return Query(
+            start_s=base + elapsed(first, marks[0]) / 1e3,
+            end_s=base + elapsed(first, marks[3]) / 1e3,
+            compute_ms=elapsed(marks[1], marks[2]),
+            h2d_ms=elapsed(marks[0], marks[1]) if self._transfers else 0.0,
+            d2h_ms=elapsed(marks[2], marks[3]) if self._transfers else 0.0,
+            enqueue_ms=enqueue_ms,
+        )

@@ -1,0 +1,1 @@
+"""CUDA through cuda-python or PyCUDA, behind one interface."""

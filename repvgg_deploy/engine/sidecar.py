@@ -1,0 +1,222 @@
+"""`engine.plan.json`: what a plan is, where it may run, and the hash without which it is not deserialized."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
+from repvgg_deploy.engine.backends import LABELS, MODULES, Backend, BackendName
+from repvgg_deploy.engine.network import Tensor
+from repvgg_deploy.engine.options import BuildOptions
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.hardware.gpus import Gpu
+
+SCHEMA = 1
+_REBUILD = "build it again on this machine: `repvgg-deploy export`"
+_TRUST = "build it again; `eval --trust` and `verify --trust` run a plan of which you know where it comes from"
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """What stands beside a plan.
+
+    Attributes:
+        sha256, bytes: of the plan.
+        gpu: that it was built on; None for a build without one.
+        driver: the NVIDIA driver's version at the build, where known.
+        profile: smallest, best and largest batch.
+        inputs, outputs: the tensors; -1 for a dynamic batch.
+        convolutions: how many there are in each precision, as read from the parsed network.
+        onnx_sha256: of the graph that the plan was built from.
+        provenance: of that graph; None for a graph that this tool did not make.
+        seconds: spent in the parser, in the builder, in writing the plan, and in all.
+        warnings: the library's, at the build.
+        has_weights: False for a weight-stripped plan that was not refitted yet.
+    """
+
+    sha256: str
+    bytes: int
+    backend: BackendName
+    backend_version: str
+    gpu: Gpu | None
+    driver: str
+    profile: tuple[int, int, int]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    options: BuildOptions
+    convolutions: dict[str, int]
+    onnx_sha256: str
+    provenance: Provenance | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    has_weights: bool = True
+
+    @property
+    def label(self) -> str:
+        """The library and version that built the plan."""
+        return f"{LABELS[self.backend]} {self.backend_version}"
+
+    @property
+    def precision(self) -> str:
+        """fp32, tf32 (fp32 with leave to use TF32 tensor cores), fp16, int8, or `unknown`."""
+        if self.provenance is None:
+            return "unknown"
+        if self.provenance.precision is Precision.FP32 and self.options.tf32:
+            return "tf32"
+        return str(self.provenance.precision)
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def side_path(plan: Path) -> Path:
+    """The file beside a plan: `engine.plan.json` of `engine.plan`."""
+    return plan.with_name(plan.name + ".json")
+
+
+def read_side_file(plan: Path) -> SideFile:
+    """What stands beside `plan`.
+
+    Raises:
+        DeployError: there is no side file, it is damaged, or a newer release wrote it.
+    """
+    path = side_path(plan)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DeployError(f"{plan} has no side file {path.name} that says what it is", _TRUST) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DeployError(f"the side file {path} cannot be read: {error}", _REBUILD) from error
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise DeployError(f"the side file {path} has the schema {schema}, this release reads {SCHEMA}", _REBUILD)
+    try:
+        return _from_values(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeployError(f"the side file {path} is damaged ({type(error).__name__}: {error})", _REBUILD) from error
+
+
+def _from_values(values: dict[str, Any]) -> SideFile:
+    values = {key: value for key, value in values.items() if key != "schema"}
+    if values["backend"] not in MODULES:
+        raise ValueError(f"no backend is called {values['backend']}")
+    smallest, best, largest = (int(size) for size in values["profile"])
+    options = values["options"]
+    return SideFile(
+        **{
+            **values,
+            "sha256": str(values["sha256"]),
+            "bytes": int(values["bytes"]),
+            "gpu": Gpu(**values["gpu"]) if values["gpu"] is not None else None,
+            "profile": (smallest, best, largest),
+            "inputs": tuple(_tensor(item) for item in values["inputs"]),
+            "outputs": tuple(_tensor(item) for item in values["outputs"]),
+            "options": BuildOptions(**{key: _as_tuple(value) for key, value in options.items()}),
+            "provenance": _provenance(values["provenance"]),
+            "warnings": tuple(values["warnings"]),
+        }
+    )
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tensor(values: dict[str, Any]) -> Tensor:
+    return Tensor(values["name"], values["dtype"], tuple(values["shape"]))
+
+
+def _provenance(values: dict[str, Any] | None) -> Provenance | None:
+    if values is None:
+        return None
+    images = values["preprocessing"]
+    names = values["class_names"]
+    return Provenance(
+        **{
+            **values,
+            "precision": Precision(values["precision"]),
+            "preprocessing": Preprocessing.from_json(json.dumps(images)) if images is not None else None,
+            "class_names": tuple(names) if names is not None else None,
+        }
+    )
+
+
+def read_plan(plan: Path) -> bytes:
+    """The bytes of a plan.
+
+    Raises:
+        DeployError: there is no such file, or it cannot be read.
+    """
+    try:
+        return plan.read_bytes()
+    except FileNotFoundError as error:
+        raise DeployError(f"there is no engine {plan}", "build one: `repvgg-deploy export`") from error
+    except OSError as error:
+        raise DeployError(f"cannot read {plan}: {error.strerror}") from error
+
+
+def require_unchanged(plan: Path, content: bytes, side: SideFile) -> None:
+    """Nothing, where `content` is what the side file was written for.
+
+    Raises:
+        DeployError: the plan is cut, longer, or one of its bytes is another.
+    """
+    if len(content) != side.bytes:
+        what = "is cut short" if len(content) < side.bytes else "is longer than it was"
+        raise DeployError(f"{plan} {what}: {len(content)} bytes, built with {side.bytes}", _REBUILD)
+    if hashlib.sha256(content).hexdigest() != side.sha256:
+        raise DeployError(f"{plan} was changed after it was built: its sha256 is not that of its side file", _REBUILD)
+
+
+def require_same_library(plan: Path, side: SideFile, backend: Backend) -> None:
+    """Nothing, where `backend` is the library and version that `plan` was built by, or a compatible one.
+
+    Raises:
+        DeployError: it is another.
+    """
+    if side.backend != backend.name:
+        raise DeployError(f"{plan} was built by {side.label}, not for {LABELS[backend.name]}", _REBUILD)
+    if side.backend_version != backend.version and not side.options.version_compatible:
+        raise DeployError(
+            f"{plan} was built by {side.label}, and {backend.label} is installed; plans are for one version only",
+            f"{_REBUILD}, or install that version",
+        )
+
+
+def require_same_gpu(plan: Path, side: SideFile, gpu: Gpu, backend: Backend) -> None:
+    """Nothing, where a plan that was built on `side.gpu` may run on `gpu`.
+
+    Raises:
+        DeployError: it was built for another GPU architecture.
+    """
+    if backend.capabilities.portable:
+        _require_target(plan, side, gpu)
+        return
+    if side.gpu is None or side.gpu.compute_capability == gpu.compute_capability:
+        return
+    major = int(gpu.compute_capability.split(".")[0])
+    # TensorRT's level "ampere+": every architecture from 8.0 on.
+    if side.options.hardware_compatibility == "ampere+" and major >= 8:
+        return
+    raise DeployError(
+        f"{plan} was built for compute capability {side.gpu.compute_capability} ({side.gpu.name}), "
+        f"this GPU has {gpu.compute_capability} ({gpu.name})",
+        f"{_REBUILD}, or for several GPUs with --hardware-compatibility ampere+",
+    )
+
+
+def _require_target(plan: Path, side: SideFile, gpu: Gpu) -> None:
+    # NVIDIA's "CPU-Only AOT and TensorRT-RTX Engines": by default 8.0 and later; 7.5 must be asked for.
+    targets = side.options.compute_capabilities
+    too_old = not targets and float(gpu.compute_capability) < 8
+    if too_old or (targets and gpu.compute_capability not in targets):
+        raise DeployError(
+            f"{plan} was built for compute capability {', '.join(targets) or '8.0 and later'}, "
+            f"this GPU has {gpu.compute_capability} ({gpu.name})",
+            f"build it for this GPU: --compute-capability {gpu.compute_capability}",
+        )

@@ -1,0 +1,1 @@
+"""Fusing: each RepVGG block becomes one convolution with the same output."""

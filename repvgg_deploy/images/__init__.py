@@ -1,0 +1,1 @@
+"""Pictures: decoded, prepared for a net, and drawn."""

@@ -1,0 +1,68 @@
+"""The images that INT8 is calibrated on: chosen by a seed, prepared as for inference, read as often as needed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.errors import ImageError
+from repvgg_deploy.images.decoding import BrokenImages, Pixels, list_images, normalize, read_batches
+
+_BATCH = 32
+# Decoded pixels are kept where they are no more than this; beyond it every pass decodes the files anew.
+_KEPT_BYTES = 1 << 29
+
+
+@dataclass
+class CalibrationImages:
+    """Batches of normalized images (n, C, H, W), any number of times; memory does not grow with their number.
+
+    `broken` names the files that were left out, after the first pass.
+    """
+
+    paths: tuple[Path, ...]
+    preprocessing: Preprocessing
+    broken: BrokenImages
+    _kept: list[Pixels] | None = None
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        for pixels in self._kept if self._kept is not None else self._read():
+            yield normalize(pixels, self.preprocessing)
+
+    def _read(self) -> Iterator[Pixels]:
+        size = len(self.paths) * self.preprocessing.height * self.preprocessing.width * 3
+        kept: list[Pixels] = []
+        for pixels, _ in read_batches(self.paths, self.preprocessing, _BATCH, self.broken):
+            if size <= _KEPT_BYTES:
+                kept.append(pixels)
+            yield pixels
+        self._kept = kept or None
+
+
+def choose_images(
+    source: Path, count: int, seed: int, preprocessing: Preprocessing, say: Callable[[str], None] = lambda _: None
+) -> CalibrationImages:
+    """`count` images of a folder, or of a list of paths, drawn with `seed`; all of them where there are fewer.
+
+    The choice depends on the files' names only, not on the order in which the disk lists them.
+
+    Raises:
+        ImageError: there is no image; nothing is ever calibrated on random data.
+    """
+    paths = list_images(source)
+    if len(paths) > count:
+        paths = tuple(sorted(random.Random(seed).sample(paths, count)))
+    images = CalibrationImages(paths, preprocessing, BrokenImages())
+    if len(preprocessing.mean) not in (1, 3):
+        raise ImageError(
+            f"images have 3 channels, the net takes {len(preprocessing.mean)}",
+            "call repvgg_deploy.quantization.quantize with your own batches",
+        )
+    say(f"calibrating on {len(paths)} images of {source}")
+    return images

@@ -1,0 +1,85 @@
+"""Equalization along the chain: channels are rescaled between two layers so that one scale suits them all.
+
+ReLU is positively homogeneous: relu(x / r)·r = relu(x) for r > 0. So the filter that makes a channel may be divided by
+r and the columns that read it multiplied by r, and the net computes the same. A squeeze-excite between the two reads
+the channel as well, and its columns get the same factor; its gate then is the same, and the product homogeneous.
+Source: "Data-Free Quantization Through Weight Equalization and Bias Correction" (https://arxiv.org/abs/1906.04721);
+the exponent between activations and weights is that of SmoothQuant (https://arxiv.org/abs/2211.10438).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, SqueezeExciteBlock
+from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks, per_channel
+from repvgg_deploy.quantization.statistics import CalibrationStatistics
+
+_ROUNDS = 3
+_LIMIT = 1e8
+
+
+@torch.no_grad()
+def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) -> dict[str, Tensor]:
+    """Rescale the channels of every edge between two layers; the net's function does not change. Changes `net`.
+
+    The factor of a channel is r = a^exponent / w^(1 − exponent), a the largest activation that an image usually has, w
+    the largest share that its columns have of a filter's largest weight; their geometric mean over the channels is 1.
+    Per-channel weight scales make the rescaled filters free; what is traded is the activation's range against the
+    readers' weights.
+
+    Returns:
+        The factors (C) of each edge by which its activations were divided.
+    """
+    blocks = fused_blocks(net)
+    readers: list[tuple[str, nn.Conv2d | nn.Linear]] = [(name, block.conv) for name, block in blocks[1:]]
+    readers.append((POOL, net.classifier))
+    largest = {
+        name: torch.as_tensor(statistics.edges[name].usual, device=net.classifier.weight.device) for name, _ in readers
+    }
+    factors = {name: torch.ones_like(values) for name, values in largest.items()}
+    # Rescaling the columns of one layer changes the shares in the filters of the next: a few rounds settle it.
+    for _ in range(_ROUNDS):
+        for (_, block), (name, reader) in zip(blocks, readers, strict=True):
+            factor = _factors(largest[name] / factors[name], reader, exponent)
+            # Held in float32, with which the weights are multiplied, so that the bookkeeping is that of the net.
+            factors[name] = factors[name] * factor
+            divide_channels(block, reader, factor)
+    factors[CLASSIFIER] = factors[POOL]
+    return factors
+
+
+def _factors(largest: Tensor, reader: nn.Conv2d | nn.Linear, exponent: float) -> Tensor:
+    weight = reader.weight.double()
+    peak = weight.abs().flatten(1).amax(1)
+    share = (weight / per_channel(peak.clamp_min(1e-300), weight)).abs()
+    if isinstance(reader, nn.Conv2d):
+        # (filters, C / groups, taps): of each input channel the largest share over the filters of its group.
+        share = share.flatten(2).amax(2).reshape(reader.groups, -1, weight.shape[1]).amax(1).flatten()
+    else:
+        share = share.amax(0)
+    alive = (largest > 0) & (share > 0)
+    if not alive.any():
+        return torch.ones_like(largest)
+    logs = exponent * largest.clamp_min(1e-300).log() - (1 - exponent) * share.clamp_min(1e-300).log()
+    logs = logs - logs[alive].mean()
+    factor = torch.where(alive, logs, torch.zeros_like(logs)).exp()
+    return factor.clamp(1 / _LIMIT, _LIMIT)
+
+
+def divide_channels(block: FusedBlock, reader: nn.Conv2d | nn.Linear, factor: Tensor) -> None:
+    """Divide the outputs of `block` by `factor` (C), and multiply the columns of the layer that reads them by it."""
+    conv = block.conv
+    assert conv.bias is not None
+    conv.weight.copy_(conv.weight.double() / per_channel(factor, conv.weight))
+    conv.bias.copy_(conv.bias.double() / factor)
+    for se in (block.se_before, block.se_after):
+        if isinstance(se, SqueezeExciteBlock):
+            se.down.weight.copy_(se.down.weight.double() * factor[None, :, None, None])
+    weight = reader.weight
+    if isinstance(reader, nn.Conv2d):
+        columns = factor.reshape(reader.groups, -1).repeat_interleave(reader.out_channels // reader.groups, 0)
+        weight.copy_(weight.double() * columns[:, :, None, None])
+    else:
+        weight.copy_(weight.double() * factor[None, :])

@@ -1,0 +1,113 @@
+"""What quantization did to each layer, as rows of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.activation_range import CLIPPING
+from repvgg_deploy.quantization.activation_scales import quantize_activations
+from repvgg_deploy.quantization.dead_inputs import RemovedInputs
+from repvgg_deploy.quantization.layer_inputs import run_layer
+from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks
+from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer. The signal-to-noise ratios are in dB on calibration images; `saturation` is a share of the inputs.
+
+    `weights_db` compares the int8 weights with the prepared float ones, `activations_db` the input before and after
+    its rounding, `output_db` the layer's output with that of the float net, with the error of all layers before.
+    A layer that stays float has no scale.
+    """
+
+    name: str
+    kept_float: bool
+    scale: float | None
+    saturation: float | None
+    weights_db: float | None
+    activations_db: float | None
+    output_db: float
+    removed_columns: int
+    removed_bound: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def signal_to_noise_db(signal: Tensor, noisy: Tensor) -> float:
+    """10·log₁₀ of the signal's energy over that of the difference; infinite where there is none."""
+    noise = float((noisy - signal).detach().double().square().sum())
+    power = float(signal.detach().double().square().sum())
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(power / noise) if power > 0 else -math.inf
+
+
+@torch.no_grad()
+def report_layers(
+    net: RepVGG,
+    result: Reconstruction,
+    removed: Mapping[str, RemovedInputs],
+    images: Tensor,
+) -> tuple[LayerRow, ...]:
+    """One row a layer of the prepared `net`, measured on a few `images` (N, C, H, W)."""
+    rows: list[LayerRow] = []
+    exact = rounded = images
+    for name, block in fused_blocks(net):
+        exact_out = block.conv(exact)
+        row, rounded_out = _row(name, block.conv, result.layers.get(name), rounded, exact_out, removed.get(name))
+        rows.append(row)
+        exact, rounded = after_conv(block, exact_out), after_conv(block, rounded_out)
+    if result.pool_scale is not None:
+        quantized = quantize_activations(rounded, result.pool_scale)
+        db = signal_to_noise_db(exact.mean((2, 3)), quantized.mean((2, 3)))
+        scale, clipped = result.pool_scale, _saturation(rounded, result.pool_scale)
+        noise = signal_to_noise_db(rounded, quantized)
+        rows.append(LayerRow(POOL, False, scale, clipped, None, noise, db, 0, 0.0))
+        rounded = quantized
+    exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
+    out = net.classifier(exact)
+    rows.append(_row(CLASSIFIER, net.classifier, result.layers.get(CLASSIFIER), rounded, out, None)[0])
+    return tuple(rows)
+
+
+def _row(
+    name: str,
+    layer: nn.Conv2d | nn.Linear,
+    integers: LayerIntegers | None,
+    x: Tensor,
+    exact: Tensor,
+    removed: RemovedInputs | None,
+) -> tuple[LayerRow, Tensor]:
+    columns, bound = (removed.columns, removed.bound) if removed is not None else (0, 0.0)
+    if integers is None:
+        out = cast(Tensor, layer(x))
+        return LayerRow(name, True, None, None, None, None, signal_to_noise_db(exact, out), columns, bound), out
+    quantized = quantize_activations(x, integers.input_scale)
+    weight = integers.dequantized()
+    out = run_layer(layer, quantized, weight, integers.bias)
+    row = LayerRow(
+        name,
+        False,
+        integers.input_scale,
+        _saturation(x, integers.input_scale),
+        signal_to_noise_db(layer.weight, weight),
+        signal_to_noise_db(x, quantized),
+        signal_to_noise_db(exact, out),
+        columns,
+        bound,
+    )
+    return row, out
+
+
+def _saturation(x: Tensor, scale: float) -> float:
+    return float((x.abs() > (CLIPPING + 0.5) * scale).double().mean())

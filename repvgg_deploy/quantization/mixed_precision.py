@@ -1,0 +1,160 @@
+"""Which layers to keep in float: the error that each one's rounding alone makes, against what it costs in MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.net import QuantizedNet
+from repvgg_deploy.quantization.points import BATCH, CLASSIFIER, Images, fused_blocks
+from repvgg_deploy.quantization.quantize import quantize
+from repvgg_deploy.quantization.recipe import Recipe
+from repvgg_deploy.quantization.reconstruct import Reconstruction, take_images
+from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
+from repvgg_deploy.torch_precision import float32
+
+RANKING_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One layer: `error` is the `lead_at_risk` where it alone is int8.
+
+    `macs_share` is its share of the net's multiply-adds.
+    """
+
+    name: str
+    error: float
+    macs_share: float
+
+    @property
+    def gain(self) -> float:
+        """Error removed per multiply-add that returns to float."""
+        return self.error / self.macs_share
+
+
+@float32()
+@torch.no_grad()
+def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ...]:
+    """The quantized layers of `net`, the one worth most to keep float first, measured on `images` (N, C, H, W).
+
+    Args:
+        net: from `quantize` with `chained=False`: a layer that makes up for the error of others is wrong without them.
+        images: a hundred or so, of all kinds.
+    """
+    macs = count_macs(net.float_net, images[:1])
+    total = sum(macs.values())
+    exact = _run(net.float_net, images)
+    found = []
+    for name, integers in net.integers().items():
+        pool = None if net.pool_scale is None or name != CLASSIFIER else float(net.pool_scale)
+        alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool))
+        error = lead_at_risk(exact, _run(alone, images))
+        found.append(LayerSensitivity(name, error, macs[name] / total))
+    return tuple(sorted(found, key=lambda layer: -layer.gain))
+
+
+def lead_at_risk(exact: Tensor, logits: Tensor) -> float:
+    """How much of the first class's lead over the second is at risk in `logits` (N, classes), from 0 to 1.
+
+    The mean over the images of |change of the lead| / (|change of the lead| + lead): an image with enormous activations
+    counts no more than any other, and one whose first class is beyond doubt hardly counts. The lead of a single class
+    is its score.
+    """
+    best = exact.topk(min(2, exact.shape[1]), 1).indices
+    signs = exact.new_tensor([1.0, -1.0])[: best.shape[1]]
+    before, after = ((scores.gather(1, best) * signs).sum(1) for scores in (exact, logits))
+    change = (after - before).abs()
+    return float((change / (change + before.abs()).clamp_min(torch.finfo(exact.dtype).tiny)).mean())
+
+
+def _run(net: torch.nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([net(batch) for batch in torch.split(images, BATCH)])
+
+
+@torch.no_grad()
+def count_macs(net: RepVGG, image: Tensor) -> dict[str, int]:
+    """Multiply-adds of each layer for one image (1, C, H, W); squeeze-excites are not counted."""
+    macs: dict[str, int] = {}
+    x = image
+    for name, block in fused_blocks(net):
+        out = block.conv(x)
+        macs[name] = block.conv.weight[0].numel() * out.numel()
+        x = block(x)
+    macs[CLASSIFIER] = net.classifier.weight.numel()
+    return macs
+
+
+def layers_within(ranking: tuple[LayerSensitivity, ...], share: float) -> tuple[str, ...]:
+    """The first layers of `ranking` whose MACs together stay within `share`; one that is too large is passed over."""
+    chosen, used = [], 0.0
+    for layer in ranking:
+        if used + layer.macs_share <= share:
+            chosen.append(layer.name)
+            used += layer.macs_share
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """A quantized net within a limit: what stays float, its share of the MACs, and the drop that was measured."""
+
+    net: QuantizedNet
+    kept_float: tuple[str, ...]
+    macs_share: float
+    drop: float
+
+
+def quantize_within(
+    fused: RepVGG,
+    images: Images,
+    recipe: Recipe,
+    measure_drop: Callable[[QuantizedNet], float],
+    max_drop: float,
+    statistics: CalibrationStatistics | None = None,
+    keep_float: Collection[str] = (),
+) -> MixedPrecision:
+    """The net with the fewest float layers, taken in the order of `rank_layers`, whose drop is at most `max_drop`.
+
+    The number of layers is found by bisection, and each candidate is quantized anew with its float layers; at least one
+    layer stays int8. If no candidate is good enough the best one that was seen comes back; compare its `drop`.
+
+    Args:
+        fused: see `quantize`.
+        images: see `quantize`.
+        recipe: see `quantize`.
+        measure_drop: what a candidate loses, in the caller's unit (points of top-1).
+        max_drop: in the same unit.
+        statistics: see `quantize`.
+        keep_float: names of layers that are not quantized in any candidate.
+    """
+    if statistics is None:
+        statistics = collect_statistics(fused, images, views=recipe.views)
+    sample = take_images(fused, images, statistics.images, RANKING_IMAGES)
+    macs = count_macs(fused, sample[:1])
+
+    def attempt(names: tuple[str, ...]) -> MixedPrecision:
+        net = quantize(fused, images, recipe, statistics, names)
+        share = sum(macs[name] for name in names) / sum(macs.values())
+        return MixedPrecision(net, names, share, measure_drop(net))
+
+    always = tuple(dict.fromkeys(keep_float))
+    best = attempt(always)
+    if best.drop <= max_drop:
+        return best
+    apart = quantize(fused, images, recipe, statistics, always, chained=False)
+    ranking = rank_layers(apart, sample)
+    low, high = 0, len(ranking)
+    while high - low > 1:
+        middle = (low + high) // 2
+        mixed = attempt((*always, *(layer.name for layer in ranking[:middle])))
+        if mixed.drop <= max_drop:
+            high, best = middle, mixed
+        else:
+            low = middle
+            best = min(best, mixed, key=lambda found: found.drop) if best.drop > max_drop else best
+    return best

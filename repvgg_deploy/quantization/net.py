@@ -1,0 +1,205 @@
+"""`QuantizedNet`: a torch module that computes what the Q/DQ graph computes, integer for integer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.activation_range import (
+    CLIPPING,
+    LOWEST,
+    UNSIGNED_HIGHEST,
+    highest_codes,
+    is_plain,
+    unsigned_edges,
+)
+from repvgg_deploy.quantization.layer_report import LayerRow
+from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
+from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
+
+
+@dataclass(frozen=True)
+class QuantizationSummary:
+    """How a net was quantized: the recipe's name, the calibration images, and one row a layer."""
+
+    recipe: str
+    images: int
+    images_sha256: str
+    seed: int
+    layers: tuple[LayerRow, ...]
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer on eight-bit inputs: integers in, float32 out.
+
+    The sum of products is exact in float32 as long as it stays below 2²⁴, and then scaled once.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    input_scale: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, integers: LayerIntegers) -> None:
+        super().__init__()
+        self.geometry = geometry(layer) if isinstance(layer, nn.Conv2d) else None
+        self.register_buffer("weight", integers.weight.clone())
+        self.register_buffer("weight_scale", integers.weight_scale.clone())
+        self.register_buffer("input_scale", torch.tensor(integers.input_scale, dtype=torch.float32))
+        # An integer convolution holds its bias in units of its sums; a float one then computes the same.
+        self.register_buffer("bias", (integers.bias / self.scale).round() * self.scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """What one unit of the sums is worth, per filter."""
+        return self.weight_scale * self.input_scale
+
+    def total(self, integers: Tensor) -> Tensor:
+        """Sums of products and bias, whole numbers as floats, for integers given as floats."""
+        weight = self.weight.to(integers.dtype)
+        bias = (self.bias / self.scale).round()
+        if self.geometry is None:
+            return F.linear(integers, weight) + bias
+        return F.conv2d(integers, weight, **self.geometry) + bias[:, None, None]
+
+    def forward(self, integers: Tensor) -> Tensor:
+        """The layer's float32 output for integers given as floats."""
+        total = self.total(integers)
+        return total * (self.scale if self.geometry is None else self.scale[:, None, None])
+
+    def requantized(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """The convolution's output in steps of `scale`, rounded, not saturated.
+
+        As an integer convolution does it: one factor from the sums to the next integers.
+        """
+        return (self.total(integers) * (self.scale / scale)[:, None, None]).round()
+
+    def integers(self) -> LayerIntegers:
+        """The layer's values."""
+        return LayerIntegers(self.weight, self.weight_scale, self.bias, float(self.input_scale))
+
+
+def to_integers(x: Tensor, scale: Tensor, highest: int) -> Tensor:
+    """QuantizeLinear with zero-point 0: round half to even, saturate to −128…`highest`; the result as floats."""
+    return (x / scale).round().clamp(LOWEST, highest)
+
+
+class QuantizedNet(nn.Module):
+    """A fused RepVGG whose layers are int8 where `layers` has them, and float elsewhere.
+
+    Input normalized images (N, C, H, W), output logits (N, classes), as ONNX Runtime computes them from the graph;
+    see `as_tensorrt`. `float_net` is the prepared net (equalized, dead inputs removed), with the geometry, the
+    squeeze-excites and the layers that stay float.
+    """
+
+    def __init__(
+        self,
+        float_net: RepVGG,
+        result: Reconstruction,
+        summary: QuantizationSummary | None = None,
+    ) -> None:
+        super().__init__()
+        self.float_net = float_net
+        self.summary = summary
+        self.unsigned = unsigned_edges(float_net)
+        self._highest = highest_codes(float_net, UNSIGNED_HIGHEST)
+        self.layers = nn.ModuleDict()
+        for name, block in fused_blocks(float_net):
+            if name in result.layers:
+                self.layers[_key(name)] = IntegerLayer(block.conv, result.layers[name])
+        if CLASSIFIER in result.layers:
+            self.layers[CLASSIFIER] = IntegerLayer(float_net.classifier, result.layers[CLASSIFIER])
+        scale = None if result.pool_scale is None else torch.tensor(result.pool_scale, dtype=torch.float32)
+        self.pool_scale: Tensor | None
+        self.register_buffer("pool_scale", scale)
+        self.requires_grad_(False)
+        self.eval()
+
+    def as_tensorrt(self) -> QuantizedNet:
+        """The net as TensorRT computes it from the same graph: int8 activations, which saturate at 127."""
+        net = copy.copy(self)
+        net._highest = highest_codes(self.float_net, CLIPPING)
+        return net
+
+    def integer_layer(self, name: str) -> IntegerLayer | None:
+        """The quantized layer of that name, or None where it stays float."""
+        return cast(IntegerLayer, self.layers[_key(name)]) if _key(name) in self.layers else None
+
+    def float_layers(self) -> tuple[str, ...]:
+        """The names of the layers that stay float."""
+        names = [*(name for name, _ in fused_blocks(self.float_net)), CLASSIFIER]
+        return tuple(name for name in names if self.integer_layer(name) is None)
+
+    def integers(self) -> Mapping[str, LayerIntegers]:
+        """The values of all quantized layers, by name."""
+        names = [*(name for name, _ in fused_blocks(self.float_net)), CLASSIFIER]
+        found = ((name, self.integer_layer(name)) for name in names)
+        return {name: layer.integers() for name, layer in found if layer is not None}
+
+    def edge_scale(self, name: str) -> Tensor | None:
+        """The scale of an edge, or None where it is not quantized."""
+        if name == POOL:
+            return self.pool_scale
+        layer = self.integer_layer(name)
+        return None if layer is None else layer.input_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes)."""
+        return self._run(x, {})
+
+    def edge_integers(self, x: Tensor) -> dict[str, Tensor]:
+        """The integers on every quantized edge for images `x`, as floats: what QuantizeLinear gives in the graph."""
+        seen: dict[str, Tensor] = {}
+        self._run(x, seen)
+        return seen
+
+    def _run(self, x: Tensor, seen: dict[str, Tensor]) -> Tensor:
+        blocks = fused_blocks(self.float_net)
+        readers = [*(name for name, _ in blocks[1:]), POOL]
+        flow = _Flow(x)
+        for (name, block), reader in zip(blocks, readers, strict=True):
+            layer = self.integer_layer(name)
+            if layer is None:
+                flow = _Flow(after_conv(block, block.conv(flow.values)))
+                continue
+            seen[name] = flow.integers_with(layer.input_scale, self._highest[name])
+            scale = self.edge_scale(reader)
+            if scale is None or not is_plain(block):
+                flow = _Flow(after_conv(block, layer(seen[name])))
+            else:
+                integers = layer.requantized(seen[name], scale).clamp(0, self._highest[reader])
+                flow = _Flow(integers * scale, integers)
+        return self._run_head(flow, seen)
+
+    def _run_head(self, flow: _Flow, seen: dict[str, Tensor]) -> Tensor:
+        classifier = self.integer_layer(CLASSIFIER)
+        if self.pool_scale is None or classifier is None:
+            return self.float_net.head(flow.values)
+        seen[POOL] = flow.integers_with(self.pool_scale, self._highest[POOL])
+        pixels = seen[POOL].shape[2] * seen[POOL].shape[3]
+        factor = self.pool_scale / (classifier.input_scale * pixels)
+        means = (seen[POOL].sum((2, 3)) * factor).round()
+        seen[CLASSIFIER] = means.clamp(LOWEST, self._highest[CLASSIFIER])
+        return cast(Tensor, classifier(seen[CLASSIFIER]))
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """What flows along an edge: float values, and the integers behind them where they are known already."""
+
+    values: Tensor
+    known: Tensor | None = None
+
+    def integers_with(self, scale: Tensor, highest: int) -> Tensor:
+        return to_integers(self.values, scale, highest) if self.known is None else self.known
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")

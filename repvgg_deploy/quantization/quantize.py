@@ -1,0 +1,126 @@
+"""`quantize`: a fused net, calibration images and a recipe become a quantized net."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Collection
+
+import torch
+
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
+from repvgg_deploy.quantization.dead_inputs import RemovedInputs, remove_dead_inputs
+from repvgg_deploy.quantization.equalize import equalize
+from repvgg_deploy.quantization.layer_report import report_layers
+from repvgg_deploy.quantization.learned_rounding import learn
+from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
+from repvgg_deploy.quantization.points import Images, edge_names, rebatch
+from repvgg_deploy.quantization.recipe import Recipe
+from repvgg_deploy.quantization.reconstruct import reconstruct
+from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
+from repvgg_deploy.quantization.views import Views
+from repvgg_deploy.torch_precision import float32
+
+FEW_IMAGES = 32
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the step, what is done of it, and how much there is (0 where that is not known)."""
+
+
+# Learned rounding needs gradients, whatever the caller has switched off: this switches them on.
+@torch.inference_mode(False)
+@float32(deterministic=True)
+def quantize(
+    fused: RepVGG,
+    images: Images,
+    recipe: Recipe,
+    statistics: CalibrationStatistics | None = None,
+    keep_float: Collection[str] = (),
+    progress: Progress | None = None,
+    chained: bool = True,
+) -> QuantizedNet:
+    """`fused` with int8 weights and activations, as `recipe` says; `fused` itself is not changed.
+
+    It runs where `fused` is. The result does not depend on how `images` are batched; a GPU sums in another order than a
+    CPU, which turns the rounding of some weights.
+
+    Args:
+        fused: a net in deploy form, float32, on any device.
+        images: batches of normalized images (N, C, H, W), iterated several times.
+        recipe: see `load_recipe`.
+        statistics: of `fused` on `images`, where they are known already.
+        keep_float: names of layers (`stages.S.B`, `classifier`) that are not quantized.
+        progress: see `Progress`.
+        chained: without it no layer makes up for the error of those before, so that each can be looked at by itself.
+
+    Raises:
+        DeployError: there are no images, an image is not finite, a name in `keep_float` is no layer's, or `statistics`
+            are of other views than the recipe's.
+    """
+    _check_names(fused, keep_float)
+    report = progress or _say_nothing
+    net = copy.deepcopy(fused).eval().requires_grad_(False)
+    if statistics is None:
+        statistics = collect_statistics(net, images, views=recipe.views, progress=_count(report, "calibrate"))
+    elif statistics.views != recipe.views:
+        raise DeployError(
+            f"the statistics are of {statistics.views} views of each image, "
+            f"and the recipe {recipe.name} takes {recipe.views}",
+            "take the recipe that they were made with, or leave out --calib-cache",
+        )
+    if statistics.images < FEW_IMAGES:
+        warnings.warn(
+            f"{statistics.images} calibration images are few; take at least {FEW_IMAGES}, better 512", stacklevel=2
+        )
+    removed = prepare(net, statistics, recipe)
+    views = Views(images, recipe.views)
+    layers = len(edge_names(net)) - 1
+    done: list[str] = []
+
+    def layer_done(name: str) -> None:
+        done.append(name)
+        report("round", len(done), layers)
+
+    count = statistics.images * statistics.views
+    result = reconstruct(net, views, count, recipe, keep_float, layer_done, chained)
+    if recipe.learning.steps and chained:
+        result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps))
+    result = make_room_for_biases(result)
+    sample = next(rebatch(images, net.classifier.weight.device))
+    rows = report_layers(net, result, removed, sample)
+    summary = QuantizationSummary(recipe.name, statistics.images, statistics.images_sha256, recipe.seed, rows)
+    return QuantizedNet(net, result, summary)
+
+
+def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> dict[str, RemovedInputs]:
+    """The steps that leave the net's function (nearly) as it is: dead inputs, equalization. Changes `net`."""
+    removed = {}
+    if recipe.dead_inputs is not None:
+        removed = remove_dead_inputs(net, statistics, recipe.dead_inputs)
+    if recipe.equalize is not None:
+        equalize(net, statistics, recipe.equalize)
+    return removed
+
+
+def _say_nothing(step: str, done: int, total: int) -> None:
+    pass
+
+
+def _count(report: Progress, step: str) -> Callable[[int], None]:
+    seen = 0
+
+    def add(images: int) -> None:
+        nonlocal seen
+        seen += images
+        report(step, seen, 0)
+
+    return add
+
+
+def _check_names(net: RepVGG, names: Collection[str]) -> None:
+    known = [name for name in edge_names(net) if name != "pool"]
+    for name in names:
+        if name not in known:
+            raise DeployError(f"no layer is called {name!r}", f"from {known[0]} to {known[-2]}, and {known[-1]}")

@@ -1,0 +1,197 @@
+"""One layer after another: its activation scale, its integers, its bias, on the inputs the quantized net really has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
+from repvgg_deploy.quantization.activation_scales import quantize_activations, scale_by_output
+from repvgg_deploy.quantization.feedback_rounding import round_with_feedback
+from repvgg_deploy.quantization.layer_inputs import MEMORY_BYTES, Moments, Streams, input_moments, run_layer
+from repvgg_deploy.quantization.pair_sums import count_taps
+from repvgg_deploy.quantization.points import (
+    BATCH,
+    CLASSIFIER,
+    Images,
+    after_conv,
+    fused_blocks,
+    per_channel,
+    rebatch,
+)
+from repvgg_deploy.quantization.recipe import Recipe
+from repvgg_deploy.quantization.weight_scales import choose_weight_scales, round_weights
+
+Layer = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True)
+class LayerIntegers:
+    """What a quantized layer consists of.
+
+    `weight` is int8 of the layer's shape, `weight_scale` (filters) and `bias` (filters) are float32; `input_scale` is
+    that of the edge in front.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    input_scale: float
+
+    def dequantized(self) -> Tensor:
+        """The float weights that the integers stand for."""
+        return self.weight.float() * per_channel(self.weight_scale, self.weight)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """All quantized layers by name, and the scale in front of the pool (None where the classifier stays float)."""
+
+    layers: dict[str, LayerIntegers]
+    pool_scale: float | None
+
+    def float_layers(self, net: RepVGG) -> tuple[str, ...]:
+        """The names of the layers of `net` that stay float."""
+        names = [*(name for name, _ in fused_blocks(net)), CLASSIFIER]
+        return tuple(name for name in names if name not in self.layers)
+
+
+@torch.no_grad()
+def reconstruct(
+    net: RepVGG,
+    images: Images,
+    count: int,
+    recipe: Recipe,
+    keep_float: Collection[str] = (),
+    progress: Callable[[str], None] | None = None,
+    chained: bool = True,
+) -> Reconstruction:
+    """Quantize the layers of a fused `net` in the order of execution; each makes up for the error of those before.
+
+    Args:
+        net: fused and equalized; it is not changed.
+        images: the calibration images, in all their views; the kept ones are spaced evenly over all `count` of them.
+        count: how many there are.
+        recipe: its `scales` and `rounding` are used.
+        keep_float: names of layers that are not quantized.
+        progress: called with the name of each layer when it is done.
+        chained: without it each layer is quantized as if all the others were float.
+    """
+    chosen = take_images(net, images, count, recipe.rounding.images)
+    streams = Streams(chosen, chosen)
+    layers: dict[str, LayerIntegers] = {}
+    for index, (name, block) in enumerate(fused_blocks(net)):
+        if name in keep_float:
+            weight, bias = block.conv.weight, cast(Tensor, block.conv.bias)
+        else:
+            scale = _choose_scale(streams, block.conv, recipe)
+            streams.rounded = quantize_activations(streams.rounded, scale)
+            layers[name] = _quantize_layer(streams, block.conv, scale, recipe, index)
+            weight, bias = layers[name].dequantized(), layers[name].bias
+        exact = partial(_run_block, block, block.conv.weight, cast(Tensor, block.conv.bias))
+        streams.exact = _map_images(exact, streams.exact)
+        rounded = partial(_run_block, block, weight, bias)
+        streams.rounded = _map_images(rounded, streams.rounded) if chained else streams.exact
+        if progress is not None:
+            progress(name)
+    if CLASSIFIER in keep_float:
+        return Reconstruction(layers, None)
+    pool = _choose_scale(streams, nn.Identity(), recipe)
+    if chained:
+        streams.rounded = quantize_activations(streams.rounded, pool)
+    streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
+    scale = _choose_scale(streams, net.classifier, recipe)
+    streams.rounded = quantize_activations(streams.rounded, scale)
+    layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers))
+    if progress is not None:
+        progress(CLASSIFIER)
+    return Reconstruction(layers, pool)
+
+
+def take_images(net: RepVGG, images: Images, count: int, most: int) -> Tensor:
+    """Evenly spaced ones of `count` images, at most `most` and as many as the memory allows, where `net` is."""
+    device = net.classifier.weight.device
+    kept: list[Tensor] = []
+    wanted: set[int] = set()
+    start = 0
+    for batch in rebatch(images, device):
+        if not wanted:
+            most = min(most, max(16, MEMORY_BYTES // (2 * 4 * _widest(net, batch.shape))), count)
+            wanted = {index * count // most for index in range(most)}
+        kept.append(batch[[index for index in range(len(batch)) if start + index in wanted]])
+        start += len(batch)
+    return torch.cat(kept).contiguous(memory_format=torch.channels_last)
+
+
+def _run_block(block: FusedBlock, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return after_conv(block, run_layer(block.conv, x, weight, bias))
+
+
+def _map_images(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """`function` of a few images at a time; the results are put together in place, without a second copy of them."""
+    parts = torch.split(images, BATCH)
+    first = function(parts[0])
+    shape = (len(images), *first.shape[1:])
+    results = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
+    results[: len(first)] = first
+    start = len(first)
+    for part in parts[1:]:
+        results[start : start + len(part)] = function(part)
+        start += len(part)
+    return results
+
+
+def _widest(net: RepVGG, shape: torch.Size) -> int:
+    """Values of the largest edge for one image of this shape."""
+    values, height, width = shape[1] * shape[2] * shape[3], shape[2], shape[3]
+    for _, block in fused_blocks(net):
+        height, width = -(-height // block.conv.stride[0]), -(-width // block.conv.stride[1])
+        values = max(values, block.conv.out_channels * height * width)
+    return int(values)
+
+
+def _choose_scale(streams: Streams, layer: nn.Module, recipe: Recipe) -> float:
+    scale = scale_by_output(streams, layer, recipe.scales.thresholds)
+    # What the graph stores is float32.
+    return float(torch.tensor(scale, dtype=torch.float32))
+
+
+def _quantize_layer(streams: Streams, layer: Layer, scale: float, recipe: Recipe, index: int) -> LayerIntegers:
+    options = recipe.rounding
+    groups = input_moments(streams, layer, options.samples, recipe.seed + index)
+    rows, scales, biases = [], [], []
+    assert layer.bias is not None
+    for weight, bias, moments in zip(
+        layer.weight.flatten(1).chunk(len(groups)), layer.bias.chunk(len(groups)), groups, strict=True
+    ):
+        integers, filter_scales = _round(weight, moments, options.damping, count_taps(layer.weight))
+        rounded = integers * filter_scales[:, None]
+        # The mean of every output channel becomes that of the float net.
+        bias = bias + weight @ moments.exact_mean - rounded @ moments.rounded_mean
+        rows.append(integers)
+        scales.append(filter_scales)
+        biases.append(bias)
+    integers = torch.cat(rows).reshape(layer.weight.shape).to(torch.int8)
+    return LayerIntegers(integers, torch.cat(scales), torch.cat(biases), scale)
+
+
+def _round(weight: Tensor, moments: Moments, damping: float, taps: int) -> tuple[Tensor, Tensor]:
+    """Integers (filters, columns) and scales (filters) of one group."""
+    strength = moments.covariance.diagonal()
+    mean_strength = float(strength.mean())
+    if mean_strength <= 0.0:
+        scales = choose_weight_scales(weight, taps)
+        return round_weights(weight, scales, taps), scales
+    # As many samples as unknowns determine nothing: the fewer there are, the closer the answer stays to `weight`.
+    damping = damping * weight.shape[1] / moments.samples * mean_strength
+    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    covariance = moments.covariance + max(damping, 1e-4 * mean_strength) * identity
+    # Least squares of ‖W x − W′ x̂‖² + damping · ‖W′ − W‖², which is W + drift · (covariance + damping)⁻¹.
+    target = weight + torch.linalg.solve(covariance, moments.drift.t()).t()
+    scales = choose_weight_scales(target, taps, covariance.diagonal())
+    return round_with_feedback(target, scales, covariance, taps), scales

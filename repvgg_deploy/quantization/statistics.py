@@ -1,0 +1,184 @@
+"""Calibration statistics: what flows along each edge of a fused net, from a stream of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.points import Images, edge_names, rebatch, walk
+from repvgg_deploy.quantization.views import Views
+from repvgg_deploy.torch_precision import float32
+
+_PEAKS = 8
+_PER_CHANNEL = ("lowest", "highest", "mean", "mean_square", "usual")
+
+
+@dataclass(frozen=True)
+class EdgeStatistics:
+    """One edge. Per channel (C): `lowest` and `highest` value, `mean` and `mean_square`.
+
+    `usual` (C) is the largest absolute value without the one image in 128 (at most 7) that reaches highest: a single
+    image can drive a net to activations a hundred times those of all others.
+    """
+
+    lowest: NDArray[np.float64]
+    highest: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    mean_square: NDArray[np.float64]
+    usual: NDArray[np.float64]
+
+    @property
+    def largest(self) -> NDArray[np.float64]:
+        """Per channel (C) the largest absolute value."""
+        return np.maximum(np.abs(self.lowest), np.abs(self.highest))
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics:
+    """The statistics of every edge, and what they were taken from: a checkpoint's sha256 and the images' own.
+
+    `images` are those that were given, each of which was taken in `views` views.
+    """
+
+    edges: Mapping[str, EdgeStatistics]
+    images: int
+    views: int
+    sha256: str
+    images_sha256: str
+
+    def save(self, path: Path) -> None:
+        """Write everything to an `.npz` file at `path`."""
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for name, edge in self.edges.items():
+            for key in _PER_CHANNEL:
+                arrays[f"{name}/{key}"] = getattr(edge, key)
+        about = {"images": self.images, "views": self.views, "sha256": self.sha256, "images_sha256": self.images_sha256}
+        with path.open("wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path, sha256: str, images: Images) -> CalibrationStatistics:
+        """Read what `save` wrote for the checkpoint with this sha256 and for these images.
+
+        Raises:
+            DeployError: `path` is no such file, or belongs to another checkpoint or to other images.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["about"]))
+                names = dict.fromkeys(key.rsplit("/", 1)[0] for key in file.files if "/" in key)
+                edges = {name: _read_edge(file, name) for name in names}
+            statistics = cls(edges, about["images"], about["views"], about["sha256"], about["images_sha256"])
+        except (OSError, ValueError, KeyError) as error:
+            raise DeployError(f"{path} is no calibration cache: {error}", "delete it to calibrate anew") from error
+        if statistics.sha256 != sha256:
+            raise DeployError(
+                f"the calibration cache {path} belongs to another checkpoint (sha256 {statistics.sha256[:12]}…)",
+                "name another --calib-cache file, or delete this one",
+            )
+        digest = hashlib.sha256()
+        for batch in rebatch(Views(images, statistics.views), torch.device("cpu")):
+            _add_to(digest, batch)
+        if digest.hexdigest() != statistics.images_sha256:
+            raise DeployError(
+                f"the calibration cache {path} belongs to other images, or to the same ones prepared in another way",
+                "name another --calib-cache file, or delete this one",
+            )
+        return statistics
+
+
+def _add_to(digest: hashlib._Hash, batch: Tensor) -> None:
+    digest.update(batch.cpu().contiguous().numpy().tobytes())
+
+
+def _read_edge(file: Mapping[str, NDArray[np.generic]], name: str) -> EdgeStatistics:
+    return EdgeStatistics(*(file[f"{name}/{key}"].astype(np.float64) for key in _PER_CHANNEL))
+
+
+class _EdgeObserver:
+    """Takes one image after another; the result does not depend on how they were batched."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.lowest: Tensor | None = None
+        self.highest: Tensor
+        self.sum: Tensor
+        self.square: Tensor
+        self.peaks: Tensor
+
+    def add(self, x: Tensor) -> bool:
+        """Take the values of some images (N, C, …); False, and nothing taken, where one is not finite."""
+        flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+        lowest, highest = flat.amin((0, 2)), flat.amax((0, 2))
+        largest = float(torch.maximum(lowest.abs(), highest.abs()).max())
+        if not math.isfinite(largest):
+            return False
+        mean, square = flat.double().mean(2).sum(0), (flat * flat).double().mean(2).sum(0)
+        peaks = flat.abs().amax(2)
+        if self.lowest is None:
+            self.lowest, self.highest, self.sum, self.square = lowest, highest, mean, square
+        else:
+            self.lowest, self.highest = torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest)
+            self.sum, self.square = self.sum + mean, self.square + square
+            peaks = torch.cat([self.peaks, peaks])
+        # The highest few images of each channel are all that is kept.
+        self.peaks = peaks.topk(min(len(peaks), _PEAKS), dim=0).values
+        self.images += len(x)
+        return True
+
+    def result(self) -> EdgeStatistics:
+        assert self.lowest is not None
+        peaks = self.peaks[min(self.images // 128, _PEAKS - 1)]
+        values = (self.lowest, self.highest, self.sum / self.images, self.square / self.images, peaks)
+        return EdgeStatistics(*(value.double().cpu().numpy() for value in values))
+
+
+@float32(deterministic=True)
+@torch.no_grad()
+def collect_statistics(
+    net: RepVGG,
+    images: Images,
+    sha256: str = "",
+    views: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> CalibrationStatistics:
+    """The statistics of a fused `net` on all `images`; memory does not grow with their number.
+
+    Args:
+        net: fused, on any device.
+        images: batches of normalized images (N, C, H, W).
+        sha256: of the checkpoint; a saved result is refused for any other.
+        views: how often each image is taken; see `Views`.
+        progress: called with the number of images after each step, each view counted.
+
+    Raises:
+        DeployError: there is no image, or a value somewhere is not finite.
+    """
+    observers = {name: _EdgeObserver() for name in edge_names(net)}
+    digest = hashlib.sha256()
+    device = net.classifier.weight.device
+    for batch in rebatch(Views(images, views), device):
+        _add_to(digest, batch)
+        for name, x in walk(net, batch):
+            if not observers[name].add(x):
+                raise DeployError(
+                    f"the activations in front of {name} are not finite", "look at the images, and at the checkpoint"
+                )
+        if progress is not None:
+            progress(len(batch))
+    count = next(iter(observers.values())).images
+    if count == 0:
+        raise DeployError("there are no calibration images", "give a folder of images that the net may meet: --calib")
+    edges = {name: observer.result() for name, observer in observers.items()}
+    return CalibrationStatistics(edges, count // views, views, sha256, digest.hexdigest())

@@ -1,0 +1,292 @@
+"""`open_model`: a checkpoint, an ONNX graph or an engine as something that takes pixels and gives scores."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repvgg_deploy.artifacts import Array, Preprocessing, Provenance
+from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.checkpoints.loading import Checkpoint
+from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.graphs.repvgg import read_metadata
+from repvgg_deploy.images.decoding import Pixels, normalize, take_luma
+from repvgg_deploy.nets.cards import find_card, match_card
+from repvgg_deploy.runtime.base import Runner
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
+from repvgg_deploy.runtime.torch import TorchRunner
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """What a user said of the preprocessing; None where the model's metadata or card decides."""
+
+    size: tuple[int, int] | None = None
+    resize: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def apply(self, base: Preprocessing) -> Preprocessing:
+        """`base` with what the user said in its place.
+
+        A size without a resize means no cropping beyond the aspect ratio, as the official code evaluates at sizes
+        other than 224.
+
+        Raises:
+            DeployError: mean and std have different numbers of values, or a std is not positive.
+        """
+        changed = base
+        if self.size is not None and self.size != (base.height, base.width):
+            changed = replace(changed, height=self.size[0], width=self.size[1], resize=max(self.size))
+        if self.resize is not None:
+            changed = replace(changed, resize=self.resize)
+        changed = replace(changed, mean=self.mean or changed.mean, std=self.std or changed.std)
+        if len(changed.mean) != len(changed.std):
+            raise DeployError(
+                f"mean has {len(changed.mean)} values and std {len(changed.std)}", "give --mean and --std together"
+            )
+        if min(changed.std) <= 0 or min(changed.height, changed.width, changed.resize) < 1:
+            raise DeployError("std, size and resize must be positive", "check the preprocessing options")
+        return changed
+
+
+def choose_preprocessing(checkpoint: Checkpoint, options: PreprocessingOptions) -> Preprocessing:
+    """The preprocessing of a checkpoint: the user's, else its card's, else that of all ImageNet RepVGGs.
+
+    Where the net does not take three channels and the user gave no mean, it is 0.5 ± 0.5 a channel.
+    """
+    card = match_card(checkpoint.spec)
+    base = card.preprocessing if card is not None else Preprocessing()
+    channels = checkpoint.spec.in_channels
+    if channels != len(base.mean):
+        base = replace(base, mean=(0.5,) * channels, std=(0.5,) * channels)
+    chosen = options.apply(base)
+    _require_channels(chosen, channels)
+    return chosen
+
+
+def _require_channels(preprocessing: Preprocessing, channels: int | None) -> None:
+    if channels is not None and channels != len(preprocessing.mean):
+        raise DeployError(
+            f"mean and std have {len(preprocessing.mean)} values, the net takes {channels} channels",
+            "give --mean and --std, one value a channel",
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A classifier that can be run on pixels.
+
+    Attributes:
+        classes: how many there are; None where the model does not say.
+        channels: of the input; None where the model does not say.
+        takes_pixels: the model takes uint8 NHWC and normalizes itself.
+        half_input: its input is float16.
+        notes: what a user should know of how it is run here.
+    """
+
+    path: Path
+    runner: Runner
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    classes: int | None = None
+    channels: int | None = None
+    takes_pixels: bool = False
+    half_input: bool = False
+    notes: tuple[str, ...] = ()
+
+    def run_pixels(self, pixels: Pixels) -> dict[str, Array]:
+        """The outputs for cropped pixels (n, H, W, channels); of RGB pixels a net of one channel gets the luma.
+
+        Raises:
+            DeployError: the net takes another number of channels.
+        """
+        if self.channels == 1:
+            pixels = take_luma(pixels)
+        if self.channels is not None and pixels.shape[-1] != self.channels:
+            raise DeployError(
+                f"{self.path} takes {self.channels} channels, images have {pixels.shape[-1]}",
+                "leave the image folder out; such a net can be run on arrays only",
+            )
+        images: Array = pixels if self.takes_pixels else normalize(pixels, self.preprocessing)
+        return self.run_images(images)
+
+    def run_images(self, images: Array) -> dict[str, Array]:
+        """The outputs for inputs as the model takes them, in any number."""
+        if not self.takes_pixels:
+            images = images.astype(np.float16 if self.half_input else np.float32, copy=False)
+        size = self.runner.batch
+        if size is None or size == len(images):
+            return self.runner.run(images)
+        parts = []
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size]
+            padding = np.zeros((size - len(chunk), *images.shape[1:]), images.dtype)
+            outputs = self.runner.run(np.concatenate([chunk, padding]))
+            parts.append({name: values[: len(chunk)] for name, values in outputs.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def rank_classes(outputs: dict[str, Array], count: int) -> NDArray[np.int64]:
+    """The `count` best classes of each image, best first (n, count); fewer where the model gives fewer."""
+    if "classes" in outputs:
+        return outputs["classes"][:, :count].astype(np.int64)
+    scores = next(iter(outputs.values()))
+    # Stable: of equal scores the lower class comes first, on every backend.
+    return np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is an ONNX graph, by its first byte (ModelProto.ir_version) or its ending."""
+    if path.suffix == ".onnx":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"\x08"
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """The input and outputs of a graph or engine; None for a dynamic dimension."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+    outputs: dict[str, tuple[int | None, ...]]
+
+
+def is_engine(path: Path) -> bool:
+    """Whether a file is an engine, by its ending: a plan's first bytes are the library's own affair."""
+    return path.suffix in (".plan", ".engine", ".trt")
+
+
+def open_model(
+    path: Path,
+    options: PreprocessingOptions | None = None,
+    arch: str | None = None,
+    ema: bool | None = None,
+    trust: bool = False,
+    exact_integers: bool = True,
+) -> Model:
+    """The model in a checkpoint (run in torch), an ONNX graph (in ONNX Runtime), or an engine (on the GPU).
+
+    `exact_integers`: an INT8 graph whose sums may saturate on this CPU is run with slower kernels that add exactly, so
+    that its outputs are those of every other machine; a note says so.
+
+    Raises:
+        DeployError: there is no such file, it is none of these, it cannot be run here, or the options contradict it.
+    """
+    options = options or PreprocessingOptions()
+    if ema is not None and path.is_file() and (is_engine(path) or is_onnx(path)):
+        raise DeployError(f"{path} holds one set of weights", "--ema and --no-ema are for checkpoints")
+    if path.is_file() and is_engine(path):
+        return _open_engine(path, options, arch, trust)
+    if path.is_file() and is_onnx(path):
+        runner = OnnxRunner(path, exact_integers=exact_integers)
+        dtype = runner.input_type.removeprefix("tensor(").removesuffix(")")
+        outputs = dict(zip(runner.output_names, runner.output_shapes, strict=True))
+        signature = _Signature(runner.input_shape, dtype, outputs)
+        provenance = read_metadata(runner.metadata)
+        require_arch(path, provenance, arch)
+        model = _describe(path, runner, signature, provenance, options)
+        return replace(model, notes=_saturation_notes(path, runner))
+    checkpoint = load_checkpoint(path, arch, ema)
+    return Model(
+        path,
+        TorchRunner(build(checkpoint)),
+        choose_preprocessing(checkpoint, options),
+        checkpoint.class_names,
+        checkpoint.spec.classes,
+        checkpoint.spec.in_channels,
+    )
+
+
+def _saturation_notes(path: Path, runner: OnnxRunner) -> tuple[str, ...]:
+    if not runner.saturating:
+        return ()
+    first, *others = runner.saturating
+    layers = f"layer {first} of {path}" if not others else f"{len(others) + 1} layers of {path} ({first}, …)"
+    how = "run with exact sums, which is slower" if runner.exact_integers else "outputs differ from those elsewhere"
+    return (f"sums in {layers} may saturate on this CPU, which has no VNNI: {how}",)
+
+
+def _open_engine(path: Path, options: PreprocessingOptions, arch: str | None, trust: bool) -> Model:
+    from repvgg_deploy.engine.cleanup import give_back
+    from repvgg_deploy.engine.runner import open_engine
+
+    engine = open_engine(path, trust)
+    with ExitStack() as cleanup:
+        give_back(cleanup, engine.close)
+        outputs = {tensor.name: _dynamic(tensor.shape) for tensor in engine.outputs}
+        signature = _Signature(_dynamic(engine.input.shape), engine.input.dtype, outputs)
+        require_arch(path, engine.provenance, arch)
+        model = _describe(path, engine, signature, engine.provenance, options)
+        cleanup.pop_all()
+    return model
+
+
+def require_arch(path: Path, provenance: Provenance | None, arch: str | None) -> None:
+    """Nothing, where a graph or an engine is of the architecture that the caller expects.
+
+    Raises:
+        DeployError: it is another one, or does not say.
+    """
+    if arch is None:
+        return
+    wanted = find_card(arch).name
+    found = provenance.arch if provenance is not None else "a net of unknown architecture"
+    if found != wanted and not found.startswith(wanted + " "):
+        raise DeployError(f"{path} holds {found}, not {wanted}", "leave --arch out, or give the model that you meant")
+
+
+def _dynamic(shape: tuple[int, ...]) -> tuple[int | None, ...]:
+    return tuple(size if size >= 0 else None for size in shape)
+
+
+def _describe(
+    path: Path, runner: Runner, signature: _Signature, provenance: Provenance | None, options: PreprocessingOptions
+) -> Model:
+    """A graph or an engine as a model; its shapes and its provenance say how pixels become its input."""
+    takes_pixels = signature.dtype == "uint8"
+    height, width = signature.shape[1:3] if takes_pixels else signature.shape[2:4]
+    channels = signature.shape[3] if takes_pixels else signature.shape[1]
+    base = provenance.preprocessing if provenance is not None else None
+    preprocessing = options.apply(base or _from_shape(height, width))
+    if (height, width) != (None, None) and (height, width) != (preprocessing.height, preprocessing.width):
+        raise DeployError(
+            f"{path} takes {height}x{width} pixels, not {preprocessing.height}x{preprocessing.width}",
+            "leave --size out, or export for that size",
+        )
+    _require_channels(preprocessing, channels)
+    if any(len(shape) != 2 for shape in signature.outputs.values()):
+        raise GraphError(f"{path} does not give one score a class", "an image classifier has one output N,classes")
+    return Model(
+        path,
+        runner,
+        preprocessing,
+        provenance.class_names if provenance is not None else None,
+        _classes(signature, provenance),
+        channels,
+        takes_pixels,
+        half_input=signature.dtype == "float16",
+    )
+
+
+def _classes(signature: _Signature, provenance: Provenance | None) -> int | None:
+    """How many classes there are; a top-k graph says so in its metadata."""
+    if "classes" not in signature.outputs:
+        return next(iter(signature.outputs.values()))[-1]
+    known = provenance.extra.get("classes") if provenance is not None else None
+    return int(known) if known is not None else None
+
+
+def _from_shape(height: int | None, width: int | None) -> Preprocessing:
+    """For a graph of unknown origin: the preprocessing of ImageNet at the graph's size."""
+    if height is None or width is None or (height, width) == (224, 224):
+        return Preprocessing()
+    return Preprocessing(height, width, max(height, width))

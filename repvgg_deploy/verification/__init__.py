@@ -1,0 +1,1 @@
+"""Each stage of an export compared with the one before."""

@@ -1,0 +1,114 @@
+"""Whether a built engine computes what its ONNX graph computes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from onnx import load, save
+
+from repvgg_deploy.artifacts import Array, Parity
+from repvgg_deploy.engine.backends import Backend, import_backend
+from repvgg_deploy.engine.building import Engine
+from repvgg_deploy.engine.runner import EngineRunner, open_engine
+from repvgg_deploy.errors import DeployError, VerificationError
+from repvgg_deploy.hardware.gpus import find_gpus
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
+from repvgg_deploy.verification.parity import compare, require_parity
+
+# Largest relative differences of the scores. TF32 has the mantissa of FP16; in INT8 a value on the border between two
+# steps may fall to either side in every layer.
+MAX_RELATIVE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 3e-2, "int8": 1e-1, "unknown": 1e-1}
+
+
+def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Array]) -> Parity:
+    """How the engine's outputs on `images` differ from those that ONNX Runtime gives for the same graph.
+
+    `images` is as the engine takes it, `expected` the outputs of the graph by name: `logits` or `probabilities`, or
+    the `scores` and `classes` of a top-k.
+
+    Raises:
+        VerificationError: the outputs are all zero, NaN or constant, or too far from those expected.
+    """
+    outputs = runner.run(images)
+    scores = next(name for name in expected if name != "classes")
+    require_signal(outputs[scores])
+    parity = compare(expected[scores], outputs[scores])
+    if "classes" in expected:
+        # The K scores are sorted, so their argmax says nothing; the classes beside them do.
+        same = expected["classes"][:, 0] == outputs["classes"][:, 0]
+        parity = Parity(parity.max_abs, parity.relative, parity.cosine, float(same.mean()), parity.images)
+    require_parity("the engine", parity, MAX_RELATIVE[runner.precision])
+    return parity
+
+
+def check_where_possible(
+    engine: Engine,
+    images: Array,
+    expected: Callable[[], Mapping[str, Array]],
+    say: Callable[[str], None] = lambda _: None,
+) -> Parity | None:
+    """`check_engine` on the GPU of this machine; None where none can run `engine`, and `say` is told why.
+
+    `expected` gives the outputs to compare with, and is asked where the engine runs.
+
+    A GPU that the library does not list is tried all the same; only what it computes there can fail the build.
+
+    Raises:
+        VerificationError: the engine computes something else than its graph.
+        DeployError: the GPU should run it, and does not.
+    """
+    found = find_gpus()
+    if not found.gpus:
+        say(f"note: the engine was built, and not run: {found.reason}")
+        return None
+    if not engine.side.has_weights:
+        say("note: the engine was built without weights, and not run")
+        return None
+    try:
+        runner = open_engine(engine.plan)
+    except DeployError as error:
+        backend = import_backend(engine.side.backend)
+        if isinstance(backend, Backend) and not backend.supports(found.gpus[0]):
+            say(f"note: the engine was built, and not run: {error.message}")
+            return None
+        raise
+    with runner:
+        return check_engine(runner, images, expected())
+
+
+def run_as_engine(onnx: Path, images: Array) -> dict[str, Array]:
+    """The outputs of a graph in ONNX Runtime, with the activations of an INT8 graph saturating as in TensorRT."""
+    runner = OnnxRunner(onnx)
+    if runner.precision != "int8":
+        return runner.run(images)
+    from repvgg_deploy.quantization.qdq import as_tensorrt_reads
+
+    with tempfile.TemporaryDirectory() as scratch:
+        read = Path(scratch) / onnx.name
+        save(as_tensorrt_reads(load(onnx)), read)
+        return OnnxRunner(read).run(images)
+
+
+def require_signal(scores: Array) -> None:
+    """Nothing, where `scores` (images, classes) look like a classifier's at all.
+
+    Seen in the field: RepVGG-B1 in FP16 gave all zeros (NVIDIA/TensorRT#3548), which agrees with itself.
+
+    Raises:
+        VerificationError: they hold NaN or Inf, are all zero or all the same, or do not depend on the image.
+    """
+    values = scores.astype(np.float64)
+    what = None
+    if not np.isfinite(values).all():
+        what = "NaN or Inf"
+    elif not values.any():
+        what = "zeros only"
+    elif values.shape[1] > 1 and (np.ptp(values, axis=1) == 0).any():
+        what = "the same score for every class"
+    elif len(values) > 1 and (np.ptp(values, axis=0) == 0).all():
+        what = "the same scores for every image"
+    if what is not None:
+        raise VerificationError(f"the engine gives {what}", "export with fp32, and report the GPU and the versions")

@@ -1,0 +1,103 @@
+"""The inputs that a net is verified on: drawn pictures, or the user's own, and noise; as many as a budget allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.errors import ImageError
+from repvgg_deploy.images.decoding import BrokenImages, Pixels, list_images, read_batches
+from repvgg_deploy.images.synthetic import draw_images
+from repvgg_deploy.nets.cards import ArchSpec
+from repvgg_deploy.nets.cost import count_flops
+
+# Multiply-adds that a stage may cost. Float64 runs at about a twentieth of a float32 convolution's speed.
+_FLOAT64_BUDGET = 3e9
+_FLOAT32_BUDGET = 40e9
+_MOST_IMAGES = 8
+_FULL_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class VerificationInputs:
+    """Pixels (N, H, W, C) uint8 for the two comparisons of an export.
+
+    Attributes:
+        small: for training form in float64 against fused; at a reduced size where the full one is over the budget,
+            since the algebra of fusing does not depend on the size.
+        full: for fused against the graph, at the size of the graph.
+    """
+
+    small: Pixels
+    full: Pixels
+
+
+def choose_inputs(
+    spec: ArchSpec, preprocessing: Preprocessing, data: Path | None = None, full: bool = False
+) -> VerificationInputs:
+    """Pictures, of `data` or drawn by this package, and where several are affordable one image of noise.
+
+    With `full` both comparisons take 16 images at the size of the graph.
+    """
+    if full:
+        pixels = choose_pixels(preprocessing, spec.in_channels, _FULL_IMAGES, data)
+        return VerificationInputs(pixels, pixels)
+    per_image = count_flops(spec, preprocessing.height, preprocessing.width)
+    affordable = int(min(_MOST_IMAGES, max(1, _FLOAT32_BUDGET // per_image)))
+    return VerificationInputs(
+        choose_small_pixels(spec, preprocessing, data),
+        choose_pixels(preprocessing, spec.in_channels, affordable, data),
+    )
+
+
+def choose_small_pixels(spec: ArchSpec, preprocessing: Preprocessing, data: Path | None = None) -> Pixels:
+    """Four images, or two of a large net, of a size that training form in float64 can afford."""
+    height, width = preprocessing.height, preprocessing.width
+    scale = min(1.0, (_FLOAT64_BUDGET / (4 * count_flops(spec, height, width))) ** 0.5)
+    if scale < 1.0:
+        # Multiples of 32, the stride of the whole net. On a map of one pixel a 3x3 kernel's outer taps see nothing but
+        # padding; from 64 pixels on, every tap of every block has a part in the logits.
+        height, width = (max(min(size, 64), int(size * scale) // 32 * 32) for size in (height, width))
+    small = replace(preprocessing, height=height, width=width, resize=max(height, width))
+    count = 4 if 4 * count_flops(spec, height, width) <= 2 * _FLOAT64_BUDGET else 2
+    return choose_pixels(small, spec.in_channels, count, data)
+
+
+def choose_pixels(preprocessing: Preprocessing, channels: int, count: int, data: Path | None = None) -> Pixels:
+    """`count` images; of several the last is noise, and of a net that takes no RGB all are."""
+    height, width = preprocessing.height, preprocessing.width
+    noise = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+    if channels not in (1, 3):
+        if data is not None:
+            raise ImageError(f"images have 3 channels, the net takes {channels}", "leave the image folder out")
+        return noise
+    wanted = max(1, count - 1)
+    pictures = _drawn(wanted, height, width) if data is None else _from_folder(data, preprocessing, wanted)
+    if channels == 1:
+        pictures = pictures.mean(axis=-1, keepdims=True).astype(np.uint8)
+    return np.concatenate([pictures, noise[: count - len(pictures)]])
+
+
+# Below it a picture has no room for its figure.
+_SMALLEST_DRAWN = 32
+
+
+def _drawn(count: int, height: int, width: int) -> Pixels:
+    size = max(height, width, _SMALLEST_DRAWN)
+    pixels, _ = draw_images(count, seed=0, size=size)
+    top, left = (size - height) // 2, (size - width) // 2
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _from_folder(data: Path, preprocessing: Preprocessing, count: int) -> Pixels:
+    paths = list_images(data)
+    # Spread over the folder, so that several classes are met.
+    chosen = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
+    broken = BrokenImages()
+    batches = [pixels for pixels, _ in read_batches(chosen, preprocessing, count, broken)]
+    if broken.reasons:
+        raise ImageError(next(iter(broken.reasons.values())), "remove it, or give another folder")
+    return np.concatenate(batches)

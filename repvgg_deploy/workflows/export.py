@@ -1,0 +1,392 @@
+"""The story of an export: checkpoint → training net → fused net → ONNX graph → engine, each held against the last."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from repvgg_deploy.artifacts import Array, Parity, Precision, Preprocessing, Provenance
+from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
+from repvgg_deploy.errors import DeployError, VerificationError
+from repvgg_deploy.files import flush_files, hash_file, stage_files
+from repvgg_deploy.fusion.fuse import Fusion, begin_fusion
+from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
+from repvgg_deploy.graphs.repvgg import FP16_MAX, FloatLayers, Fp16Rounding, GraphOptions, make_metadata, to_onnx
+from repvgg_deploy.images.decoding import normalize
+from repvgg_deploy.nets.cost import count_parameters
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.runtime.model import Model, choose_preprocessing
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
+from repvgg_deploy.threads import start_workers
+from repvgg_deploy.verification.inputs import VerificationInputs, choose_inputs
+from repvgg_deploy.verification.parity import compare, require_parity
+from repvgg_deploy.verification.reference import run_fused, run_in_float64
+from repvgg_deploy.workflows.evaluate import softmax
+from repvgg_deploy.workflows.export_request import ExportRequest, ExportResult
+
+if TYPE_CHECKING:
+    from repvgg_deploy.engine import Engine
+    from repvgg_deploy.quantization.net import QuantizationSummary
+
+Say = Callable[[str], None]
+Report = Callable[[str, float], None]
+"""Called with the name of a long step and the share of it that is done."""
+
+# Largest relative differences of the logits. Float32 arithmetic alone costs 1e-6 to 1e-5 on nets of this depth; FP16
+# has a rounding of 5e-4, accumulated over the layers; in INT8 a value on the border between two steps may fall to
+# either side.
+MAX_RELATIVE = {Precision.FP32: 1e-4, Precision.FP16: 3e-2, Precision.INT8: 1e-1}
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A graph ready to be written, and `run`, which gives the logits that it must give on the full-size inputs.
+
+    `run` fails where the stages before the graph do not agree.
+    """
+
+    graph: OnnxGraph
+    run: Callable[[], NDArray[np.float32]]
+    rounding: Fp16Rounding | None = None
+    quantization: QuantizationSummary | None = None
+
+
+def export(request: ExportRequest, say: Say = lambda _: None, report: Report = lambda *_: None) -> ExportResult:
+    """Write the verified ONNX graph of a checkpoint to `request.output`, and an engine where one is asked for.
+
+    The files are `<checkpoint stem>.<precision>.onnx`, `.plan` and `.plan.json`; they appear only when every stage has
+    agreed with the one before.
+
+    Raises:
+        DeployError: whatever the user can mend; nothing is written then.
+    """
+    start = time.perf_counter()
+    if request.output.exists() and not request.output.is_dir():
+        raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
+    backend = _find_backend(request, say)
+    say(f"reading {request.checkpoint}")
+    checkpoint = load_checkpoint(request.checkpoint, request.arch, request.ema, request.bn_eps)
+    for note in checkpoint.notes:
+        say(f"note: {note}")
+    preprocessing = choose_preprocessing(checkpoint, request.preprocessing)
+    inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
+    say(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
+    net = build(checkpoint)
+    with start_workers(1) as reference:
+        # Fusing takes one core; what it will be held against is computed on the other.
+        trained = reference.submit(run_in_float64, net, normalize(inputs.small, preprocessing))
+        stage = _Stage(
+            request, checkpoint.without_tensors(), begin_fusion(net, torch.float32), trained, preprocessing, inputs
+        )
+        del checkpoint, net, trained
+        parity: dict[str, Parity] = {}
+        say(f"making the {request.precision} graph")
+        if request.precision is Precision.INT8:
+            product = _make_int8_graph(stage, parity, backend is not None, say, report)
+        else:
+            product = _make_float_graph(stage, parity)
+        result = ExportResult(
+            onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
+            engine=None,
+            checkpoint=stage.checkpoint,
+            preprocessing=preprocessing,
+            precision=request.precision,
+            parameters=count_parameters(stage.unfinished.spec),
+            ops=product.graph.op_histogram(),
+            parity=parity,
+            rounding=product.rounding,
+            quantization=product.quantization,
+            seconds=0.0,
+            peak_bytes=0,
+        )
+        with stage_files(request.output) as staging, start_workers(2) as pool:
+            staged = staging / result.onnx.name
+            # Block by block: computed, written and run.
+            finished = pool.submit(stage.fusion.finish)
+            written = pool.submit(write_graph, product.graph, staged, wait_for=stage.fusion.wait_for)
+            expected = product.run()
+            finished.result()
+            written.result()
+            # The weights are in the file now, which ONNX Runtime maps.
+            del stage, product
+            say("running the graph in ONNX Runtime")
+            flushed = pool.submit(flush_files, staging)
+            outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
+            flushed.result()
+            engine = None
+            if backend is not None:
+                engine = _build_and_compare(
+                    staged, backend, request, inputs, preprocessing, outputs, parity, say, report
+                )
+    if engine is None:
+        _note_other_engine(result.onnx, say)
+    seconds = time.perf_counter() - start
+    return replace(result, engine=engine, seconds=seconds, peak_bytes=peak_bytes())
+
+
+def _note_other_engine(onnx: Path, say: Say) -> None:
+    """Tell of an engine that stands beside the graph and was built from another one."""
+    plan = onnx.with_suffix(".plan")
+    if not plan.exists():
+        return
+    from repvgg_deploy.engine.sidecar import read_side_file
+
+    try:
+        same = read_side_file(plan).onnx_sha256 == hash_file(onnx)
+    except DeployError:
+        same = False
+    if not same:
+        say(f"note: {plan} is not of this graph: it was left as it was")
+
+
+def _find_backend(request: ExportRequest, say: Say) -> Any:
+    """The engine backend, asked for before any work is done: a named one that is missing is an error at once."""
+    name = request.engine
+    if name == "none":
+        return None
+    from repvgg_deploy.engine import Unavailable, find_backend
+
+    backend = find_backend(name)
+    if isinstance(backend, Unavailable):
+        say(f"no engine will be built: {backend.reason}")
+        return None
+    return backend
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A net between fusing and its graph: the fused form, what the training form gives, and on what.
+
+    `trained`: the logits of the training form in float64 on `inputs.small`.
+    """
+
+    request: ExportRequest
+    checkpoint: Checkpoint
+    fusion: Fusion
+    trained: Future[NDArray[np.float64]]
+    preprocessing: Preprocessing
+    inputs: VerificationInputs
+
+    @property
+    def unfinished(self) -> RepVGG:
+        """The fused net, its kernels perhaps without their values."""
+        return cast(RepVGG, self.fusion.net)
+
+    @property
+    def fused(self) -> RepVGG:
+        """The fused net."""
+        self.fusion.finish()
+        return self.unfinished
+
+    def run(self, parity: dict[str, Parity]) -> tuple[NDArray[np.float32], dict[str, float]]:
+        """The fused net's logits in float32 on `inputs.full`, and the largest magnitude of each convolution.
+
+        How it compares with the training form on `inputs.small` goes to `parity`.
+
+        Raises:
+            VerificationError: they differ by more than float32 arithmetic does.
+        """
+        small, full = (normalize(pixels, self.preprocessing) for pixels in (self.inputs.small, self.inputs.full))
+        (fused, logits), largest = run_fused(self.unfinished, small, full, wait_for=self.fusion.wait_for)
+        parity["fused"] = compare(self.trained.result(), fused)
+        require_parity("fusing", parity["fused"], MAX_RELATIVE[Precision.FP32])
+        return logits, largest
+
+
+def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
+    half = stage.request.precision is Precision.FP16
+    layers = FloatLayers(np.dtype(np.float16 if half else np.float32))
+    # In float32 the weights are shared, not copied, so the graph can be made before they have their values.
+    net = stage.fused if half else stage.unfinished
+    graph = to_onnx(net, layers, _graph_options(stage), _metadata(stage, {}))
+
+    def run() -> NDArray[np.float32]:
+        logits, largest = stage.run(parity)
+        if half:
+            _require_fp16_range(largest)
+        return logits
+
+    return _Product(graph, run, layers.rounding if half else None)
+
+
+def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool, say: Say, report: Report) -> _Product:
+    from repvgg_deploy.quantization.pair_sums import largest_pair_sum
+    from repvgg_deploy.quantization.qdq import to_qdq_onnx, with_fp16_scales
+    from repvgg_deploy.workflows.int8 import quantize_for_export
+
+    request = stage.request.int8
+    if request is None:
+        raise DeployError("INT8 needs calibration images", "--calib DIR, a folder of a few hundred typical images")
+    # Before the calibration, which takes longer than all the rest.
+    fused = stage.fused
+    reference, _ = stage.run(parity)
+    sha256 = stage.checkpoint.sha256
+    quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, for_engine, say, report)
+    if request.rest is Precision.FP16:
+        quantized = with_fp16_scales(quantized)
+    with torch.inference_mode():
+        images = torch.from_numpy(normalize(stage.inputs.full, stage.preprocessing))
+        computed = quantized if request.activation_type == "uint8" else quantized.as_tensorrt()
+        expected: NDArray[np.float32] = computed(images).numpy()
+    parity["quantized"] = compare(reference, expected)
+    about = {
+        "recipe": summary.recipe,
+        "images": summary.images,
+        "images_sha256": summary.images_sha256,
+        "seed": summary.seed,
+        "kept_float": list(quantized.float_layers()),
+        "activation_type": request.activation_type,
+        "largest_pair_sum": max(largest_pair_sum(layer.weight) for layer in quantized.integers().values()),
+    }
+    dtype = np.dtype(np.float16 if request.rest is Precision.FP16 else np.float32)
+    metadata = _metadata(stage, {"quantization": about})
+    graph = to_qdq_onnx(quantized, _graph_options(stage), metadata, dtype, request.activation_type)
+    return _Product(graph, lambda: expected, None, summary)
+
+
+def _graph_options(stage: _Stage) -> GraphOptions:
+    request, preprocessing = stage.request, stage.preprocessing
+    return GraphOptions(
+        height=preprocessing.height,
+        width=preprocessing.width,
+        batch=request.batch,
+        opset=request.opset,
+        io=request.io,
+        uint8_input=preprocessing if request.uint8_input else None,
+        softmax=request.softmax,
+        topk=request.topk,
+    )
+
+
+def _metadata(stage: _Stage, extra: dict[str, Any]) -> dict[str, str]:
+    checkpoint = stage.checkpoint
+    wanted = stage.request.class_names
+    names = checkpoint.class_names if wanted is None else wanted
+    if names is not None and len(names) != checkpoint.spec.classes:
+        raise DeployError(
+            f"{len(names)} labels for {checkpoint.spec.classes} classes", "the file of --labels has one class a line"
+        )
+    provenance = Provenance(
+        sha256=checkpoint.sha256,
+        arch=checkpoint.arch,
+        layout=checkpoint.layout,
+        form=checkpoint.form,
+        precision=stage.request.precision,
+        preprocessing=stage.preprocessing,
+        class_names=names,
+        tools=tool_versions(),
+        extra={"classes": checkpoint.spec.classes, **extra},
+    )
+    return make_metadata(provenance)
+
+
+def _require_fp16_range(largest: dict[str, float]) -> None:
+    name, value = max(largest.items(), key=lambda item: item[1])
+    if value > FP16_MAX:
+        raise VerificationError(
+            f"the output of {name} reaches {value:.3g}, and FP16 ends at {FP16_MAX:g}",
+            "export with fp32 or --int8; the net cannot run in FP16",
+        )
+
+
+def _run_and_compare(
+    path: Path,
+    inputs: VerificationInputs,
+    preprocessing: Preprocessing,
+    expected: NDArray[np.float32],
+    request: ExportRequest,
+    parity: dict[str, Parity],
+) -> dict[str, Array]:
+    """The outputs of the written graph in ONNX Runtime, once they have agreed with the logits expected."""
+    runner = OnnxRunner(path, quick_start=True)
+    model = Model(path, runner, preprocessing, None, takes_pixels=request.uint8_input, half_input=_is_half(request))
+    outputs = model.run_images(_inputs_of(request, inputs, preprocessing))
+    reference, candidate = comparable(expected, outputs, request.softmax)
+    parity["onnx"] = compare(reference, candidate)
+    require_parity("the ONNX graph", parity["onnx"], max(MAX_RELATIVE[request.precision], MAX_RELATIVE[request.io]))
+    return outputs
+
+
+def _is_half(request: ExportRequest) -> bool:
+    return request.io is Precision.FP16
+
+
+def _inputs_of(request: ExportRequest, inputs: VerificationInputs, preprocessing: Preprocessing) -> Array:
+    """The full-size inputs as the graph takes them."""
+    if request.uint8_input:
+        return inputs.full
+    return normalize(inputs.full, preprocessing).astype(np.float16 if _is_half(request) else np.float32, copy=False)
+
+
+def _build_and_compare(
+    staged: Path,
+    backend: Any,
+    request: ExportRequest,
+    inputs: VerificationInputs,
+    preprocessing: Preprocessing,
+    outputs: dict[str, Array],
+    parity: dict[str, Parity],
+    say: Say,
+    report: Report,
+) -> Engine:
+    """The engine in the staging folder; where a GPU can run it, its outputs have agreed with ONNX Runtime's."""
+    from repvgg_deploy.engine import build_engine
+    from repvgg_deploy.verification.engine import check_where_possible, run_as_engine
+
+    say(f"building the engine with {backend.label}")
+
+    def advance(share: float, phase: str) -> None:
+        report(f"building: {phase}", share)
+
+    engine = build_engine(staged, backend, request.build, staged.parent, advance, say)
+    images = _inputs_of(request, inputs, preprocessing)
+
+    def expected() -> Mapping[str, Array]:
+        return run_as_engine(staged, images) if request.precision is Precision.INT8 else outputs
+
+    compared = check_where_possible(engine, images, expected, say)
+    if compared is not None:
+        parity["engine"] = compared
+    return engine
+
+
+def comparable(logits: Array, outputs: dict[str, Array], as_probabilities: bool) -> tuple[Array, Array]:
+    """What of the logits is to be compared with what a graph gives: all scores, or the best K of its own choice."""
+    scores = softmax(logits) if as_probabilities else logits
+    if "classes" not in outputs:
+        return scores, next(iter(outputs.values()))
+    return np.take_along_axis(scores, outputs["classes"], axis=1), outputs["scores"]
+
+
+def file_stem(checkpoint: Path) -> str:
+    """The name of a checkpoint without its endings: `a0` of `a0.pth.tar`."""
+    name = checkpoint.name
+    for ending in (".pth.tar", ".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin"):
+        if name.endswith(ending) and name != ending:
+            return name.removesuffix(ending)
+    return checkpoint.stem
+
+
+def tool_versions() -> dict[str, str]:
+    """The versions of the libraries that shape a graph."""
+    import onnxsim
+
+    return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxsim": onnxsim.__version__}
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,140 @@
+"""What `export` is asked for, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from repvgg_deploy.artifacts import Parity, Precision, Preprocessing
+from repvgg_deploy.checkpoints import Checkpoint
+from repvgg_deploy.engine.options import BuildOptions
+from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET, Fp16Rounding
+from repvgg_deploy.runtime.model import PreprocessingOptions
+
+if TYPE_CHECKING:
+    from repvgg_deploy.engine import Engine
+    from repvgg_deploy.quantization.net import QuantizationSummary
+
+
+@dataclass(frozen=True)
+class Int8Request:
+    """How an INT8 export is calibrated.
+
+    Attributes:
+        images: a folder of images, or a text file that lists them.
+        count: images to take; the recipe's number by default.
+        recipe: a name in `calibration/`, or a TOML file.
+        cache: a file that keeps the statistics of a calibration for the next one.
+        device: where to quantize, `cpu` or `cuda`.
+        rest: the precision of what is not INT8.
+        keep_float: layers that stay in that precision, by name.
+        activation_type: of the zero-points behind a ReLU. `int8` is for TensorRT before 10.10 alone.
+        validation: labelled images for `max_drop`.
+        max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
+    """
+
+    images: Path
+    count: int | None = None
+    recipe: str | Path = "accurate"
+    cache: Path | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    rest: Precision = Precision.FP32
+    keep_float: tuple[str, ...] = ()
+    activation_type: Literal["uint8", "int8"] = "uint8"
+    validation: Path | None = None
+    max_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """All that `export` is asked for; see `GraphOptions` for the graph's part and `BuildOptions` for the engine's."""
+
+    checkpoint: Path
+    output: Path
+    arch: str | None = None
+    ema: bool | None = None
+    bn_eps: float = 1e-5
+    precision: Precision = Precision.FP32
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    int8: Int8Request | None = None
+    batch: int | None = None
+    opset: int = DEFAULT_OPSET
+    io: Precision = Precision.FP32
+    uint8_input: bool = False
+    softmax: bool = False
+    topk: int | None = None
+    class_names: tuple[str, ...] | None = None
+    verify_data: Path | None = None
+    verify_full: bool = False
+    engine: str = "none"
+    build: BuildOptions = field(default_factory=BuildOptions)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote, and how each stage compares with the one before.
+
+    `parity` has `fused` (against the training form in float64), `quantized` (INT8 simulated, against fused), `onnx`
+    (the graph in ONNX Runtime, against the stage before) and `engine` (where a GPU could run it).
+    """
+
+    onnx: Path
+    engine: Engine | None
+    checkpoint: Checkpoint
+    preprocessing: Preprocessing
+    precision: Precision
+    parameters: int
+    ops: dict[str, int]
+    parity: dict[str, Parity]
+    rounding: Fp16Rounding | None
+    quantization: QuantizationSummary | None
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def arch(self) -> str:
+        """The architecture's name."""
+        return self.checkpoint.arch
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `export --json` prints."""
+        result: dict[str, Any] = {
+            "onnx": str(self.onnx),
+            "engine": None if self.engine is None else str(self.onnx.parent / self.engine.plan.name),
+            "arch": self.checkpoint.arch,
+            "layout": self.checkpoint.layout,
+            "form": self.checkpoint.form,
+            "precision": str(self.precision),
+            "parameters": self.parameters,
+            "sha256": self.checkpoint.sha256,
+            "ops": self.ops,
+            "parity": {stage: parity.to_dict() for stage, parity in self.parity.items()},
+            "seconds": round(self.seconds, 3),
+            "peak_bytes": self.peak_bytes,
+        }
+        if self.rounding is not None:
+            result["fp16"] = {
+                "values": self.rounding.values,
+                "subnormal": self.rounding.subnormal,
+                "flushed_to_zero": self.rounding.flushed_to_zero,
+            }
+        if self.quantization is not None:
+            result["quantization"] = summary_to_dict(self.quantization)
+        return result
+
+
+def summary_to_dict(summary: QuantizationSummary) -> dict[str, Any]:
+    """A quantization as JSON; infinite ratios, of layers without an error, become null."""
+    layers = [
+        {key: None if value in (float("inf"), -float("inf")) else value for key, value in row.to_dict().items()}
+        for row in summary.layers
+    ]
+    return {
+        "recipe": summary.recipe,
+        "images": summary.images,
+        "images_sha256": summary.images_sha256,
+        "seed": summary.seed,
+        "kept_float": [row.name for row in summary.layers if row.kept_float],
+        "layers": layers,
+    }

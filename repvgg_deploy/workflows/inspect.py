@@ -1,0 +1,131 @@
+"""What a file is: a checkpoint, an ONNX graph or an engine, described without running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from repvgg_deploy.checkpoints import Checkpoint, load_checkpoint
+from repvgg_deploy.errors import GraphError
+from repvgg_deploy.files import hash_file
+from repvgg_deploy.nets.cards import Card, match_card
+from repvgg_deploy.nets.cost import count_flops, count_parameters
+from repvgg_deploy.runtime.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx, require_arch
+
+Description = dict[str, Any]
+
+
+def inspect_file(path: Path, arch: str | None = None, ema: bool | None = None) -> Description:
+    """What a checkpoint, an ONNX graph or an engine consists of and comes from, ready for a table or JSON.
+
+    Raises:
+        DeployError: the file is none of these, or is damaged.
+    """
+    if path.is_file() and is_engine(path):
+        from repvgg_deploy.engine.inspection import inspect_engine
+
+        report = inspect_engine(path)
+        require_arch(path, report.side.provenance, arch)
+        return report.to_dict()
+    if path.is_file() and is_onnx(path):
+        return _describe_graph(path, arch)
+    return _describe_checkpoint(load_checkpoint(path, arch, ema))
+
+
+def describe_card(card: Card) -> Description:
+    """A row of `archs`: parameters and FLOPs are computed from the net, top-1 is the published one."""
+    spec = card.spec()
+    size = card.preprocessing.height
+    return {
+        "arch": card.name,
+        "blocks": list(card.blocks),
+        "widths": [card.stem, *card.widths],
+        "groups": card.groups,
+        "squeeze_excite": f"C//{card.se_ratio} {card.se_position} ReLU" if card.se_ratio else None,
+        "parameters": count_parameters(spec),
+        "parameters_deploy": count_parameters(spec.fused()),
+        "input_size": size,
+        "flops": count_flops(spec, size, size),
+        "flops_deploy": count_flops(spec.fused(), size, size),
+        "top1": card.published.top1,
+        "top5": card.published.top5,
+        "source": card.source,
+    }
+
+
+def _describe_checkpoint(checkpoint: Checkpoint) -> Description:
+    spec = checkpoint.spec
+    card = match_card(spec)
+    preprocessing = choose_preprocessing(checkpoint, PreprocessingOptions())
+    height, width = preprocessing.height, preprocessing.width
+    squeeze = next((b.squeeze_excite for b in spec.blocks if b.squeeze_excite is not None), None)
+    return {
+        "file": str(checkpoint.path),
+        "kind": "checkpoint",
+        "layout": checkpoint.layout,
+        "form": checkpoint.form,
+        "ema": checkpoint.is_ema,
+        "arch": checkpoint.arch,
+        "card": card.name if card else None,
+        "blocks": [len(stage) for stage in spec.stages],
+        "widths": [stage[-1].out_channels for stage in spec.stages],
+        "groups": sorted({block.groups for block in spec.blocks}),
+        "squeeze_excite": f"{squeeze.position} ReLU" if squeeze else None,
+        "classes": spec.classes,
+        "class_names": list(checkpoint.class_names) if checkpoint.class_names else None,
+        "in_channels": spec.in_channels,
+        "parameters": count_parameters(spec),
+        "parameters_deploy": count_parameters(spec.fused()),
+        "input_size": [height, width],
+        "flops": count_flops(spec, height, width),
+        "flops_deploy": count_flops(spec.fused(), height, width),
+        "notes": list(checkpoint.notes),
+        "sha256": checkpoint.sha256,
+    }
+
+
+def _describe_graph(path: Path, arch: str | None) -> Description:
+    import math
+
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from repvgg_deploy.graphs.repvgg import METADATA_PREFIX, read_metadata
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise GraphError(f"{path} is a truncated or damaged ONNX graph", "export it again") from error
+    if not model.graph.node:
+        raise GraphError(f"{path} is no ONNX graph, or a truncated one: it has no nodes", "export it again")
+    properties = {p.key: p.value for p in model.metadata_props}
+    require_arch(path, read_metadata(properties), arch)
+    ops = [node.op_type for node in model.graph.node]
+    # What a number is multiplied with is a parameter; a shape, a K or the pixels' normalization is none.
+    weights = [item for item in model.graph.initializer if item.name.endswith((".weight", ".bias"))]
+    weights = weights or [item for item in model.graph.initializer if len(item.dims)]
+    types = onnx.TensorProto.DataType.Name
+    return {
+        "file": str(path),
+        "kind": "onnx",
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opset": next((o.version for o in model.opset_import if not o.domain), None),
+        "ir_version": model.ir_version,
+        "inputs": [_describe_tensor(item) for item in model.graph.input],
+        "outputs": [_describe_tensor(item) for item in model.graph.output],
+        "ops": {op: ops.count(op) for op in sorted(set(ops))},
+        "parameters": sum(math.prod(item.dims) for item in weights),
+        "weight_types": sorted({types(item.data_type).lower() for item in weights}),
+        "bytes": path.stat().st_size,
+        "external_data": any(item.data_location == onnx.TensorProto.EXTERNAL for item in weights),
+        "sha256": hash_file(path),
+        "provenance": {key.removeprefix(METADATA_PREFIX): value for key, value in properties.items()},
+    }
+
+
+def _describe_tensor(info: Any) -> str:
+    import onnx
+
+    kind = info.type.tensor_type
+    shape = ", ".join(d.dim_param or str(d.dim_value) for d in kind.shape.dim)
+    return f"{info.name} ({shape}) {onnx.TensorProto.DataType.Name(kind.elem_type).lower()}"

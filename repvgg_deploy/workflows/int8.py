@@ -1,0 +1,162 @@
+"""The INT8 stage of an export: calibration images, statistics, recipe, and the quantized net."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from repvgg_deploy.artifacts import Precision, Preprocessing
+from repvgg_deploy.errors import DeployError, ImageError, VerificationError
+from repvgg_deploy.files import stage_files
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization import (
+    CalibrationStatistics,
+    QuantizedNet,
+    Recipe,
+    collect_statistics,
+    load_recipe,
+    quantize,
+)
+from repvgg_deploy.quantization.calibration_images import CalibrationImages, choose_images
+from repvgg_deploy.quantization.mixed_precision import quantize_within
+from repvgg_deploy.quantization.qdq import with_fp16_scales
+from repvgg_deploy.runtime.model import Model
+from repvgg_deploy.runtime.torch import TorchOptions, TorchRunner
+from repvgg_deploy.workflows.evaluate import evaluate
+from repvgg_deploy.workflows.export_request import Int8Request
+
+if TYPE_CHECKING:
+    from repvgg_deploy.quantization.net import QuantizationSummary
+
+Say = Callable[[str], None]
+Report = Callable[[str, float], None]
+
+
+def quantize_for_export(
+    fused: RepVGG,
+    request: Int8Request,
+    preprocessing: Preprocessing,
+    sha256: str,
+    for_engine: bool,
+    say: Say,
+    report: Report,
+) -> tuple[QuantizedNet, QuantizationSummary]:
+    """`fused` in INT8 as `request` says; `sha256` is the checkpoint's, which a calibration cache belongs to.
+
+    Where layers are kept float for a given drop, that is measured as an engine computes, or else as ONNX Runtime does.
+
+    Raises:
+        DeployError: there are no images, only broken ones, or the recipe or the cache does not fit.
+    """
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise DeployError("torch sees no CUDA GPU here", "leave out --calib-device, or install torch for CUDA")
+    recipe = load_recipe(request.recipe)
+    if request.count is not None:
+        recipe = replace(recipe, count=request.count)
+    images = choose_images(request.images, recipe.count, recipe.seed, preprocessing, say)
+    if request.device != "cpu":
+        # The caller's net stays where it is.
+        fused = copy.deepcopy(fused).to(request.device)
+
+    def progress(step: str, done: int, total: int) -> None:
+        report(step, done / total if total else 0.0)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        statistics = _statistics(fused, images, recipe.views, request.cache, sha256, progress)
+        if request.max_drop is None or request.validation is None:
+            quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
+        else:
+            quantized = _quantize_within(
+                fused, images, recipe, statistics, request, request.validation, request.max_drop, for_engine, say
+            )
+    for warning in caught:
+        say(f"warning: {warning.message}")
+    for reason in images.broken.reasons.values():
+        say(f"left out: {reason}")
+    if quantized.summary is None:
+        raise AssertionError("quantize() gives a summary")
+    return quantized.cpu(), quantized.summary
+
+
+def _quantize_within(
+    fused: RepVGG,
+    images: CalibrationImages,
+    recipe: Recipe,
+    statistics: CalibrationStatistics,
+    request: Int8Request,
+    validation: Path,
+    max_drop: float,
+    for_engine: bool,
+    say: Say,
+) -> QuantizedNet:
+    """The net with the fewest float layers that loses at most `max_drop` points of top-1 on labelled images.
+
+    Raises:
+        VerificationError: no candidate loses less; see `quantize_within`.
+    """
+    device = fused.classifier.weight.device.type
+    options = None if device == "cpu" else TorchOptions(device)
+
+    def top1(net: nn.Module) -> float:
+        spec = fused.spec
+        runner = TorchRunner(net, options)
+        model = Model(validation, runner, images.preprocessing, None, spec.classes, spec.in_channels)
+        return evaluate(model, validation).top1
+
+    exact = top1(fused)
+
+    def measure_drop(net: QuantizedNet) -> float:
+        if request.rest is Precision.FP16:
+            net = with_fp16_scales(net)
+        drop = exact - top1(net.as_tensorrt() if for_engine or request.activation_type == "int8" else net)
+        kept = net.float_layers()
+        say(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
+        return drop
+
+    mixed = quantize_within(fused, images, recipe, measure_drop, max_drop, statistics, request.keep_float)
+    if mixed.drop > max_drop:
+        raise VerificationError(
+            f"top-1 drops by {mixed.drop:.2f} points, more than {max_drop:g}",
+            "take more calibration images, --recipe thorough, or a larger --max-drop",
+        )
+    say(f"kept in float: {', '.join(mixed.kept_float) or 'nothing'}, {mixed.macs_share:.1%} of the multiply-adds")
+    return mixed.net
+
+
+def _statistics(
+    fused: RepVGG,
+    images: CalibrationImages,
+    views: int,
+    cache: Path | None,
+    sha256: str,
+    progress: Callable[[str, int, int], None],
+) -> CalibrationStatistics:
+    """The statistics of the cache, where it holds those of this checkpoint; else they are taken now and kept there."""
+    seen = 0
+
+    def count(number: int) -> None:
+        nonlocal seen
+        seen += number
+        progress("calibrating", seen, len(images.paths) * views)
+
+    try:
+        if cache is not None and cache.exists():
+            return CalibrationStatistics.load(cache, sha256, images)
+        statistics = collect_statistics(fused, images, sha256, views, count)
+    except DeployError:
+        if images.broken.reasons and len(images.broken.reasons) == len(images.paths):
+            reason = next(iter(images.broken.reasons.values()))
+            raise ImageError(f"none of the calibration images can be read: {reason}", "give another folder") from None
+        raise
+    if cache is not None:
+        with stage_files(cache.absolute().parent) as staging:
+            statistics.save(staging / cache.name)
+    return statistics
