@@ -113,6 +113,7 @@ def test_no_images_are_an_error() -> None:
         collect_statistics(fused_net(), [])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 8))
 def test_rebatching_keeps_all_images_in_order(sizes: list[int], wanted: int) -> None:
     images = torch.arange(sum(sizes), dtype=torch.float32).reshape(-1, 1, 1, 1)
