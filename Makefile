@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Without an NVIDIA GPU the CPU build of torch is asked for first: the default one brings gigabytes of CUDA libraries.
 TORCH ?= 2.13.0
+LOWEST ?= .venv-lowest
 # Pins for reproducible test runs, on the Python versions that these releases support.
 CONSTRAINTS := -c constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format lowest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/repvgg-deploy demo
@@ -22,6 +23,17 @@ test: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The demo with the lowest versions that pyproject.toml allows and that have a wheel for this Python. uv finds them, which
+# pip cannot; pip installs them. Packages that these need in turn are the newest that fit.
+lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install -q uv
+	$(LOWEST)/bin/uv pip compile -q --resolution lowest-direct --no-deps --only-binary :all: --no-header --no-annotate \
+		--python $(LOWEST)/bin/python --extra cpu pyproject.toml -o $(LOWEST)/lowest.txt
+	@cat $(LOWEST)/lowest.txt
+	$(MAKE) demo VENV=$(LOWEST) CONSTRAINTS="-c $(LOWEST)/lowest.txt" \
+		TORCH="$$(sed -n 's/^torch==//p' $(LOWEST)/lowest.txt)"
 
 $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
@@ -46,4 +58,4 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) out build dist .pytest_cache .mypy_cache .ruff_cache
