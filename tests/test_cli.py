@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -292,9 +293,11 @@ def test_program_exits_with_1_after_an_error_and_2_after_wrong_usage(tmp_path: P
 def test_help_takes_less_than_a_third_of_a_second_and_imports_nothing_heavy() -> None:
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        # Of the processor, not of the clock: what else the machine does is no matter.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = process("--help")
-        seconds.append(time.perf_counter() - begin)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
     assert min(seconds) < 0.3
     code = "import sys, repvgg_deploy.cli.main; print(sorted({'torch', 'onnx', 'numpy', 'PIL'} & set(sys.modules)))"

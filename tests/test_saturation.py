@@ -15,6 +15,7 @@ from test_quantize_net import QUICK
 from test_quantize_preparation import draw_images, fused_net
 
 from repvgg_deploy.cli.main import main
+from repvgg_deploy.errors import GraphError
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.hardware.cpu import read_cpu
@@ -54,6 +55,22 @@ def saturating_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_graph_that_saturates_is_found_and_one_of_ours_is_not(safe: Path, foreign: Path) -> None:
     assert find_saturating_layers(safe) == ()
     assert find_saturating_layers(foreign) == ("stages.0.0.conv",)
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\nhello"])
+def test_a_damaged_graph_is_left_to_whoever_opens_it(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(content)
+    assert find_saturating_layers(path) == ()
+    assert find_saturating_layers(tmp_path / "missing.onnx") == ()
+
+
+@pytest.mark.usefixtures("saturating_cpu")
+def test_a_damaged_graph_is_an_error_on_a_cpu_that_saturates_too(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(b"\x08\nhello")
+    with pytest.raises(GraphError, match="does not load"):
+        open_model(path)
 
 
 @pytest.mark.parametrize("op", ["QLinearMatMul", "MatMulInteger"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -65,7 +66,11 @@ def find_saturating_layers(path: Path) -> tuple[str, ...]:
     """
     from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 
-    skeleton = onnx.load(path, load_external_data=False)
+    try:
+        skeleton = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError):
+        # What is wrong with the file is told by whoever opens it to run it.
+        return ()
     if not any(node.op_type in _QUANTIZED for node in skeleton.graph.node):
         return ()
     runtime = import_onnxruntime()
@@ -78,7 +83,6 @@ def find_saturating_layers(path: Path) -> tuple[str, ...]:
         try:
             runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            # What is wrong with the file is told by whoever opens it to run it.
             if type(error).__module__.split(".")[0] != "onnxruntime":
                 raise
             return ()
