@@ -24,6 +24,7 @@ from repvgg_deploy.nets.baselines import find_baseline
 from repvgg_deploy.nets.seeding import seeded_baseline
 from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.quantization.qdq import to_qdq_onnx
+from repvgg_deploy.runtime.saturation import saturates_here
 
 
 def write_models(arch: str, size: int, folder: Path) -> dict[str, Path]:
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cpu-note", help="what the CPU's name does not tell, for the record")
     parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     results = []
@@ -86,8 +88,9 @@ def main() -> None:
             speedup = {name: round(row["fp32"] / value, 2) for name, value in row.items()}
             results.append({"arch": arguments.arch, "size": arguments.size, "batch": batch, "ms": row, "x": speedup})
             print(results[-1], flush=True)
-    what = f"int8-speed-{arguments.arch}-{arguments.size}"
-    print(f"written {write_record(arguments.output, what, results, rounds=arguments.rounds)}")
+    what = f"int8-speed-{arguments.arch}-{arguments.size}{'-without-vnni' if saturates_here() else ''}"
+    path = write_record(arguments.output, what, results, cpu_note=arguments.cpu_note, rounds=arguments.rounds)
+    print(f"written {path}")
 
 
 if __name__ == "__main__":
