@@ -128,3 +128,18 @@ def test_a_signal_ends_a_wait_for_a_thread(number: signal.Signals) -> None:
         command()
     timer.join()
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("number", RAISED)
+def test_an_error_that_a_library_makes_of_a_signal_is_the_signal(number: signal.Signals) -> None:
+    def call_back() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(20)
+        except BaseException as error:
+            raise ValueError("could not determine the shape") from error
+
+    with pytest.raises(RAISED[number]), raise_signals():
+        call_back()
+    with pytest.raises(ValueError, match="its own"), raise_signals():
+        raise ValueError("its own")

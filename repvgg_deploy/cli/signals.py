@@ -31,6 +31,7 @@ def raise_signals() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in _DEFAULTS}
     pending: list[int] = []
+    raised: list[int] = []
     outside = _count_imports(sys._getframe())
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -41,21 +42,28 @@ def raise_signals() -> Iterator[None]:
         if signal.SIGALRM in before and (_count_imports(frame) > outside or _is_in_lock(frame)):
             signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
             return
-        first = pending[0]
+        raised.append(pending[0])
         pending.clear()
-        if first == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + first)
+        raise _exception_of(raised[0])
 
     try:
         for number in before:
             signal.signal(number, handle)
         yield
+    except Exception:
+        # A library in C that calls Python back makes an error of its own of whatever is raised there.
+        if raised:
+            raise _exception_of(raised[0]) from None
+        raise
     finally:
         if signal.SIGALRM in before:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _exception_of(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _count_imports(frame: FrameType | None) -> int:
