@@ -167,3 +167,15 @@ def test_exact_sums_are_those_of_the_torch_net_on_any_cpu(foreign: Path) -> None
     native = open_model(foreign, exact_integers=False).run_images(images.numpy())["logits"]
     # Without VNNI the planted layer saturates for good.
     assert saturates_here() == bool(np.abs(native - expected).max() > 1e-2 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("saturating_cpu")
+def test_bench_marks_a_graph_whose_sums_may_saturate_and_no_other(safe: Path, foreign: Path) -> None:
+    command = ["bench", str(safe), str(foreign), "--duration", "0.02", "--iterations", "2", "--warmup", "0"]
+    result = CliRunner().invoke(main, [*command, "--json"])
+    assert result.exit_code == 0, result.stderr
+    modes = {entry["model"]: entry["mode"] for entry in json.loads(result.stdout)["results"]}
+    assert modes == {"safe.onnx": "", "foreign.onnx": "sums may saturate"}
+    printed = CliRunner(env={"COLUMNS": "200"}).invoke(main, command)
+    marked = [line.split()[0] for line in printed.stdout.splitlines() if "sums may saturate" in line]
+    assert marked == ["foreign.onnx"], printed.stdout

@@ -145,7 +145,7 @@ def _print_record(record: Record) -> None:
         [
             r["model"], r["form"], f"{r['backend']} {r['backend_version']}", r["precision"], r["batch"],
             _digits(r["images_per_sec"]), *(_digits(r["latency_ms"][p]) for p in ("p50", "p90", "p99")),
-            _digits(r["compute_ms"]), "unstable" if r["unstable"] else "",
+            _digits(r["compute_ms"]), ", ".join(filter(None, [r["mode"], "unstable" if r["unstable"] else ""])),
         ]
         for r in record["results"]
     ]  # fmt: skip
