@@ -30,13 +30,13 @@ warnings.simplefilter("ignore")
 import onnx, onnxsim, torch
 from torch.nn.functional import pad
 from repvgg_deploy.nets.cards import find_card
-from repvgg_deploy.checkpoints.official import LAYOUT
+from repvgg_deploy.checkpoints.known_layouts import OFFICIAL
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
 arch, source, target, exporter = sys.argv[1:]
 net = RepVGG(find_card(arch).spec()).eval()
 state = torch.load(source, map_location="cpu", weights_only=True)
-names = LAYOUT.name_keys(state).names
+names = OFFICIAL.name_keys(state).names
 net.load_state_dict({names[key]: value for key, value in state.items()})
 
 def affine(bn):

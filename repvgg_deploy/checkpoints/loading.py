@@ -10,28 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repvgg_deploy.checkpoints import holocron, official, official_plus, openmmlab, qarepvgg, repoptimizers, timm
 from repvgg_deploy.checkpoints.architecture import infer_spec, name_nearest
 from repvgg_deploy.checkpoints.containers import Contents, StateDict, read_file
+from repvgg_deploy.checkpoints.known_layouts import LAYOUTS
 from repvgg_deploy.checkpoints.layout import KeyMap
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.files import hash_file
 from repvgg_deploy.nets.cards import ArchSpec, describe, find_card
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.threads import start_workers
-
-LAYOUTS = (
-    official.LAYOUT,
-    official_plus.LAYOUT,
-    timm.LAYOUT,
-    openmmlab.LAYOUT,
-    holocron.LAYOUT,
-    qarepvgg.V1,
-    qarepvgg.V2,
-    # In front of the training form: of two layouts that know the same keys the first is taken.
-    repoptimizers.DEPLOY,
-    repoptimizers.LAYOUT,
-)
 
 # A key that tells another network: what a user is likely to have mixed up.
 _OTHERS = (

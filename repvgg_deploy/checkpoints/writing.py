@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repvgg_deploy.checkpoints import official, official_plus, timm
+from repvgg_deploy.checkpoints.known_layouts import OFFICIAL, OFFICIAL_PLUS, TIMM
 from repvgg_deploy.checkpoints.layout import KeyMap, Layout
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.cards import ArchSpec
@@ -60,9 +60,9 @@ def _key_map(spec: ArchSpec, layout: str) -> KeyMap:
 
 def _layout(spec: ArchSpec, layout: str) -> Layout:
     if layout == "timm":
-        return timm.LAYOUT
+        return TIMM
     after = any(b.squeeze_excite is not None and b.squeeze_excite.position == "after" for b in spec.blocks)
-    return official_plus.LAYOUT if after else official.LAYOUT
+    return OFFICIAL_PLUS if after else OFFICIAL
 
 
 def write_state_dict(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
