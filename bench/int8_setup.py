@@ -133,7 +133,8 @@ def run_openvino(path: Path, images: Floats) -> Floats:
 def quantize_ours(fused: RepVGG, recipe: str, images: Floats, target: Path) -> None:
     """This project's Q/DQ graph."""
     net = quantize(fused, in_batches(images), load_recipe(recipe))
-    write_graph(to_qdq_onnx(net, GraphOptions(PIXELS, PIXELS), {}), target)
+    height, width = images.shape[2:]
+    write_graph(to_qdq_onnx(net, GraphOptions(height, width), {}), target)
 
 
 def write_as_tensorrt_reads(source: Path, target: Path) -> None:
