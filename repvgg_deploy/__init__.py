@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from repvgg_deploy.quantization.recipe import load_recipe as load_recipe
     from repvgg_deploy.runtime.model import Model as Model
     from repvgg_deploy.runtime.model import open_model as open_model
+    from repvgg_deploy.verification.models import verify_models as verify_models
     from repvgg_deploy.workflows.evaluate import evaluate as evaluate
-    from repvgg_deploy.workflows.evaluate import verify_models as verify_models
     from repvgg_deploy.workflows.export import export as export
     from repvgg_deploy.workflows.export_request import ExportRequest as ExportRequest
     from repvgg_deploy.workflows.export_request import ExportResult as ExportResult
@@ -55,7 +55,7 @@ _HOMES = {
     "open_model": "runtime.model",
     "quantize": "quantization.quantize",
     "run_benchmark": "benchmark.run",
-    "verify_models": "workflows.evaluate",
+    "verify_models": "verification.models",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

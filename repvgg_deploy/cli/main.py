@@ -226,7 +226,7 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     graph say, or else the architecture's card.
     """
     from repvgg_deploy.cli import output as report
-    from repvgg_deploy.workflows.evaluate import Tolerance, verify_models
+    from repvgg_deploy.verification.models import Tolerance, verify_models
 
     if options["count"] is not None and options["data"] is None:
         raise click.UsageError("--count is for --data DIR.")

@@ -140,6 +140,12 @@ def rank_classes(outputs: dict[str, Array], count: int) -> NDArray[np.int64]:
     return np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]
 
 
+def softmax(logits: Array) -> Array:
+    """Probabilities along the last axis, in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
 def is_onnx(path: Path) -> bool:
     """Whether a file is an ONNX graph, by its first byte (ModelProto.ir_version) or its ending."""
     if path.suffix == ".onnx":

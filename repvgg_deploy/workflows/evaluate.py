@@ -1,23 +1,20 @@
-"""Accuracy of a model on labelled images, and the agreement of two models on any."""
+"""Accuracy of a model on labelled images."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from repvgg_deploy.artifacts import Array, Parity
-from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
-from repvgg_deploy.images.decoding import BrokenImages, LabelledImages, list_images, list_labelled_images, read_batches
+from repvgg_deploy.errors import DeployError, ImageError
+from repvgg_deploy.images.decoding import BrokenImages, LabelledImages, list_labelled_images, read_batches
 from repvgg_deploy.runtime.base import Runner
-from repvgg_deploy.runtime.model import Model, PreprocessingOptions, is_engine, is_onnx, open_model, rank_classes
-from repvgg_deploy.verification.inputs import choose_pixels
-from repvgg_deploy.verification.parity import compare, require_parity
+from repvgg_deploy.runtime.model import Model, rank_classes
 
 Advance = Callable[[int], None]
 
@@ -132,120 +129,3 @@ def _index_names(class_names: tuple[str, ...]) -> dict[str, int]:
     first = [re.split(r"[\t ,]", name)[0] for name in class_names]
     known = {word: i for i, word in enumerate(first) if first.count(word) == 1}
     return known | {name: i for i, name in enumerate(class_names)}
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What two models may differ by; None for the largest relative difference is decided by their precision."""
-
-    max_relative: float | None = None
-    max_abs: float | None = None
-    max_disagreement: float | None = None
-
-    def require(self, parity: Parity, precisions: set[str]) -> None:
-        """Nothing, where `parity` is within the tolerance.
-
-        Raises:
-            VerificationError: a difference is larger, or a number is none.
-        """
-        # A graph of unknown origin is held to float32: a looser tolerance is the user's to give.
-        coarsest = max(_MAX_RELATIVE.get(precision, _MAX_RELATIVE["fp32"]) for precision in precisions)
-        require_parity("verify", parity, coarsest if self.max_relative is None else self.max_relative)
-        if self.max_abs is not None and not parity.max_abs <= self.max_abs:
-            raise VerificationError(f"a logit differs by {parity.max_abs:.3g}, more than {self.max_abs:g}", _LOOK)
-        disagreement = 100 * (1 - parity.top1_agreement)
-        if self.max_disagreement is not None and not disagreement <= self.max_disagreement:
-            raise VerificationError(
-                f"the top-1 class of {disagreement:.2f} % of the images differs, more than {self.max_disagreement:g} %",
-                _LOOK,
-            )
-
-
-_LOOK = "see with `inspect` whether both are of one checkpoint, and take the same preprocessing"
-
-# Float32 arithmetic alone costs 1e-6 to 1e-5 on nets of this depth; FP16 has a rounding of 5e-4, accumulated over the
-# layers. INT8 is no copy of the net: what it may cost is a matter of accuracy, not of equality.
-_MAX_RELATIVE = {"fp64": 1e-4, "fp32": 1e-4, "tf32": 1e-2, "fp16": 3e-2, "int8": 0.5}
-
-
-def verify_models(
-    first: Path,
-    second: Path,
-    options: PreprocessingOptions,
-    tolerance: Tolerance,
-    data: Path | None = None,
-    count: int | None = None,
-    arch: str | None = None,
-    ema: bool | None = None,
-    trust: bool = False,
-    exact_integers: bool = True,
-    say: Callable[[str], None] = lambda _: None,
-) -> Parity:
-    """How the outputs of model `second` differ from those of `first`, on the images of `data` or on drawn ones.
-
-    Both get the same pixels: prepared as the user says, else as the metadata of an exported graph say, else as the
-    card of a checkpoint does.
-
-    Raises:
-        VerificationError: they differ by more than `tolerance`.
-        DeployError: a model cannot be opened, or they do not take the same pixels.
-    """
-    graphs = [is_onnx(path) or is_engine(path) for path in (first, second)]
-    models: list[Model] = []
-    for path in sorted((first, second), key=lambda path: not (is_onnx(path) or is_engine(path))):
-        shared = options
-        if models and graphs.count(True) == 1:
-            known = models[0].preprocessing
-            shared = PreprocessingOptions((known.height, known.width), known.resize, known.mean, known.std)
-        models.append(open_model(path, shared, arch, ema, trust, exact_integers))
-        for note in models[-1].notes:
-            say(f"note: {note}")
-    if models[0].path != first:
-        models.reverse()
-    a, b = models
-    if a.preprocessing != b.preprocessing:
-        raise DeployError(
-            f"the models take different pixels: {a.preprocessing.to_json()} and {b.preprocessing.to_json()}",
-            "give --size, --resize, --mean and --std that fit both",
-        )
-    pixels = None if data is not None else choose_pixels(a.preprocessing, _channels(a, b), 8)
-    parity = _compare_outputs(a, b, data, pixels, count)
-    tolerance.require(parity, {a.runner.precision, b.runner.precision})
-    return parity
-
-
-def _channels(*models: Model) -> int:
-    return next((model.channels for model in models if model.channels is not None), 3)
-
-
-def _compare_outputs(first: Model, second: Model, data: Path | None, pixels: Array | None, count: int | None) -> Parity:
-    broken = BrokenImages()
-    if pixels is None:
-        paths = list_images(data or Path())[:count]
-        batches: Iterable[Array] = (found for found, _ in read_batches(paths, first.preprocessing, 16, broken))
-    else:
-        batches = [pixels]
-    outputs = [(_scores(first, found), _scores(second, found)) for found in batches]
-    if broken.reasons:
-        raise ImageError(next(iter(broken.reasons.values())), "remove it, or give another folder")
-    kinds = {pair[i][0] for pair in outputs for i in (0, 1)}
-    # Where one model gives probabilities, those of the other's logits are computed.
-    first_scores, second_scores = (
-        np.concatenate([softmax(v) if len(kinds) > 1 and kind == "logits" else v for kind, v in side])
-        for side in ([pair[0] for pair in outputs], [pair[1] for pair in outputs])
-    )
-    return compare(first_scores, second_scores)
-
-
-def _scores(model: Model, pixels: Array) -> tuple[str, Array]:
-    outputs = model.run_pixels(pixels)
-    if "classes" in outputs:
-        raise GraphError(f"{model.path} gives only its best classes", "export without --topk to compare all scores")
-    name, values = next(iter(outputs.items()))
-    return ("probabilities" if name == "probabilities" else "logits"), values
-
-
-def softmax(logits: Array) -> Array:
-    """Probabilities along the last axis, in float64."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))

@@ -26,13 +26,12 @@ from repvgg_deploy.graphs.repvgg import FP16_MAX, FloatLayers, Fp16Rounding, Gra
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.runtime.model import Model, choose_preprocessing
+from repvgg_deploy.runtime.model import Model, choose_preprocessing, softmax
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.threads import start_workers
 from repvgg_deploy.verification.inputs import VerificationInputs, choose_inputs
 from repvgg_deploy.verification.parity import compare, require_parity
 from repvgg_deploy.verification.reference import run_fused, run_in_float64
-from repvgg_deploy.workflows.evaluate import softmax
 from repvgg_deploy.workflows.export_request import ExportRequest, ExportResult
 
 if TYPE_CHECKING:
