@@ -45,8 +45,9 @@ from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
-from repvgg_deploy.nets.cards import ArchSpec, BlockSpec, SqueezeExcite, find_card, training_branches
+from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.spec import ArchSpec, BlockSpec, SqueezeExcite, training_branches
 
 CALIBRATION_SEED, EVALUATION_SEED, TRAINING_SEED, HELD_OUT_SEED = 31, 32, 33, 34
 TRAINING_IMAGES, EPOCHS = 8000, 10

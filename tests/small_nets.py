@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.nets.cards import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
 
 PLAIN = (Branch(3), Branch(1), Branch(IDENTITY))
 BARE = (Branch(3), Branch(1, norm=False), Branch(IDENTITY, norm=False))

@@ -73,7 +73,7 @@ def test_an_architecture_without_a_card_is_described() -> None:
 def test_holocrons_extra_block_in_every_stage_keeps_the_name() -> None:
     spec = find_card("A0").spec(classes=10)
     stages = tuple((*stage, replace(stage[-1], in_channels=stage[-1].out_channels, stride=1)) for stage in spec.stages)
-    from repvgg_deploy.nets.cards import training_branches
+    from repvgg_deploy.nets.spec import training_branches
 
     stages = tuple(tuple(replace(b, branches=training_branches(b)) for b in stage) for stage in stages)
     holocron = replace(spec, stages=stages)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from repvgg_deploy.checkpoints import load_checkpoint
 from repvgg_deploy.errors import CheckpointError, DeployError
-from repvgg_deploy.nets.cards import SqueezeExcite, find_card
+from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.spec import SqueezeExcite
 
 Save = Callable[..., Path]
 State = dict[str, Tensor]

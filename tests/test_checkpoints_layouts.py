@@ -18,9 +18,10 @@ from torch import Tensor
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.fusion.fuse import fuse
-from repvgg_deploy.nets.cards import SqueezeExcite, describe
+from repvgg_deploy.nets.cards import describe
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
+from repvgg_deploy.nets.spec import SqueezeExcite
 from repvgg_deploy.runtime.model import PreprocessingOptions
 from repvgg_deploy.workflows.export import ExportRequest, export
 

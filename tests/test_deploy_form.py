@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import CheckpointError, DeployError, VerificationError
 from repvgg_deploy.fusion.fuse import fuse
-from repvgg_deploy.nets.cards import SqueezeExcite
+from repvgg_deploy.nets.spec import SqueezeExcite
 from repvgg_deploy.workflows.fuse_checkpoint import write_fused
 
 Save = Callable[..., Path]

@@ -13,16 +13,9 @@ from torch import nn
 
 from repvgg_deploy.errors import FusionError
 from repvgg_deploy.fusion.fuse import Fusion, begin_fusion, equivalent_kernel_bias, fuse
-from repvgg_deploy.nets.cards import (
-    IDENTITY,
-    BlockSpec,
-    Branch,
-    SqueezeExcite,
-    find_card,
-    load_cards,
-    training_branches,
-)
+from repvgg_deploy.nets.cards import find_card, load_cards
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, TrainingBlock
+from repvgg_deploy.nets.spec import IDENTITY, BlockSpec, Branch, SqueezeExcite, training_branches
 from repvgg_deploy.verification.reference import run_in_float64
 
 

@@ -13,7 +13,7 @@ from repvgg_deploy.errors import GraphError
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.training import to_training_onnx
-from repvgg_deploy.nets.cards import SqueezeExcite
+from repvgg_deploy.nets.spec import SqueezeExcite
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 
 NETS: dict[str, dict[str, Any]] = {

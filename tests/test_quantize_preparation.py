@@ -14,8 +14,8 @@ from small_nets import logits_of, make_net, relative
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import fuse
-from repvgg_deploy.nets.cards import SqueezeExcite
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.spec import SqueezeExcite
 from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
 from repvgg_deploy.quantization.equalize import equalize
 from repvgg_deploy.quantization.points import edge_names, fused_blocks, rebatch, walk

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repvgg_deploy.checkpoints.layout import KeyMap
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.nets.cards import IDENTITY, ArchSpec, BlockSpec, SqueezeExcite
+from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec, SqueezeExcite
 
 Parts = Mapping[str, Tensor]
 

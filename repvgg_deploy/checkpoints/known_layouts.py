@@ -1,7 +1,7 @@
 """The layouts of the libraries whose checkpoints are read, one `Layout` each."""
 
 from repvgg_deploy.checkpoints.layout import Layout, Segment, numbered_stages
-from repvgg_deploy.nets.cards import IDENTITY, Branch
+from repvgg_deploy.nets.spec import IDENTITY, Branch
 
 _BLOCK_OF_OFFICIAL = {
     "rbr_dense.conv": "branch_3x3.conv",

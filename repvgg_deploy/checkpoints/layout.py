@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from repvgg_deploy.nets.cards import TRAINING_BRANCHES, Branch
+from repvgg_deploy.nets.spec import TRAINING_BRANCHES, Branch
 
 _LEAVES = r"weight|bias|running_mean|running_var|num_batches_tracked"
 

@@ -16,8 +16,9 @@ from repvgg_deploy.checkpoints.known_layouts import LAYOUTS
 from repvgg_deploy.checkpoints.layout import KeyMap
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.files import hash_file
-from repvgg_deploy.nets.cards import ArchSpec, describe, find_card
+from repvgg_deploy.nets.cards import describe, find_card
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.spec import ArchSpec
 from repvgg_deploy.threads import start_workers
 
 # A key that tells another network: what a user is likely to have mixed up.

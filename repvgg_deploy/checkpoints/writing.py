@@ -13,8 +13,8 @@ from torch import Tensor
 from repvgg_deploy.checkpoints.known_layouts import OFFICIAL, OFFICIAL_PLUS, TIMM
 from repvgg_deploy.checkpoints.layout import KeyMap, Layout
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.nets.cards import ArchSpec
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.spec import ArchSpec
 
 WRITABLE = ("official", "timm")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repvgg_deploy.nets.cards import IDENTITY, ArchSpec, BlockSpec
+from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec
 
 
 def count_parameters(spec: ArchSpec) -> int:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.nets.cards import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
+from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
 
 
 class SqueezeExciteBlock(nn.Module):

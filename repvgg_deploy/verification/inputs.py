@@ -11,8 +11,8 @@ from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images.decoding import BrokenImages, Pixels, list_images, read_batches
 from repvgg_deploy.images.synthetic import draw_images
-from repvgg_deploy.nets.cards import ArchSpec
 from repvgg_deploy.nets.cost import count_flops
+from repvgg_deploy.nets.spec import ArchSpec
 
 # Multiply-adds that a stage may cost. Float64 runs at about a twentieth of a float32 convolution's speed.
 _FLOAT64_BUDGET = 3e9
