@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from numpy.typing import NDArray
+
+from repvgg_deploy.errors import DeployError
 
 Array = NDArray[Any]
 """An array of any shape and type, on the host."""
@@ -46,6 +48,39 @@ class Preprocessing:
         """The inverse of `to_json`."""
         values = json.loads(text)
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """What a user said of the preprocessing; None where the model's metadata or card decides."""
+
+    size: tuple[int, int] | None = None
+    resize: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def apply(self, base: Preprocessing) -> Preprocessing:
+        """`base` with what the user said in its place.
+
+        A size without a resize means no cropping beyond the aspect ratio, as the official code evaluates at sizes
+        other than 224.
+
+        Raises:
+            DeployError: mean and std have different numbers of values, or a std is not positive.
+        """
+        changed = base
+        if self.size is not None and self.size != (base.height, base.width):
+            changed = replace(changed, height=self.size[0], width=self.size[1], resize=max(self.size))
+        if self.resize is not None:
+            changed = replace(changed, resize=self.resize)
+        changed = replace(changed, mean=self.mean or changed.mean, std=self.std or changed.std)
+        if len(changed.mean) != len(changed.std):
+            raise DeployError(
+                f"mean has {len(changed.mean)} values and std {len(changed.std)}", "give --mean and --std together"
+            )
+        if min(changed.std) <= 0 or min(changed.height, changed.width, changed.resize) < 1:
+            raise DeployError("std, size and resize must be positive", "check the preprocessing options")
+        return changed
 
 
 @dataclass(frozen=True)

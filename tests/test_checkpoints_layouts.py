@@ -15,6 +15,7 @@ import torch
 from small_nets import NETS, logits_of, make_net, name_in_layout, relative
 from torch import Tensor
 
+from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.fusion.fuse import fuse
@@ -22,7 +23,6 @@ from repvgg_deploy.nets.cards import describe
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.nets.spec import SqueezeExcite
-from repvgg_deploy.runtime.model import PreprocessingOptions
 from repvgg_deploy.workflows.export import ExportRequest, export
 
 GOLDEN = [

@@ -14,6 +14,7 @@ import pytest
 from engine_graphs import CLASSES, PIXELS, rtx_backend
 from simulated_engine import SCRATCH, SimulatedCuda, SimulatedEngine, Undefined, simulate, tensorrt_like
 
+from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.engine import log as messages
 from repvgg_deploy.engine import runner as engine_runner
 from repvgg_deploy.engine import stream as lane_module
@@ -24,7 +25,7 @@ from repvgg_deploy.engine.loading import LoadedEngine
 from repvgg_deploy.engine.runner import EngineRunner, _OwnedMemory
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.gpus import FoundGpus, Gpu
-from repvgg_deploy.runtime.model import PreprocessingOptions, open_model
+from repvgg_deploy.runtime.model import open_model
 
 
 @pytest.fixture(params=[rtx_backend, tensorrt_like], ids=["tensorrt-rtx", "tensorrt"])

@@ -12,11 +12,11 @@ import pytest
 import torch
 from small_nets import make_net, name_in_layout
 
-from repvgg_deploy.artifacts import Parity, Precision, Preprocessing
+from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
 from repvgg_deploy.images.decoding import list_labelled_images, normalize, read_pixels
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.runtime.model import Model, PreprocessingOptions, open_model, softmax
+from repvgg_deploy.runtime.model import Model, open_model, softmax
 from repvgg_deploy.verification.models import Tolerance, verify_models
 from repvgg_deploy.workflows.evaluate import evaluate
 from repvgg_deploy.workflows.export import ExportRequest, export

@@ -13,13 +13,14 @@ import torch
 from onnx import TensorProto, helper
 from small_nets import make_net, name_in_layout
 
-from repvgg_deploy.artifacts import Precision, Preprocessing
+from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.checkpoints import load_checkpoint
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cards import find_card
+from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.runtime.model import PreprocessingOptions, choose_preprocessing, is_onnx, open_model, rank_classes
+from repvgg_deploy.runtime.model import is_onnx, open_model, rank_classes
 from repvgg_deploy.workflows.export import ExportRequest, export
 
 Save = Callable[..., Path]
@@ -71,7 +72,7 @@ def test_mean_and_std_that_make_no_sense_are_an_error(options: dict[str, Any]) -
 
 
 def test_custom_net_gets_the_preprocessing_of_imagenet(checkpoint_file: Path) -> None:
-    assert choose_preprocessing(load_checkpoint(checkpoint_file), PreprocessingOptions()) == Preprocessing()
+    assert choose_preprocessing(load_checkpoint(checkpoint_file).spec, PreprocessingOptions()) == Preprocessing()
 
 
 def test_card_decides_the_preprocessing() -> None:
@@ -81,14 +82,14 @@ def test_card_decides_the_preprocessing() -> None:
 @pytest.mark.parametrize("channels", [1, 4])
 def test_net_of_other_channels_gets_a_mean_of_one_half_each(channels: int, save: Save) -> None:
     checkpoint = load_checkpoint(save(name_in_layout(make_net(in_channels=channels), "official")))
-    chosen = choose_preprocessing(checkpoint, PreprocessingOptions())
+    chosen = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
     assert (chosen.mean, chosen.std) == ((0.5,) * channels, (0.5,) * channels)
 
 
 def test_mean_for_another_number_of_channels_than_the_net_takes_is_an_error(checkpoint_file: Path) -> None:
     options = PreprocessingOptions(mean=(0.5,), std=(0.5,))
     with pytest.raises(DeployError, match="the net takes 3 channels"):
-        choose_preprocessing(load_checkpoint(checkpoint_file), options)
+        choose_preprocessing(load_checkpoint(checkpoint_file).spec, options)
 
 
 def test_checkpoint_gives_the_logits_of_its_net(net: RepVGG, checkpoint_file: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_fuse import narrow, randomize
 
-from repvgg_deploy.artifacts import Precision, Preprocessing
+from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.fusion.fuse import Fusion, fuse
@@ -17,7 +17,6 @@ from repvgg_deploy.graphs.repvgg import read_metadata
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.runtime.model import PreprocessingOptions
 from repvgg_deploy.verification.inputs import choose_small_pixels
 from repvgg_deploy.verification.parity import compare
 from repvgg_deploy.verification.reference import run_fused

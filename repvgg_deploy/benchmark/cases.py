@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 
-from repvgg_deploy.artifacts import Precision
+from repvgg_deploy.artifacts import Precision, PreprocessingOptions
 from repvgg_deploy.benchmark.graphs import NamedNet, write_net
 from repvgg_deploy.benchmark.measure import Label, Subject
 from repvgg_deploy.benchmark.roofline import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
@@ -22,9 +22,10 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.nets.baselines import find_baseline, fold_batch_norms
 from repvgg_deploy.nets.cards import find_card
+from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.seeding import seeded_baseline, seeded_inputs, seeded_repvgg
-from repvgg_deploy.runtime.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx
+from repvgg_deploy.runtime.model import is_engine, is_onnx
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, OnnxRunner, import_onnxruntime
 from repvgg_deploy.runtime.torch import TorchEvents, TorchLane, TorchOptions, TorchPrecision, TorchRunner
 
@@ -127,7 +128,7 @@ def _find_net(entry: Entry) -> NamedNet:
     if entry.is_file:
         checkpoint = load_checkpoint(path)
         name, net = path.name, build(checkpoint)
-        size, top1 = entry.size or choose_preprocessing(checkpoint, PreprocessingOptions()).height, None
+        size, top1 = entry.size or choose_preprocessing(checkpoint.spec, PreprocessingOptions()).height, None
     else:
         baseline = find_baseline(entry.model)
         if baseline is not None:

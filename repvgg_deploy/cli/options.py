@@ -14,8 +14,8 @@ from click.core import ParameterSource
 from repvgg_deploy.errors import DeployError
 
 if TYPE_CHECKING:
+    from repvgg_deploy.artifacts import PreprocessingOptions
     from repvgg_deploy.engine.options import BuildOptions
-    from repvgg_deploy.runtime.model import PreprocessingOptions
     from repvgg_deploy.workflows.export_request import Int8Request
 
     SizeType = click.ParamType[tuple[int, int]]
@@ -263,7 +263,7 @@ def path_argument(name: str, **options: Any) -> Callable[[F], F]:
 
 def take_preprocessing(values: dict[str, Any]) -> PreprocessingOptions:
     """Remove the preprocessing options from `values` and return them as one object."""
-    from repvgg_deploy.runtime.model import PreprocessingOptions
+    from repvgg_deploy.artifacts import PreprocessingOptions
 
     return PreprocessingOptions(*(values.pop(name) for name in ("size", "resize", "mean", "std")))
 

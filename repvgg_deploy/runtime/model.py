@@ -9,72 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_deploy.artifacts import Array, Preprocessing, Provenance
+from repvgg_deploy.artifacts import Array, Preprocessing, PreprocessingOptions, Provenance
 from repvgg_deploy.checkpoints import build, load_checkpoint
-from repvgg_deploy.checkpoints.loading import Checkpoint
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.graphs.repvgg import read_metadata
 from repvgg_deploy.images.decoding import Pixels, normalize, take_luma
-from repvgg_deploy.nets.cards import find_card, match_card
+from repvgg_deploy.nets.cards import find_card
+from repvgg_deploy.nets.preprocessing import choose_preprocessing, require_channels
 from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchRunner
-
-
-@dataclass(frozen=True)
-class PreprocessingOptions:
-    """What a user said of the preprocessing; None where the model's metadata or card decides."""
-
-    size: tuple[int, int] | None = None
-    resize: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def apply(self, base: Preprocessing) -> Preprocessing:
-        """`base` with what the user said in its place.
-
-        A size without a resize means no cropping beyond the aspect ratio, as the official code evaluates at sizes
-        other than 224.
-
-        Raises:
-            DeployError: mean and std have different numbers of values, or a std is not positive.
-        """
-        changed = base
-        if self.size is not None and self.size != (base.height, base.width):
-            changed = replace(changed, height=self.size[0], width=self.size[1], resize=max(self.size))
-        if self.resize is not None:
-            changed = replace(changed, resize=self.resize)
-        changed = replace(changed, mean=self.mean or changed.mean, std=self.std or changed.std)
-        if len(changed.mean) != len(changed.std):
-            raise DeployError(
-                f"mean has {len(changed.mean)} values and std {len(changed.std)}", "give --mean and --std together"
-            )
-        if min(changed.std) <= 0 or min(changed.height, changed.width, changed.resize) < 1:
-            raise DeployError("std, size and resize must be positive", "check the preprocessing options")
-        return changed
-
-
-def choose_preprocessing(checkpoint: Checkpoint, options: PreprocessingOptions) -> Preprocessing:
-    """The preprocessing of a checkpoint: the user's, else its card's, else that of all ImageNet RepVGGs.
-
-    Where the net does not take three channels and the user gave no mean, it is 0.5 ± 0.5 a channel.
-    """
-    card = match_card(checkpoint.spec)
-    base = card.preprocessing if card is not None else Preprocessing()
-    channels = checkpoint.spec.in_channels
-    if channels != len(base.mean):
-        base = replace(base, mean=(0.5,) * channels, std=(0.5,) * channels)
-    chosen = options.apply(base)
-    _require_channels(chosen, channels)
-    return chosen
-
-
-def _require_channels(preprocessing: Preprocessing, channels: int | None) -> None:
-    if channels is not None and channels != len(preprocessing.mean):
-        raise DeployError(
-            f"mean and std have {len(preprocessing.mean)} values, the net takes {channels} channels",
-            "give --mean and --std, one value a channel",
-        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +149,7 @@ def open_model(
     return Model(
         path,
         TorchRunner(build(checkpoint)),
-        choose_preprocessing(checkpoint, options),
+        choose_preprocessing(checkpoint.spec, options),
         checkpoint.class_names,
         checkpoint.spec.classes,
         checkpoint.spec.in_channels,
@@ -268,7 +212,7 @@ def _describe(
             f"{path} takes {height}x{width} pixels, not {preprocessing.height}x{preprocessing.width}",
             "leave --size out, or export for that size",
         )
-    _require_channels(preprocessing, channels)
+    require_channels(preprocessing, channels)
     if any(len(shape) != 2 for shape in signature.outputs.values()):
         raise GraphError(f"{path} does not give one score a class", "an image classifier has one output N,classes")
     return Model(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from repvgg_deploy.artifacts import Array, Parity
+from repvgg_deploy.artifacts import Array, Parity, PreprocessingOptions
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
 from repvgg_deploy.images.decoding import BrokenImages, list_images, read_batches
-from repvgg_deploy.runtime.model import Model, PreprocessingOptions, is_engine, is_onnx, open_model, softmax
+from repvgg_deploy.runtime.model import Model, is_engine, is_onnx, open_model, softmax
 from repvgg_deploy.verification.inputs import choose_pixels
 from repvgg_deploy.verification.parity import compare, require_parity
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from repvgg_deploy.artifacts import Array, Precision
+from repvgg_deploy.artifacts import Array, Precision, PreprocessingOptions
 from repvgg_deploy.benchmark.measure import measure_interleaved
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import DeployError
@@ -23,9 +23,10 @@ from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.training import to_training_onnx
 from repvgg_deploy.images.decoding import BrokenImages, list_images, normalize, read_batches
 from repvgg_deploy.images.synthetic import write_image_folder
+from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.runtime.base import Runner
-from repvgg_deploy.runtime.model import Model, PreprocessingOptions, choose_preprocessing, open_model
+from repvgg_deploy.runtime.model import Model, open_model
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchRunner
 from repvgg_deploy.workflows.evaluate import evaluate
@@ -114,7 +115,7 @@ def _make_forms(
     path = data_folder("models") / "demo.safetensors"
     say(f"loading {path.name}")
     checkpoint = load_checkpoint(path)
-    preprocessing = choose_preprocessing(checkpoint, PreprocessingOptions())
+    preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
     net = build(checkpoint)
     fused = cast(RepVGG, fuse(net))
 

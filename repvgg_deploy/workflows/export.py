@@ -25,8 +25,9 @@ from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
 from repvgg_deploy.graphs.repvgg import FP16_MAX, FloatLayers, Fp16Rounding, GraphOptions, make_metadata, to_onnx
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
+from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.runtime.model import Model, choose_preprocessing, softmax
+from repvgg_deploy.runtime.model import Model, softmax
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.threads import start_workers
 from repvgg_deploy.verification.inputs import VerificationInputs, choose_inputs
@@ -78,7 +79,7 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     checkpoint = load_checkpoint(request.checkpoint, request.arch, request.ema, request.bn_eps)
     for note in checkpoint.notes:
         say(f"note: {note}")
-    preprocessing = choose_preprocessing(checkpoint, request.preprocessing)
+    preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing)
     inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
     say(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
     net = build(checkpoint)

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from repvgg_deploy.artifacts import Parity, Precision, Preprocessing
+from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.checkpoints import Checkpoint
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET, Fp16Rounding
-from repvgg_deploy.runtime.model import PreprocessingOptions
 
 if TYPE_CHECKING:
     from repvgg_deploy.engine import Engine

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from repvgg_deploy.artifacts import Parity
+from repvgg_deploy.artifacts import Parity, PreprocessingOptions
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
 from repvgg_deploy.errors import DeployError
@@ -16,8 +16,8 @@ from repvgg_deploy.files import stage_files
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
+from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.runtime.model import PreprocessingOptions, choose_preprocessing
 from repvgg_deploy.verification.inputs import choose_small_pixels
 from repvgg_deploy.verification.parity import compare, require_parity
 from repvgg_deploy.verification.reference import run_fused, run_in_float64
@@ -67,7 +67,7 @@ def write_fused(
     chosen = layout or ("timm" if checkpoint.layout == "timm" else "official")
     net = build(checkpoint)
     fused = cast(RepVGG, fuse(net, torch.float32))
-    preprocessing = choose_preprocessing(checkpoint, PreprocessingOptions())
+    preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
     images = normalize(choose_small_pixels(checkpoint.spec, preprocessing), preprocessing)
     reference = run_in_float64(net, images)
     with stage_files(target.absolute().parent) as staging:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.checkpoints import Checkpoint, load_checkpoint
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.files import hash_file
 from repvgg_deploy.nets.cards import Card, match_card
 from repvgg_deploy.nets.cost import count_flops, count_parameters
-from repvgg_deploy.runtime.model import PreprocessingOptions, choose_preprocessing, is_engine, is_onnx, require_arch
+from repvgg_deploy.nets.preprocessing import choose_preprocessing
+from repvgg_deploy.runtime.model import is_engine, is_onnx, require_arch
 
 Description = dict[str, Any]
 
@@ -56,7 +58,7 @@ def describe_card(card: Card) -> Description:
 def _describe_checkpoint(checkpoint: Checkpoint) -> Description:
     spec = checkpoint.spec
     card = match_card(spec)
-    preprocessing = choose_preprocessing(checkpoint, PreprocessingOptions())
+    preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
     height, width = preprocessing.height, preprocessing.width
     squeeze = next((b.squeeze_excite for b in spec.blocks if b.squeeze_excite is not None), None)
     return {

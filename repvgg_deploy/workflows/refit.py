@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_deploy.artifacts import Precision, Preprocessing
+from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.refit import graph_options, refit_engine, require_refittable
 from repvgg_deploy.engine.sidecar import SideFile
@@ -17,7 +17,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
-from repvgg_deploy.runtime.model import PreprocessingOptions, is_onnx
+from repvgg_deploy.runtime.model import is_onnx
 from repvgg_deploy.verification.engine import check_where_possible, run_as_engine
 from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_request import ExportRequest
