@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.small_nets import make_net, name_in_layout
 from PIL import Image
-from small_nets import make_net, name_in_layout
 
 from repvgg_deploy.nets.repvgg import RepVGG
 

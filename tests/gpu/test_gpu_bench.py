@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from small_nets import logits_of, make_net, relative
+from helpers.small_nets import logits_of, make_net, relative
 
 from repvgg_deploy.benchmark.cases import Entry, open_entry
 from repvgg_deploy.benchmark.measure import Label, MeasureOptions, measure

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_graphs import CLASSES, PIXELS, PREPROCESSING, make_net, narrow_spec, write_onnx
+from helpers.engine_graphs import CLASSES, PIXELS, PREPROCESSING, make_net, narrow_spec, write_onnx
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, Engine, build_engine

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_quantize_preparation import draw_images, fused_net, in_batches
+from helpers.quantized_nets import draw_images, fused_net, in_batches
 
 from repvgg_deploy.cli.main import main
 from repvgg_deploy.files import data_folder

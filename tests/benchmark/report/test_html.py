@@ -1,0 +1,145 @@
+"""Plots, page and Markdown table, from results that are made up here so that their figures are known."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from helpers.records import make_record
+from PIL import Image
+
+from repvgg_deploy.benchmark.record import (
+    check_record,
+    write_record,
+)
+from repvgg_deploy.benchmark.report.html import paper_rows, ratio_rows, render_markdown, render_page, result_rows
+from repvgg_deploy.benchmark.report.plots import draw_plots, family_of
+from repvgg_deploy.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    return check_record(make_record())
+
+
+def test_every_kind_of_plot_is_drawn(record: dict[str, Any]) -> None:
+    names = {plot.name for plot in draw_plots([record])}
+    assert names == {
+        "accuracy_torch-cpu_fp32_b1",
+        "accuracy_torch-cpu_fp32_b8",
+        "throughput_torch-cpu_fp32",
+        "latency_torch-cpu_fp32",
+        "ratio_torch-cpu",
+        "fused_over_training",
+        "roofline_cpu_fp32",
+    }
+
+
+def test_plots_are_pictures_that_name_the_models(record: dict[str, Any]) -> None:
+    for plot in draw_plots([record]):
+        with Image.open(io.BytesIO(plot.png)) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert min(pixels.shape) > 500
+        # Something is drawn, and most of the page stays white.
+        assert 0.005 < (pixels < 200).mean() < 0.3
+        assert plot.svg.startswith("<?xml")
+        assert "A2" in plot.svg or plot.name == "fused_over_training"
+
+
+def test_the_same_results_give_the_same_files(record: dict[str, Any]) -> None:
+    first, second = (draw_plots([record]) for _ in range(2))
+    assert first == second
+
+
+def test_the_page_has_every_result_and_escapes_names(record: dict[str, Any]) -> None:
+    page = render_page([record], draw_plots([record]), "ResNet-50")
+    assert "made &lt;up&gt;" in page
+    assert "made <up>" not in page
+    assert page.count("<img") == page.count("data:image/png;base64,") == 7
+    for row in result_rows(record):
+        assert all(f"<td>{cell}</td>" in page for cell in row if "&" not in cell)
+
+
+def test_ratios_of_the_baseline_to_itself_are_left_out(record: dict[str, Any]) -> None:
+    rows = ratio_rows(record)
+    assert rows
+    assert not any(row[0].split()[0] == row[1].split()[0] == "ResNet-50" for row in rows)
+
+
+def test_the_markdown_table_has_speeds_and_ratios(record: dict[str, Any]) -> None:
+    table = render_markdown([record], "ResNet-50").splitlines()
+    assert table[0] == "| model | torch-cpu fp32, batch 1 | torch-cpu fp32, batch 8 |"
+    assert len({line.count("|") for line in table[:6]}) == 1
+    a0 = next(line for line in table if line.startswith("| RepVGG-A0"))
+    speed, ratio = (float(x) for x in re.search(r"\| ([\d.]+) \(([\d.]+),", a0).groups())  # type: ignore[union-attr]
+    assert speed == pytest.approx(250, rel=0.02)
+    assert ratio == pytest.approx(3.0, rel=0.02)
+
+
+def test_the_markdown_says_what_fusing_gains(record: dict[str, Any]) -> None:
+    lines = render_markdown([record], "ResNet-50").splitlines()
+    header = lines.index("| fused / training form | torch-cpu fp32, batch 1 | torch-cpu fp32, batch 8 |")
+    first = lines[header + 2].split("|")
+    assert first[1].strip() == "RepVGG-A0"
+    assert float(first[2].split()[0]) == pytest.approx(7 / 4, rel=0.02)
+
+
+def test_the_papers_column_stands_beside_torchs_speed(record: dict[str, Any]) -> None:
+    rows = paper_rows(record)
+    assert [row[0] for row in rows] == ["RepVGG-A0", "ResNet-50", "RepVGG-A2", "RepVGG-B1g4"]
+    assert rows[0][3:] == ["3,256", "4.53"]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [("RepVGG-B1g4", "RepVGG-B"), ("RepVGG-A0", "RepVGG-A"), ("ResNet-50", "ResNet"), ("x.onnx", "x.onnx")],
+)
+def test_models_are_told_apart_by_family(model: str, family: str) -> None:
+    assert family_of(model) == family
+
+
+@pytest.fixture
+def result_file(record: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "result.json"
+    write_record(record, path)
+    return path
+
+
+def report(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["report", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "occupy", "message"),
+    [("plots", Path.touch, "cannot write to"), ("page.html", Path.mkdir, "page.html is a directory")],
+)
+def test_where_page_or_plots_cannot_be_written_neither_is(
+    name: str, occupy: Callable[[Path], None], message: str, result_file: Path, tmp_path: Path
+) -> None:
+    occupy(tmp_path / name)
+    done = report(result_file, "-o", tmp_path / "page.html", "--plots", tmp_path / "plots")
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "result.json"])
+
+
+def test_a_baseline_that_no_ratio_has_is_an_error(result_file: Path, tmp_path: Path) -> None:
+    done = report(result_file, "-o", tmp_path / "page.html", "--baseline", "nonesuch")
+    assert done.exit_code == 1
+    assert "they have ratios to: RepVGG-A0, ResNet-50" in done.stderr
+
+
+def test_without_matplotlib_the_error_says_what_to_install(result_file: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from repvgg_deploy.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "report", str(result_file), "-o", str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: matplotlib is not installed")

@@ -1,0 +1,111 @@
+"""The schema of results: what is recorded in `bench/results` has it, and what has not is told so."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.records import make_record
+
+from repvgg_deploy.benchmark.record import SCHEMA_NAME, SCHEMA_VERSION, check_record, read_record, write_record
+from repvgg_deploy.benchmark.statistics import compare_rates
+from repvgg_deploy.errors import DeployError
+
+
+def is_bench(path: Path) -> bool:
+    """Other scripts of `bench/` keep their results in the same folder, each with a schema of its own."""
+    schema = json.loads(path.read_text(encoding="utf-8")).get("schema")
+    return isinstance(schema, dict) and schema.get("name") == SCHEMA_NAME
+
+
+RESULTS = [path for path in sorted((Path(__file__).parents[2] / "bench" / "results").glob("*.json")) if is_bench(path)]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_recorded_result_has_the_schema(path: Path) -> None:
+    record = read_record(path)
+    assert record["results"]
+    assert record["machine"]["cpu"]["model"]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_recorded_ratio_follows_from_the_recorded_samples(path: Path) -> None:
+    record = read_record(path)
+    keys = ("group", "backend", "precision", "mode", "batch")
+    by_model = {
+        (*(r[key] for key in keys), r["model"], r["form"]): (
+            [r["batch"] * queries for queries in r["samples"]["round_queries"]],
+            r["samples"]["round_seconds"],
+        )
+        for r in record["results"]
+    }
+    for ratio in record["ratios"]:
+        where = tuple(ratio[key] for key in keys)
+        mine = by_model[(*where, ratio["model"], ratio["form"])]
+        theirs = by_model[(*where, ratio["baseline"], ratio["baseline_form"])]
+        again = compare_rates(*mine, *theirs)
+        found = (ratio["ratio"], ratio["low"], ratio["high"])
+        assert found == pytest.approx((again.value, again.low, again.high), rel=1e-4)
+
+
+def test_the_schema_has_this_version() -> None:
+    """A change of what a result must hold needs a new version, and this line."""
+    assert (SCHEMA_NAME, SCHEMA_VERSION) == ("repvgg-deploy/bench", 1)
+    # Optional: results of earlier releases are read without it.
+    fields = set(make_record()["results"][0]) - {"input"}
+    assert fields == {
+        "group", "model", "form", "backend", "backend_version", "precision", "mode", "batch", "parameters", "top1",
+        "images_per_sec", "latency_ms", "compute_ms", "h2d_ms", "d2h_ms", "enqueue_ms", "iterations", "duration_s",
+        "unstable", "warnings", "roofline", "samples",
+    }  # fmt: skip
+
+
+def test_a_record_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
+    record = make_record()
+    write_record(record, tmp_path / "result.json")
+    assert read_record(tmp_path / "result.json") == json.loads(json.dumps(record))
+
+
+def test_samples_stay_on_one_line(tmp_path: Path) -> None:
+    write_record(make_record(), tmp_path / "result.json")
+    lines = (tmp_path / "result.json").read_text(encoding="utf-8").splitlines()
+    samples = [line for line in lines if '"latency_ms": [' in line]
+    assert len(samples) == len(make_record()["results"])
+    assert all(line.rstrip(",").endswith("]") for line in samples)
+
+
+def test_nan_is_no_number_of_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_record(make_record(), path)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"duration_s": ', '"duration_s": NaN, "was": ', 1), encoding="utf-8")
+    with pytest.raises(DeployError, match="NaN is no number"):
+        read_record(path)
+
+
+def drop(field: str) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record["results"][0].pop(field)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: r["schema"].update(version=99), "schema"),
+        (lambda r: r.pop("machine"), "no machine"),
+        (drop("images_per_sec"), r"results\[0\] has no images_per_sec"),
+        (lambda r: r["results"][0].update(batch="1"), "batch is str"),
+        (lambda r: r["results"][0].update(iterations=True), "iterations is bool"),
+        (lambda r: r["results"][0]["latency_ms"].pop("p99"), "latency_ms has no p99"),
+        (lambda r: r["results"][0]["samples"]["latency_ms"].pop(), "sample for each"),
+        (lambda r: r["ratios"][0].pop("low"), r"ratios\[0\] has no low"),
+    ],
+)
+def test_a_damaged_record_is_refused(damage: Callable[[dict[str, Any]], None], message: str) -> None:
+    record = copy.deepcopy(make_record())
+    damage(record)
+    with pytest.raises(DeployError, match=message):
+        check_record(record)

@@ -1,0 +1,282 @@
+"""Accuracy on an image folder, and the outputs of two models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.small_nets import make_net, name_in_layout
+
+from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
+from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
+from repvgg_deploy.images.decoding import list_labelled_images, normalize, read_pixels
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.runtime.model import Model, open_model, softmax
+from repvgg_deploy.verification.models import Tolerance, verify_models
+from repvgg_deploy.workflows.evaluate import evaluate
+from repvgg_deploy.workflows.export import ExportRequest, export
+
+Save = Callable[..., Path]
+SMALL = PreprocessingOptions(size=(32, 32))
+
+
+@pytest.fixture
+def state(net: RepVGG, image_folder: Path) -> dict[str, torch.Tensor]:
+    """A net whose answers differ from image to image: its logits have the mean zero over the folder."""
+    base = Preprocessing(32, 32, 32)
+    images = np.stack([read_pixels(path, base) for path in list_labelled_images(image_folder).paths])
+    net.classifier.bias -= net(torch.from_numpy(normalize(images, base))).mean(0)
+    return name_in_layout(net, "official")
+
+
+@pytest.fixture
+def model(checkpoint_file: Path) -> Model:
+    return open_model(checkpoint_file, SMALL)
+
+
+def expected_hits(model: Model, folder: Path, best: int) -> float:
+    """The share of images whose class is among the `best` first, one image at a time, in percent."""
+    images = list_labelled_images(folder)
+    hits = 0
+    for path, label in zip(images.paths, images.labels, strict=True):
+        (scores,) = next(iter(model.run_pixels(read_pixels(path, model.preprocessing)[None]).values()))
+        hits += int(label in np.argsort(-scores, kind="stable")[:best])
+    return round(100 * hits / len(images.paths), 4)
+
+
+def test_top1_and_top5_are_the_shares_of_images_in_percent(model: Model, image_folder: Path) -> None:
+    result = evaluate(model, image_folder)
+    assert result.images == 15
+    assert result.top1 == expected_hits(model, image_folder, 1)
+    assert 0 < result.top1 < 100
+    assert result.top5 == 100
+    assert (result.backend, result.precision, result.broken) == ("torch-cpu", "fp32", {})
+    assert result.images_per_sec > 0
+
+
+@pytest.mark.parametrize("batch", [1, 4, 15, 64])
+def test_batch_size_does_not_change_the_accuracy(batch: int, model: Model, image_folder: Path) -> None:
+    assert evaluate(model, image_folder, batch).top1 == expected_hits(model, image_folder, 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch": 4}, {"uint8_input": True}, {"softmax": True}, {"topk": 1}, {"precision": Precision.FP16}]
+)
+def test_exported_graph_is_as_accurate_as_its_checkpoint(
+    options: dict[str, Any], model: Model, checkpoint_file: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, **options)).onnx
+    result = evaluate(open_model(graph), image_folder)
+    assert result.top1 == evaluate(model, image_folder).top1
+    assert result.top5 == (None if options.get("topk") else 100)
+    assert result.backend == "onnxruntime-cpu"
+
+
+def test_top5_is_unknown_below_five_classes(save: Save, image_folder: Path) -> None:
+    for label in (3, 4):
+        for path in (image_folder / f"class{label}").iterdir():
+            path.unlink()
+        (image_folder / f"class{label}").rmdir()
+    small = open_model(save(name_in_layout(make_net(classes=3), "official")), SMALL)
+    assert evaluate(small, image_folder).top5 is None
+
+
+def test_folders_are_the_classes_in_sorted_order_without_names(model: Model, image_folder: Path) -> None:
+    before = evaluate(model, image_folder).top1
+    (image_folder / "class0").rename(image_folder / "class9")
+    rotated = evaluate(model, image_folder).top1
+    named = replace(model, class_names=("class9", "class1", "class2", "class3", "class4"))
+    assert evaluate(named, image_folder).top1 == before != rotated
+
+
+def test_names_with_more_on_the_line_are_matched_by_their_first_word(model: Model, image_folder: Path) -> None:
+    images = list_labelled_images(image_folder)
+    answers = [
+        int(model.run_pixels(read_pixels(path, model.preprocessing)[None])["logits"].argmax()) for path in images.paths
+    ]
+    # The one folder that is left has the name of the class that the model takes its first picture for.
+    names = [f"other{i}, of which there is no folder" for i in range(5)]
+    names[answers[0]] = "class0 some kind of thing, or another"
+    for label in range(1, 5):
+        for path in (image_folder / f"class{label}").iterdir():
+            path.unlink()
+        (image_folder / f"class{label}").rmdir()
+    share = 100 * answers[:3].count(answers[0]) / 3
+    assert evaluate(replace(model, class_names=tuple(names)), image_folder).top1 == pytest.approx(share, abs=1e-3)
+
+
+def test_known_names_allow_a_folder_with_some_of_the_classes(model: Model, image_folder: Path) -> None:
+    for path in (image_folder / "class1").iterdir():
+        path.unlink()
+    (image_folder / "class1").rmdir()
+    named = replace(model, class_names=tuple(f"class{i}" for i in range(5)))
+    assert evaluate(named, image_folder).images == 12
+
+
+def test_another_number_of_folders_than_classes_is_an_error(model: Model, image_folder: Path) -> None:
+    (image_folder / "class7").mkdir()
+    with pytest.raises(DeployError, match="the folder has 6 classes, the model 5"):
+        evaluate(model, image_folder)
+
+
+def test_broken_image_is_left_out_and_named(model: Model, image_folder: Path) -> None:
+    bad = image_folder / "class2" / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8 no image")
+    result = evaluate(model, image_folder)
+    assert result.images == 15
+    assert list(result.broken) == [str(bad)]
+
+
+def test_broken_image_is_an_error_where_it_is_asked_for(model: Model, image_folder: Path) -> None:
+    (image_folder / "class2" / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"bad\.jpg is no image"):
+        evaluate(model, image_folder, strict=True)
+
+
+def test_nothing_but_broken_images_is_an_error(model: Model, image_folder: Path) -> None:
+    for path in image_folder.rglob("*.*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ImageError, match="is no image"):
+        evaluate(model, image_folder)
+
+
+def test_progress_counts_every_image_once(model: Model, image_folder: Path) -> None:
+    totals, done = [], []
+
+    def start(total: int) -> Callable[[int], None]:
+        totals.append(total)
+        return done.append
+
+    evaluate(model, image_folder, 4, start=start)
+    assert totals == [15]
+    assert done == [4, 4, 4, 3]
+
+
+def test_softmax_is_stable_for_large_logits() -> None:
+    assert softmax(np.array([[1e4, 1e4 - np.log(3)]])) == pytest.approx(np.array([[0.75, 0.25]]))
+
+
+STRICT = Tolerance(max_relative=1e-5)
+
+
+def test_checkpoint_and_its_graph_agree(checkpoint_file: Path, tmp_path: Path) -> None:
+    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL)).onnx
+    for pair in ((checkpoint_file, graph), (graph, checkpoint_file), (graph, graph)):
+        parity = verify_models(*pair, PreprocessingOptions(), STRICT)
+        assert parity.top1_agreement == 1
+        assert parity.images > 1
+
+
+def test_models_are_compared_on_the_users_images(checkpoint_file: Path, image_folder: Path) -> None:
+    parity = verify_models(checkpoint_file, checkpoint_file, SMALL, STRICT, image_folder)
+    assert (parity.images, parity.max_abs) == (15, 0)
+
+
+def test_number_of_images_can_be_limited(checkpoint_file: Path, image_folder: Path) -> None:
+    assert verify_models(checkpoint_file, checkpoint_file, SMALL, STRICT, image_folder, count=4).images == 4
+
+
+def test_broken_image_stops_a_comparison(checkpoint_file: Path, image_folder: Path) -> None:
+    (image_folder / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"bad\.png is no image"):
+        verify_models(checkpoint_file, checkpoint_file, SMALL, STRICT, image_folder)
+
+
+def test_other_weights_are_beyond_the_tolerance(checkpoint_file: Path, save: Save) -> None:
+    other = save(name_in_layout(make_net(seed=8), "official"), "other.pth")
+    with pytest.raises(VerificationError, match="outputs differ"):
+        verify_models(checkpoint_file, other, SMALL, Tolerance())
+
+
+def test_another_number_of_classes_is_an_error(checkpoint_file: Path, save: Save) -> None:
+    other = save(name_in_layout(make_net(classes=6), "official"), "other.pth")
+    with pytest.raises(VerificationError, match=r"different shapes: \(8, 5\) and \(8, 6\)"):
+        verify_models(checkpoint_file, other, SMALL, Tolerance())
+
+
+def test_probabilities_are_compared_with_those_of_the_logits(checkpoint_file: Path, tmp_path: Path) -> None:
+    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, softmax=True)).onnx
+    assert verify_models(checkpoint_file, graph, PreprocessingOptions(), STRICT).max_abs < 1e-5
+
+
+def test_graph_of_the_best_classes_only_cannot_be_compared(checkpoint_file: Path, tmp_path: Path) -> None:
+    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, topk=2)).onnx
+    with pytest.raises(GraphError, match="gives only its best classes"):
+        verify_models(checkpoint_file, graph, PreprocessingOptions(), STRICT)
+
+
+def test_models_that_take_different_pixels_are_an_error(checkpoint_file: Path, save: Save) -> None:
+    other = save(name_in_layout(make_net(in_channels=1), "official"), "gray.pth")
+    with pytest.raises(DeployError, match="take different pixels"):
+        verify_models(checkpoint_file, other, SMALL, STRICT)
+
+
+def test_net_of_four_channels_is_compared_on_noise_and_refuses_images(save: Save, image_folder: Path) -> None:
+    path = save(name_in_layout(make_net(in_channels=4), "official"))
+    assert verify_models(path, path, SMALL, STRICT).max_abs == 0
+    with pytest.raises(DeployError, match="takes 4 channels"):
+        verify_models(path, path, SMALL, STRICT, image_folder)
+
+
+FOUND = Parity(max_abs=0.5, relative=0.01, cosine=0.9, top1_agreement=0.96, images=50)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "precisions", "passes"),
+    [
+        (Tolerance(), {"fp32"}, False),
+        (Tolerance(), {"fp32", "fp16"}, True),
+        (Tolerance(max_relative=0.01), {"fp32"}, True),
+        (Tolerance(max_relative=0.009), {"fp16"}, False),
+        (Tolerance(max_relative=1, max_abs=0.5), {"fp32"}, True),
+        (Tolerance(max_relative=1, max_abs=0.49), {"fp32"}, False),
+        (Tolerance(max_relative=1, max_disagreement=4.01), {"fp32"}, True),
+        (Tolerance(max_relative=1, max_disagreement=3.99), {"fp32"}, False),
+        (Tolerance(max_relative=float("nan")), {"fp16"}, False),
+        (Tolerance(max_relative=1, max_abs=float("nan")), {"fp16"}, False),
+    ],
+)
+def test_tolerance_is_the_users_or_that_of_the_coarsest_precision(
+    tolerance: Tolerance, precisions: set[str], passes: bool
+) -> None:
+    if passes:
+        tolerance.require(FOUND, precisions)
+    else:
+        with pytest.raises(VerificationError):
+            tolerance.require(FOUND, precisions)
+
+
+def test_trained_weights_reach_their_accuracy(shared: Path, tmp_path: Path) -> None:
+    data = shared / "data" / "tinyimagenet"
+    names = [line.split()[0] for line in (data / "classes.txt").read_text().splitlines()]
+    some = tmp_path / "val"
+    some.mkdir()
+    for name in names[::10]:
+        (some / name).symlink_to(data / "val" / name)
+    checkpoint = shared / "checkpoints" / "repvgg_a0_tinyimagenet.pth"
+    model = replace(open_model(checkpoint, PreprocessingOptions(size=(64, 64))), class_names=tuple(names))
+    torch.manual_seed(0)
+    assert evaluate(model, some).top1 > 30
+
+
+def test_one_folder_that_is_no_class_of_the_model_is_an_error_not_another_order(
+    model: Model, image_folder: Path
+) -> None:
+    named = replace(model, class_names=("class4", "class3", "class2", "class1", "class0"))
+    evaluate(named, image_folder)
+    (image_folder / "class2").rename(image_folder / "class2_x")
+    with pytest.raises(DeployError, match="class2_x is none of the model's classes"):
+        evaluate(named, image_folder)
+
+
+def test_a_first_word_of_two_classes_names_none(model: Model, image_folder: Path) -> None:
+    names = ("great white shark", "great grey owl", "class2", "class3", "class4")
+    (image_folder / "class0").rename(image_folder / "great")
+    (image_folder / "class1").rename(image_folder / "great grey owl")
+    with pytest.raises(DeployError, match="great is none"):
+        evaluate(replace(model, class_names=names), image_folder)
