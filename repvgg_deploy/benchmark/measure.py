@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.benchmark.statistics import Ratio, TimeStatistics, compare_rates
 
 Clock = Callable[[], float]
@@ -179,7 +180,7 @@ class Measurement:
 def measure(
     subjects: Sequence[Subject],
     options: MeasureOptions | None = None,
-    progress: Callable[[float], None] = lambda _share: None,
+    progress: Progress = SILENT,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
     watch: Callable[[], None] = lambda: None,
@@ -189,7 +190,7 @@ def measure(
     Args:
         subjects: each has its own warm-up first.
         options: see `MeasureOptions`.
-        progress: called with the share that is done, 0 to 1.
+        progress: gets the step `measuring`.
         clock: see `Clock`; of the warm-up only, the queries bring their own times.
         sleep: lets so many seconds pass.
         watch: called after every round, when the machine has just been at work.
@@ -210,7 +211,7 @@ def measure(
             taken.append(Slice(tuple(subject.run(count))))
         watch()
         done = min((_share_done(taken, options) for taken in slices), default=1.0)
-        progress(min(done, 1.0))
+        progress.step("measuring", min(done, 1.0), 1.0)
     return [Measurement(s.label, tuple(taken)) for s, taken in zip(subjects, slices, strict=True)]
 
 

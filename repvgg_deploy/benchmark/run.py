@@ -24,8 +24,7 @@ from repvgg_deploy.benchmark.roofline import ELEMENT_BYTES, Ceiling, RooflinePoi
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.machine import GpuLoad, describe_identity, finish_machine, record_machine
 from repvgg_deploy.nets.baselines import require_baseline
-
-Say = Callable[[str], None]
+from repvgg_deploy.progress import SILENT, Progress
 
 
 class OpenAll(Protocol):
@@ -64,8 +63,7 @@ class BenchRequest:
 
 def run_benchmark(
     request: BenchRequest,
-    say: Say = lambda _: None,
-    progress: Callable[[float], None] = lambda _share: None,
+    progress: Progress = SILENT,
     earlier: Record | None = None,
     save: Callable[[Record], None] = lambda _: None,
 ) -> Record:
@@ -73,8 +71,7 @@ def run_benchmark(
 
     Args:
         request: what is measured.
-        say: told what is going on.
-        progress: called with the share of the present group that is done.
+        progress: gets a note for each model that is opened and each group, and the step `measuring` of each group.
         earlier: the record of a run that was stopped; its groups are not measured again.
         save: given the record after every group, so that a stopped run loses one group at most.
 
@@ -90,21 +87,23 @@ def run_benchmark(
     done = {result["group"] for result in record["results"]}
     ceilings = {key: Ceiling(**values) for key, values in record["ceilings"].items()}
     load = GpuLoad()
-    with _opened_contestants(say) as open_all:
+    with _opened_contestants(progress) as open_all:
         for number, group in enumerate(request.groups, 1):
             if group.key in done:
-                say(f"{group.key}: measured before")
+                progress.note(f"{group.key}: measured before")
                 continue
             contestants = open_all(_with_precisions(group, open_all))
-            say(f"[{number}/{len(request.groups)}] {group.key}: {len(contestants)} models at batch {group.batch}")
+            progress.note(
+                f"[{number}/{len(request.groups)}] {group.key}: {len(contestants)} models at batch {group.batch}"
+            )
             subjects = [contestant.at_batch(group.batch) for contestant in contestants]
             # Before and after: a ceiling that was measured in a slow moment of the machine would be none.
             if request.roofline:
-                _raise_ceilings(ceilings, contestants, say)
+                _raise_ceilings(ceilings, contestants, progress)
             load.clear()
             measurements = measure(subjects, request.options, progress, watch=load.read)
             if request.roofline:
-                _raise_ceilings(ceilings, contestants, say)
+                _raise_ceilings(ceilings, contestants, progress)
             # Before the next group takes memory of its own.
             del subjects
             record = _add_group(record, group, contestants, measurements, ceilings, load.summary())
@@ -179,7 +178,7 @@ def _square(entry: Entry, label: Label) -> int | None:
 
 
 @contextmanager
-def _opened_contestants(say: Say) -> Iterator[OpenAll]:
+def _opened_contestants(progress: Progress) -> Iterator[OpenAll]:
     """A function that opens entries, and closes those that are not asked for again, but for their baseline."""
     opened: dict[Entry, Contestant] = {}
     with tempfile.TemporaryDirectory(prefix="repvgg-deploy-bench-") as folder:
@@ -190,7 +189,7 @@ def _opened_contestants(say: Say) -> Iterator[OpenAll]:
             for entry in entries:
                 if entry not in opened:
                     how = (entry.precision, entry.backend, f"{entry.size} px" if entry.size else None)
-                    say(" ".join(("opening", entry.model, entry.form, *filter(None, how))))
+                    progress.note(" ".join(("opening", entry.model, entry.form, *filter(None, how))))
                     opened[entry] = open_entry(entry, Path(folder))
             return [opened[entry] for entry in entries]
 
@@ -205,11 +204,11 @@ def _device(contestant: Contestant) -> str:
     return "cpu" if contestant.label.backend.endswith("-cpu") else "cuda"
 
 
-def _raise_ceilings(ceilings: dict[str, Ceiling], contestants: Sequence[Contestant], say: Say) -> None:
+def _raise_ceilings(ceilings: dict[str, Ceiling], contestants: Sequence[Contestant], progress: Progress) -> None:
     """Measure the ceiling of every precision once more, and keep the best that was seen."""
     labels = [(contestant.label.precision, _device(contestant)) for contestant in contestants]
     for precision, device in dict.fromkeys(label for label in labels if label[0] in ELEMENT_BYTES):
-        say(f"measuring the ceiling of {device} {precision}")
+        progress.note(f"measuring the ceiling of {device} {precision}")
         found, key = measure_ceiling(precision, device), f"{device} {precision}"
         ceilings[key] = found.best_of(ceilings.get(key, found))
 

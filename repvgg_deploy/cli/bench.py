@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from repvgg_deploy.cli.options import FiniteRange, json_option, path_argument
+from repvgg_deploy.cli.progress import show_progress
 from repvgg_deploy.errors import DeployError, ThresholdError
 
 if TYPE_CHECKING:
@@ -20,22 +19,6 @@ if TYPE_CHECKING:
 
 
 _SECONDS = FiniteRange(min=0)
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[float], None]]:
-    """A bar that fills up with each group on a terminal, nothing in a pipe."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("measuring", total=1.0)
-        yield lambda share: bar.update(task, completed=share)
 
 
 @click.command()
@@ -117,8 +100,8 @@ def _measure(models: tuple[str, ...], output: Path | None, options: dict[str, An
         if output is not None:
             write_record(record, output)
 
-    with _progress() as progress:
-        return run_benchmark(request, _say, progress, earlier, save)
+    with show_progress() as progress:
+        return run_benchmark(request, progress, earlier, save)
 
 
 def _request(models: tuple[str, ...], options: dict[str, Any]) -> BenchRequest:

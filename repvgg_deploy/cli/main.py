@@ -28,7 +28,7 @@ from repvgg_deploy.cli.options import (
     take_preprocessing,
     trust_option,
 )
-from repvgg_deploy.cli.progress import progress, say, steps
+from repvgg_deploy.cli.progress import show_progress
 from repvgg_deploy.cli.signals import raise_signals
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
 from repvgg_deploy.errors import DeployError, ThresholdError, VerificationError
@@ -109,8 +109,8 @@ def export(
         preprocessing=take_preprocessing(options),
         **options,
     )
-    with steps() as step:
-        result = run_export(request, say, step)
+    with show_progress() as progress:
+        result = run_export(request, progress)
     if as_json:
         report.print_json(result.to_dict())
     else:
@@ -233,7 +233,8 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     tolerance = Tolerance(options.pop("max_relative"), options.pop("max_abs"), options.pop("max_disagreement"))
     preprocessing = take_preprocessing(options)
     exact = take_exact_integers(options)
-    parity = verify_models(a, b, preprocessing, tolerance, **options, exact_integers=exact, say=say)
+    with show_progress() as progress:
+        parity = verify_models(a, b, preprocessing, tolerance, **options, exact_integers=exact, progress=progress)
     values = {"a": str(a), "b": str(b), **parity.to_dict()}
     if as_json:
         report.print_json(values)
@@ -265,12 +266,12 @@ def eval_(
 
     preprocessing = take_preprocessing(options)
     opened = open_model(model, preprocessing, exact_integers=take_exact_integers(options), **options)
-    for note in opened.notes:
-        say(f"note: {note}")
-    with progress("evaluating") as start:
-        result = evaluate(opened, data, batch, strict, start)
-    for path, reason in result.broken.items():
-        say(f"left out: {reason if path in reason else f'{path}: {reason}'}")
+    with show_progress() as progress:
+        for note in opened.notes:
+            progress.note(f"note: {note}")
+        result = evaluate(opened, data, batch, strict, progress)
+        for path, reason in result.broken.items():
+            progress.note(f"left out: {reason if path in reason else f'{path}: {reason}'}")
     if as_json:
         report.print_json(result.to_dict())
     else:
@@ -305,7 +306,8 @@ def refit(engine: Path, weights: Path, as_json: bool) -> None:
     from repvgg_deploy.cli import output as report
     from repvgg_deploy.workflows.refit import refit_in_place
 
-    engine_files = refit_in_place(engine, weights, say)
+    with show_progress() as progress:
+        engine_files = refit_in_place(engine, weights, progress)
     values = {"engine": str(engine), "weights": str(weights), "sha256": engine_files.side.sha256}
     if as_json:
         report.print_json(values)
@@ -321,7 +323,8 @@ def demo(output: Path | None, as_json: bool) -> None:
     from repvgg_deploy.cli import output as report
     from repvgg_deploy.workflows.demo import run_demo
 
-    result = run_demo(output, say)
+    with show_progress() as progress:
+        result = run_demo(output, progress)
     if as_json:
         report.print_json(result.to_dict())
         _require_all_forms(result.failures)

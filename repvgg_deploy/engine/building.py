@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from repvgg_deploy.artifacts import Provenance
 from repvgg_deploy.engine.backends import Backend, has
-from repvgg_deploy.engine.cancellation import Progress, make_monitor
+from repvgg_deploy.engine.cancellation import make_monitor
 from repvgg_deploy.engine.log import Messages, collect_messages, explain_failure
 from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolution_precisions, require_precision
 from repvgg_deploy.engine.options import BuildOptions
@@ -22,13 +22,8 @@ from repvgg_deploy.files import hash_file
 from repvgg_deploy.graphs.repvgg import read_metadata
 from repvgg_deploy.graphs.serialization import read_onnx_metadata
 from repvgg_deploy.hardware.gpus import find_gpus
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.threads import Cancellation, run_cancellable, start_workers
-
-Say = Callable[[str], None]
-
-
-def _ignore(_share: float, _phase: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,7 @@ def build_engine(
     backend: Backend,
     options: BuildOptions,
     folder: Path,
-    progress: Progress = _ignore,
-    say: Say = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Engine:
     """Build `onnx` and write `<stem>.plan` and `<stem>.plan.json` to `folder`, a folder of `stage_files`.
 
@@ -101,7 +95,7 @@ def build_engine(
         gpu = found.gpus[0] if found.gpus else None
         with collect_messages(backend) as messages, _open_plan(plan) as writer:
             config, profile = _configure(backend, parsed, options)
-            cache = use_timing_cache(backend, config, gpu, say) if options.timing_cache else nullcontext()
+            cache = use_timing_cache(backend, config, gpu, progress) if options.timing_cache else nullcontext()
             with cache:
                 # What the library says of a stored cache is not of this build: it takes an empty one instead.
                 messages.clear()

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.progress import Progress
 from repvgg_deploy.threads import Cancellation
 
-Progress = Callable[[float, str], None]
-"""Called with the share that is done (0 to 1, never falling) and the name of the phase."""
+_STEP = "building the engine"
 
 
 class PhaseTree:
-    """The nested phases of a build as one share between 0 and 1."""
+    """The nested phases of a build as one step, of which a share between 0 and 1 is done; the share never falls."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -23,7 +23,7 @@ class PhaseTree:
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         """A phase of `steps` begins inside the current step of `parent`."""
         self._phases[phase] = (parent, max(steps, 1), 0)
-        self._progress(self._share, phase)
+        self._progress.step(_STEP, self._share, 1.0)
 
     def step(self, phase: str, done: int) -> None:
         """Step number `done` of a phase is finished."""
@@ -34,14 +34,14 @@ class PhaseTree:
         share = self._fraction(phase)
         if share > self._share:
             self._share = share
-            self._progress(share, phase)
+            self._progress.step(_STEP, share, 1.0)
 
     def finish(self, phase: str) -> None:
         """A phase is over; where it was the outermost one, all is done."""
         parent, _, _ = self._phases.pop(phase, ("", 1, 0))
         if parent is None:
             self._share = 1.0
-            self._progress(1.0, phase)
+            self._progress.step(_STEP, 1.0, 1.0)
 
     def _fraction(self, phase: str) -> float:
         inner = 0.0

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from filelock import FileLock, Timeout
 
 from repvgg_deploy.engine.backends import Backend
 from repvgg_deploy.hardware.gpus import Gpu
-
-Say = Callable[[str], None]
+from repvgg_deploy.progress import Progress
 
 
 def cache_folder() -> Path:
@@ -35,7 +34,7 @@ def cache_path(backend: Backend, gpu: Gpu | None) -> Path:
 
 
 @contextmanager
-def use_timing_cache(backend: Backend, config: Any, gpu: Gpu | None, say: Say) -> Iterator[bool]:
+def use_timing_cache(backend: Backend, config: Any, gpu: Gpu | None, progress: Progress) -> Iterator[bool]:
     """Attach the cache to `config`, hold its lock during the block, and store it when the block ends well.
 
     Yields whether a stored cache was there. The lock is held for the whole build: two builds on one GPU would also
@@ -44,26 +43,26 @@ def use_timing_cache(backend: Backend, config: Any, gpu: Gpu | None, say: Say) -
     path = cache_path(backend, gpu)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(path, say)
+        lock = _acquire(path, progress)
     except OSError as error:
-        say(f"note: no timing cache in {path.parent}: {error.strerror}")
+        progress.note(f"note: no timing cache in {path.parent}: {error.strerror}")
         yield False
         return
     try:
         content = path.read_bytes() if path.is_file() else b""
         _attach(config, content)
         yield bool(content)
-        _store(config, path, say)
+        _store(config, path, progress)
     finally:
         lock.release()
 
 
-def _acquire(path: Path, say: Say) -> FileLock:
+def _acquire(path: Path, progress: Progress) -> FileLock:
     lock = FileLock(path.with_name(path.name + ".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"another build holds {lock.lock_file}; waiting for it")
+        progress.note(f"another build holds {lock.lock_file}; waiting for it")
         lock.acquire()
     return lock
 
@@ -78,7 +77,7 @@ def _attach(config: Any, content: bytes) -> None:
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def _store(config: Any, path: Path, say: Say) -> None:
+def _store(config: Any, path: Path, progress: Progress) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         cache = config.get_timing_cache()
@@ -88,4 +87,4 @@ def _store(config: Any, path: Path, say: Say) -> None:
         beside.write_bytes(content)
         beside.replace(path)
     except OSError as error:
-        say(f"note: the timing cache was not stored: {error.strerror}")
+        progress.note(f"note: the timing cache was not stored: {error.strerror}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images.decoding import BrokenImages, Pixels, list_images, normalize, read_batches
+from repvgg_deploy.progress import SILENT, Progress
 
 _BATCH = 32
 # Decoded pixels are kept where they are no more than this; beyond it every pass decodes the files anew.
@@ -46,7 +47,7 @@ class CalibrationImages:
 
 
 def choose_images(
-    source: Path, count: int, seed: int, preprocessing: Preprocessing, say: Callable[[str], None] = lambda _: None
+    source: Path, count: int, seed: int, preprocessing: Preprocessing, progress: Progress = SILENT
 ) -> CalibrationImages:
     """`count` images of a folder, or of a list of paths, drawn with `seed`; all of them where there are fewer.
 
@@ -64,5 +65,5 @@ def choose_images(
             f"images have 3 channels, the net takes {len(preprocessing.mean)}",
             "call repvgg_deploy.quantization.quantize with your own batches",
         )
-    say(f"calibrating on {len(paths)} images of {source}")
+    progress.note(f"calibrating on {len(paths)} images of {source}")
     return images

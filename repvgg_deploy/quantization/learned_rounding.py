@@ -9,7 +9,6 @@ beside the output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.activation_range import CLIPPING, LOWEST, UNSIGNED_HIGHEST, highest_codes
 from repvgg_deploy.quantization.augmentation import draw_pictures
 from repvgg_deploy.quantization.layer_inputs import run_layer, weights_of_errors
@@ -99,7 +99,7 @@ def learn(
     start: Reconstruction,
     images: Images,
     recipe: Recipe,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Reconstruction:
     """Improve `start` by descent on the distance of logits and stage outputs to those of the float `net`.
 
@@ -124,8 +124,7 @@ def learn(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if progress is not None:
-            progress(step + 1)
+        progress.step("learning", step + 1, options.steps)
     scale = None if pool is None else float(pool.detach().exp())
     return Reconstruction({name: layer.integers() for name, layer in layers.items()}, scale)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
 from repvgg_deploy.quantization.dead_inputs import RemovedInputs, remove_dead_inputs
 from repvgg_deploy.quantization.equalize import equalize
@@ -25,9 +26,6 @@ from repvgg_deploy.torch_precision import float32
 
 FEW_IMAGES = 32
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the step, what is done of it, and how much there is (0 where that is not known)."""
-
 
 # Learned rounding needs gradients, whatever the caller has switched off: this switches them on.
 @torch.inference_mode(False)
@@ -38,7 +36,7 @@ def quantize(
     recipe: Recipe,
     statistics: CalibrationStatistics | None = None,
     keep_float: Collection[str] = (),
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     chained: bool = True,
 ) -> QuantizedNet:
     """`fused` with int8 weights and activations, as `recipe` says; `fused` itself is not changed.
@@ -52,7 +50,7 @@ def quantize(
         recipe: see `load_recipe`.
         statistics: of `fused` on `images`, where they are known already.
         keep_float: names of layers (`stages.S.B`, `classifier`) that are not quantized.
-        progress: see `Progress`.
+        progress: gets the steps `calibrating` (images), `rounding` (layers) and `learning` (iterations).
         chained: without it no layer makes up for the error of those before, so that each can be looked at by itself.
 
     Raises:
@@ -60,10 +58,9 @@ def quantize(
             are of other views than the recipe's.
     """
     _check_names(fused, keep_float)
-    report = progress or _say_nothing
     net = copy.deepcopy(fused).eval().requires_grad_(False)
     if statistics is None:
-        statistics = collect_statistics(net, images, views=recipe.views, progress=_count(report, "calibrate"))
+        statistics = collect_statistics(net, images, views=recipe.views, progress=progress)
     elif statistics.views != recipe.views:
         raise DeployError(
             f"the statistics are of {statistics.views} views of each image, "
@@ -76,17 +73,10 @@ def quantize(
         )
     removed = prepare(net, statistics, recipe)
     views = Views(images, recipe.views)
-    layers = len(edge_names(net)) - 1
-    done: list[str] = []
-
-    def layer_done(name: str) -> None:
-        done.append(name)
-        report("round", len(done), layers)
-
     count = statistics.images * statistics.views
-    result = reconstruct(net, views, count, recipe, keep_float, layer_done, chained)
+    result = reconstruct(net, views, count, recipe, keep_float, progress, chained)
     if recipe.learning.steps and chained:
-        result = learn(net, result, images, recipe, lambda k: report("learn", k, recipe.learning.steps))
+        result = learn(net, result, images, recipe, progress)
     result = make_room_for_biases(result)
     sample = next(rebatch(images, net.classifier.weight.device))
     rows = report_layers(net, result, removed, sample)
@@ -102,21 +92,6 @@ def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> d
     if recipe.equalize is not None:
         equalize(net, statistics, recipe.equalize)
     return removed
-
-
-def _say_nothing(step: str, done: int, total: int) -> None:
-    pass
-
-
-def _count(report: Progress, step: str) -> Callable[[int], None]:
-    seen = 0
-
-    def add(images: int) -> None:
-        nonlocal seen
-        seen += images
-        report(step, seen, 0)
-
-    return add
 
 
 def _check_names(net: RepVGG, names: Collection[str]) -> None:

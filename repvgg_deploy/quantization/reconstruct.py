@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.activation_scales import quantize_activations, scale_by_output
 from repvgg_deploy.quantization.feedback_rounding import round_with_feedback
 from repvgg_deploy.quantization.layer_inputs import MEMORY_BYTES, Moments, Streams, input_moments, run_layer
@@ -68,7 +69,7 @@ def reconstruct(
     count: int,
     recipe: Recipe,
     keep_float: Collection[str] = (),
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = SILENT,
     chained: bool = True,
 ) -> Reconstruction:
     """Quantize the layers of a fused `net` in the order of execution; each makes up for the error of those before.
@@ -79,13 +80,14 @@ def reconstruct(
         count: how many there are.
         recipe: its `scales` and `rounding` are used.
         keep_float: names of layers that are not quantized.
-        progress: called with the name of each layer when it is done.
+        progress: gets the step `rounding`, in layers.
         chained: without it each layer is quantized as if all the others were float.
     """
     chosen = take_images(net, images, count, recipe.rounding.images)
     streams = Streams(chosen, chosen)
     layers: dict[str, LayerIntegers] = {}
-    for index, (name, block) in enumerate(fused_blocks(net)):
+    blocks = list(fused_blocks(net))
+    for index, (name, block) in enumerate(blocks):
         if name in keep_float:
             weight, bias = block.conv.weight, cast(Tensor, block.conv.bias)
         else:
@@ -97,8 +99,7 @@ def reconstruct(
         streams.exact = _map_images(exact, streams.exact)
         rounded = partial(_run_block, block, weight, bias)
         streams.rounded = _map_images(rounded, streams.rounded) if chained else streams.exact
-        if progress is not None:
-            progress(name)
+        progress.step("rounding", index + 1, len(blocks) + 1)
     if CLASSIFIER in keep_float:
         return Reconstruction(layers, None)
     pool = _choose_scale(streams, nn.Identity(), recipe)
@@ -108,8 +109,7 @@ def reconstruct(
     scale = _choose_scale(streams, net.classifier, recipe)
     streams.rounded = quantize_activations(streams.rounded, scale)
     layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers))
-    if progress is not None:
-        progress(CLASSIFIER)
+    progress.step("rounding", len(blocks) + 1, len(blocks) + 1)
     return Reconstruction(layers, pool)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.progress import SILENT, Progress, count_steps
 from repvgg_deploy.quantization.points import Images, edge_names, rebatch, walk
 from repvgg_deploy.quantization.views import Views
 from repvgg_deploy.torch_precision import float32
@@ -151,7 +152,8 @@ def collect_statistics(
     images: Images,
     sha256: str = "",
     views: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
+    count: int = 0,
 ) -> CalibrationStatistics:
     """The statistics of a fused `net` on all `images`; memory does not grow with their number.
 
@@ -160,12 +162,14 @@ def collect_statistics(
         images: batches of normalized images (N, C, H, W).
         sha256: of the checkpoint; a saved result is refused for any other.
         views: how often each image is taken; see `Views`.
-        progress: called with the number of images after each step, each view counted.
+        progress: gets the step `calibrating`, in images, each view counted.
+        count: of the images, for `progress`; 0 where it is not known.
 
     Raises:
         DeployError: there is no image, or a value somewhere is not finite.
     """
     observers = {name: _EdgeObserver() for name in edge_names(net)}
+    seen = count_steps(progress, "calibrating", views * count)
     digest = hashlib.sha256()
     device = net.classifier.weight.device
     for batch in rebatch(Views(images, views), device):
@@ -175,10 +179,9 @@ def collect_statistics(
                 raise DeployError(
                     f"the activations in front of {name} are not finite", "look at the images, and at the checkpoint"
                 )
-        if progress is not None:
-            progress(len(batch))
-    count = next(iter(observers.values())).images
-    if count == 0:
+        seen(len(batch))
+    taken = next(iter(observers.values())).images
+    if taken == 0:
         raise DeployError("there are no calibration images", "give a folder of images that the net may meet: --calib")
     edges = {name: observer.result() for name, observer in observers.items()}
-    return CalibrationStatistics(edges, count // views, views, sha256, digest.hexdigest())
+    return CalibrationStatistics(edges, taken // views, views, sha256, digest.hexdigest())

@@ -15,6 +15,7 @@ from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.runner import EngineRunner, open_engine
 from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.hardware.gpus import find_gpus
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.verification.parity import compare, require_parity
 
@@ -48,9 +49,9 @@ def check_where_possible(
     engine: Engine,
     images: Array,
     expected: Callable[[], Mapping[str, Array]],
-    say: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Parity | None:
-    """`check_engine` on the GPU of this machine; None where none can run `engine`, and `say` is told why.
+    """`check_engine` on the GPU of this machine; None where none can run `engine`, and a note says why.
 
     `expected` gives the outputs to compare with, and is asked where the engine runs.
 
@@ -62,17 +63,17 @@ def check_where_possible(
     """
     found = find_gpus()
     if not found.gpus:
-        say(f"note: the engine was built, and not run: {found.reason}")
+        progress.note(f"note: the engine was built, and not run: {found.reason}")
         return None
     if not engine.side.has_weights:
-        say("note: the engine was built without weights, and not run")
+        progress.note("note: the engine was built without weights, and not run")
         return None
     try:
         runner = open_engine(engine.plan)
     except DeployError as error:
         backend = import_backend(engine.side.backend)
         if isinstance(backend, Backend) and not backend.supports(found.gpus[0]):
-            say(f"note: the engine was built, and not run: {error.message}")
+            progress.note(f"note: the engine was built, and not run: {error.message}")
             return None
         raise
     with runner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 from repvgg_deploy.artifacts import Array, Parity, PreprocessingOptions
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
 from repvgg_deploy.images.decoding import BrokenImages, list_images, read_batches
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import Model, is_engine, is_onnx, open_model, softmax
 from repvgg_deploy.verification.inputs import choose_pixels
 from repvgg_deploy.verification.parity import compare, require_parity
@@ -61,7 +62,7 @@ def verify_models(
     ema: bool | None = None,
     trust: bool = False,
     exact_integers: bool = True,
-    say: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Parity:
     """How the outputs of model `second` differ from those of `first`, on the images of `data` or on drawn ones.
 
@@ -81,7 +82,7 @@ def verify_models(
             shared = PreprocessingOptions((known.height, known.width), known.resize, known.mean, known.std)
         models.append(open_model(path, shared, arch, ema, trust, exact_integers))
         for note in models[-1].notes:
-            say(f"note: {note}")
+            progress.note(f"note: {note}")
     if models[0].path != first:
         models.reverse()
     a, b = models

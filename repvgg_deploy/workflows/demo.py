@@ -25,6 +25,7 @@ from repvgg_deploy.images.decoding import BrokenImages, list_images, normalize, 
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.model import Model, open_model
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
@@ -73,7 +74,7 @@ class DemoResult:
         return {**vars(self), "rows": [vars(row) for row in self.rows]}
 
 
-def run_demo(output: Path | None = None, say: Callable[[str], None] = lambda _: None) -> DemoResult:
+def run_demo(output: Path | None = None, progress: Progress = SILENT) -> DemoResult:
     """Take the embedded model from checkpoint to ONNX, and compare every form of it.
 
     The accuracy is measured on pictures that are drawn now and that the training has not seen. With `output` the ONNX
@@ -82,12 +83,12 @@ def run_demo(output: Path | None = None, say: Callable[[str], None] = lambda _: 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "images"
-        say(f"drawing {_IMAGES} images")
+        progress.note(f"drawing {_IMAGES} images")
         write_image_folder(data, _IMAGES, seed=_SEED, size=64)
-        forms, relatives, failures = _make_forms(output or Path(scratch), Path(scratch), say)
-        say("evaluating")
+        forms, relatives, failures = _make_forms(output or Path(scratch), Path(scratch), progress)
+        progress.note("evaluating")
         top1 = {name: evaluate(model, data).top1 for name, model in forms.items()}
-        say("timing, one form after the other in turn")
+        progress.note("timing, one form after the other in turn")
         speeds = _time_forms(forms, data)
         rows = tuple(
             DemoRow(
@@ -109,11 +110,11 @@ Name = tuple[str, str]
 
 
 def _make_forms(
-    output: Path, scratch: Path, say: Callable[[str], None]
+    output: Path, scratch: Path, progress: Progress
 ) -> tuple[dict[Name, Model], dict[Name, float], dict[str, str]]:
     """Every form ready to run, how far the logits of the exported ones are from the fused net's, and what failed."""
     path = data_folder("models") / "demo.safetensors"
-    say(f"loading {path.name}")
+    progress.note(f"loading {path.name}")
     checkpoint = load_checkpoint(path)
     preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
     net = build(checkpoint)
@@ -134,7 +135,7 @@ def _make_forms(
     calibration = scratch / "calibration"
     write_image_folder(calibration, _CALIBRATION_IMAGES, seed=_CALIBRATION_SEED, size=64)
     for precision in Precision:
-        say(f"exporting and verifying {precision}")
+        progress.note(f"exporting and verifying {precision}")
         int8 = Int8Request(calibration) if precision is Precision.INT8 else None
         name = ("fused" if precision is Precision.FP32 else f"fused {precision}", "onnx")
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import numpy as np
 
 from repvgg_deploy.errors import DeployError, ImageError
 from repvgg_deploy.images.decoding import BrokenImages, LabelledImages, list_labelled_images, read_batches
+from repvgg_deploy.progress import SILENT, Progress, count_steps
 from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.model import Model, rank_classes
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def evaluate(
     folder: Path,
     batch: int = 64,
     strict: bool = False,
-    start: Callable[[int], Advance] = lambda _: lambda _: None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """The accuracy of `model` on `folder`/<class>/<image>, classes in the sorted order of the folders' names.
 
@@ -57,7 +55,7 @@ def evaluate(
         folder: one folder of images a class.
         batch: images a run; a model with a fixed batch has its own.
         strict: a broken image is an error.
-        start: called with the number of images; what it returns is called with the number done since.
+        progress: gets the step `evaluating`, in images.
 
     Raises:
         ImageError: no images, broken ones with `strict`, or nothing but broken ones.
@@ -68,7 +66,7 @@ def evaluate(
     broken = BrokenImages()
     hits1 = hits5 = count = 0
     width = 5
-    advance = start(len(images.paths))
+    advance = count_steps(progress, "evaluating", len(images.paths))
     begin = time.perf_counter()
     for pixels, indices in read_batches(images.paths, model.preprocessing, model.runner.batch or batch, broken):
         if strict and broken.reasons:

@@ -27,6 +27,7 @@ from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import Model, softmax
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.threads import start_workers
@@ -38,10 +39,6 @@ from repvgg_deploy.workflows.export_request import ExportRequest, ExportResult
 if TYPE_CHECKING:
     from repvgg_deploy.engine import Engine
     from repvgg_deploy.quantization.net import QuantizationSummary
-
-Say = Callable[[str], None]
-Report = Callable[[str, float], None]
-"""Called with the name of a long step and the share of it that is done."""
 
 # Largest relative differences of the logits. Float32 arithmetic alone costs 1e-6 to 1e-5 on nets of this depth; FP16
 # has a rounding of 5e-4, accumulated over the layers; in INT8 a value on the border between two steps may fall to
@@ -62,7 +59,7 @@ class _Product:
     quantization: QuantizationSummary | None = None
 
 
-def export(request: ExportRequest, say: Say = lambda _: None, report: Report = lambda *_: None) -> ExportResult:
+def export(request: ExportRequest, progress: Progress = SILENT) -> ExportResult:
     """Write the verified ONNX graph of a checkpoint to `request.output`, and an engine where one is asked for.
 
     The files are `<checkpoint stem>.<precision>.onnx`, `.plan` and `.plan.json`; they appear only when every stage has
@@ -74,14 +71,14 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
-    backend = _find_backend(request, say)
-    say(f"reading {request.checkpoint}")
+    backend = _find_backend(request, progress)
+    progress.note(f"reading {request.checkpoint}")
     checkpoint = load_checkpoint(request.checkpoint, request.arch, request.ema, request.bn_eps)
     for note in checkpoint.notes:
-        say(f"note: {note}")
+        progress.note(f"note: {note}")
     preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing)
     inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
-    say(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
+    progress.note(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
     net = build(checkpoint)
     with start_workers(1) as reference:
         # Fusing takes one core; what it will be held against is computed on the other.
@@ -91,9 +88,9 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
         )
         del checkpoint, net, trained
         parity: dict[str, Parity] = {}
-        say(f"making the {request.precision} graph")
+        progress.note(f"making the {request.precision} graph")
         if request.precision is Precision.INT8:
-            product = _make_int8_graph(stage, parity, backend is not None, say, report)
+            product = _make_int8_graph(stage, parity, backend is not None, progress)
         else:
             product = _make_float_graph(stage, parity)
         result = ExportResult(
@@ -120,22 +117,20 @@ def export(request: ExportRequest, say: Say = lambda _: None, report: Report = l
             written.result()
             # The weights are in the file now, which ONNX Runtime maps.
             del stage, product
-            say("running the graph in ONNX Runtime")
+            progress.note("running the graph in ONNX Runtime")
             flushed = pool.submit(flush_files, staging)
             outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
             flushed.result()
             engine = None
             if backend is not None:
-                engine = _build_and_compare(
-                    staged, backend, request, inputs, preprocessing, outputs, parity, say, report
-                )
+                engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, progress)
     if engine is None:
-        _note_other_engine(result.onnx, say)
+        _note_other_engine(result.onnx, progress)
     seconds = time.perf_counter() - start
     return replace(result, engine=engine, seconds=seconds, peak_bytes=peak_bytes())
 
 
-def _note_other_engine(onnx: Path, say: Say) -> None:
+def _note_other_engine(onnx: Path, progress: Progress) -> None:
     """Tell of an engine that stands beside the graph and was built from another one."""
     plan = onnx.with_suffix(".plan")
     if not plan.exists():
@@ -147,10 +142,10 @@ def _note_other_engine(onnx: Path, say: Say) -> None:
     except DeployError:
         same = False
     if not same:
-        say(f"note: {plan} is not of this graph: it was left as it was")
+        progress.note(f"note: {plan} is not of this graph: it was left as it was")
 
 
-def _find_backend(request: ExportRequest, say: Say) -> Any:
+def _find_backend(request: ExportRequest, progress: Progress) -> Any:
     """The engine backend, asked for before any work is done: a named one that is missing is an error at once."""
     name = request.engine
     if name == "none":
@@ -159,7 +154,7 @@ def _find_backend(request: ExportRequest, say: Say) -> Any:
 
     backend = find_backend(name)
     if isinstance(backend, Unavailable):
-        say(f"no engine will be built: {backend.reason}")
+        progress.note(f"no engine will be built: {backend.reason}")
         return None
     return backend
 
@@ -220,7 +215,7 @@ def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
     return _Product(graph, run, layers.rounding if half else None)
 
 
-def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool, say: Say, report: Report) -> _Product:
+def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool, progress: Progress) -> _Product:
     from repvgg_deploy.quantization.pair_sums import largest_pair_sum
     from repvgg_deploy.quantization.qdq import to_qdq_onnx, with_fp16_scales
     from repvgg_deploy.workflows.int8 import quantize_for_export
@@ -232,7 +227,7 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool,
     fused = stage.fused
     reference, _ = stage.run(parity)
     sha256 = stage.checkpoint.sha256
-    quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, for_engine, say, report)
+    quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, for_engine, progress)
     if request.rest is Precision.FP16:
         quantized = with_fp16_scales(quantized)
     with torch.inference_mode():
@@ -337,25 +332,21 @@ def _build_and_compare(
     preprocessing: Preprocessing,
     outputs: dict[str, Array],
     parity: dict[str, Parity],
-    say: Say,
-    report: Report,
+    progress: Progress,
 ) -> Engine:
     """The engine in the staging folder; where a GPU can run it, its outputs have agreed with ONNX Runtime's."""
     from repvgg_deploy.engine import build_engine
     from repvgg_deploy.verification.engine import check_where_possible, run_as_engine
 
-    say(f"building the engine with {backend.label}")
+    progress.note(f"building the engine with {backend.label}")
 
-    def advance(share: float, phase: str) -> None:
-        report(f"building: {phase}", share)
-
-    engine = build_engine(staged, backend, request.build, staged.parent, advance, say)
+    engine = build_engine(staged, backend, request.build, staged.parent, progress)
     images = _inputs_of(request, inputs, preprocessing)
 
     def expected() -> Mapping[str, Array]:
         return run_as_engine(staged, images) if request.precision is Precision.INT8 else outputs
 
-    compared = check_where_possible(engine, images, expected, say)
+    compared = check_where_possible(engine, images, expected, progress)
     if compared is not None:
         parity["engine"] = compared
     return engine

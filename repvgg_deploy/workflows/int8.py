@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from repvgg_deploy.artifacts import Precision, Preprocessing
 from repvgg_deploy.errors import DeployError, ImageError, VerificationError
 from repvgg_deploy.files import stage_files
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.progress import Progress
 from repvgg_deploy.quantization import (
     CalibrationStatistics,
     QuantizedNet,
@@ -35,9 +35,6 @@ from repvgg_deploy.workflows.export_request import Int8Request
 if TYPE_CHECKING:
     from repvgg_deploy.quantization.net import QuantizationSummary
 
-Say = Callable[[str], None]
-Report = Callable[[str, float], None]
-
 
 def quantize_for_export(
     fused: RepVGG,
@@ -45,8 +42,7 @@ def quantize_for_export(
     preprocessing: Preprocessing,
     sha256: str,
     for_engine: bool,
-    say: Say,
-    report: Report,
+    progress: Progress,
 ) -> tuple[QuantizedNet, QuantizationSummary]:
     """`fused` in INT8 as `request` says; `sha256` is the checkpoint's, which a calibration cache belongs to.
 
@@ -60,13 +56,10 @@ def quantize_for_export(
     recipe = load_recipe(request.recipe)
     if request.count is not None:
         recipe = replace(recipe, count=request.count)
-    images = choose_images(request.images, recipe.count, recipe.seed, preprocessing, say)
+    images = choose_images(request.images, recipe.count, recipe.seed, preprocessing, progress)
     if request.device != "cpu":
         # The caller's net stays where it is.
         fused = copy.deepcopy(fused).to(request.device)
-
-    def progress(step: str, done: int, total: int) -> None:
-        report(step, done / total if total else 0.0)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -75,12 +68,12 @@ def quantize_for_export(
             quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
         else:
             quantized = _quantize_within(
-                fused, images, recipe, statistics, request, request.validation, request.max_drop, for_engine, say
+                fused, images, recipe, statistics, request, request.validation, request.max_drop, for_engine, progress
             )
     for warning in caught:
-        say(f"warning: {warning.message}")
+        progress.note(f"warning: {warning.message}")
     for reason in images.broken.reasons.values():
-        say(f"left out: {reason}")
+        progress.note(f"left out: {reason}")
     if quantized.summary is None:
         raise AssertionError("quantize() gives a summary")
     return quantized.cpu(), quantized.summary
@@ -95,7 +88,7 @@ def _quantize_within(
     validation: Path,
     max_drop: float,
     for_engine: bool,
-    say: Say,
+    progress: Progress,
 ) -> QuantizedNet:
     """The net with the fewest float layers that loses at most `max_drop` points of top-1 on labelled images.
 
@@ -118,7 +111,7 @@ def _quantize_within(
             net = with_fp16_scales(net)
         drop = exact - top1(net.as_tensorrt() if for_engine or request.activation_type == "int8" else net)
         kept = net.float_layers()
-        say(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
+        progress.note(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
         return drop
 
     mixed = quantize_within(fused, images, recipe, measure_drop, max_drop, statistics, request.keep_float)
@@ -127,7 +120,9 @@ def _quantize_within(
             f"top-1 drops by {mixed.drop:.2f} points, more than {max_drop:g}",
             "take more calibration images, --recipe thorough, or a larger --max-drop",
         )
-    say(f"kept in float: {', '.join(mixed.kept_float) or 'nothing'}, {mixed.macs_share:.1%} of the multiply-adds")
+    progress.note(
+        f"kept in float: {', '.join(mixed.kept_float) or 'nothing'}, {mixed.macs_share:.1%} of the multiply-adds"
+    )
     return mixed.net
 
 
@@ -137,20 +132,13 @@ def _statistics(
     views: int,
     cache: Path | None,
     sha256: str,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> CalibrationStatistics:
     """The statistics of the cache, where it holds those of this checkpoint; else they are taken now and kept there."""
-    seen = 0
-
-    def count(number: int) -> None:
-        nonlocal seen
-        seen += number
-        progress("calibrating", seen, len(images.paths) * views)
-
     try:
         if cache is not None and cache.exists():
             return CalibrationStatistics.load(cache, sha256, images)
-        statistics = collect_statistics(fused, images, sha256, views, count)
+        statistics = collect_statistics(fused, images, sha256, views, progress, len(images.paths))
     except DeployError:
         if images.broken.reasons and len(images.broken.reasons) == len(images.paths):
             reason = next(iter(images.broken.reasons.values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
+from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import is_onnx
 from repvgg_deploy.verification.engine import check_where_possible, run_as_engine
 from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_request import ExportRequest
 
 
-def refit_in_place(plan: Path, weights: Path, say: Callable[[str], None] = lambda _: None) -> Engine:
+def refit_in_place(plan: Path, weights: Path, progress: Progress = SILENT) -> Engine:
     """Replace the plan and its side file by those with the weights of a checkpoint, or of an ONNX graph.
 
     Raises:
@@ -31,14 +31,14 @@ def refit_in_place(plan: Path, weights: Path, say: Callable[[str], None] = lambd
     """
     side = require_refittable(plan)
     with tempfile.TemporaryDirectory() as scratch:
-        onnx = weights if is_onnx(weights) else export_for_refit(side, weights, Path(scratch), say)
+        onnx = weights if is_onnx(weights) else export_for_refit(side, weights, Path(scratch), progress)
         with stage_files(plan.absolute().parent) as staging:
             engine = refit_engine(plan, onnx, staging)
-            _check_refitted(engine, onnx, say)
+            _check_refitted(engine, onnx, progress)
     return Engine(plan, engine.side)
 
 
-def _check_refitted(engine: Engine, onnx: Path, say: Callable[[str], None]) -> None:
+def _check_refitted(engine: Engine, onnx: Path, progress: Progress) -> None:
     """The comparison that follows every build, on drawn pictures, or on noise where the net takes no RGB."""
     side, images = engine.side, engine.side.inputs[0]
     takes_pixels = images.dtype == "uint8"
@@ -53,10 +53,10 @@ def _check_refitted(engine: Engine, onnx: Path, say: Callable[[str], None]) -> N
         half = (0.5,) * channels
         taken = normalize(taken, known or Preprocessing(height, width, max(height, width), half, half))
         taken = taken.astype(images.dtype)
-    check_where_possible(engine, taken, lambda: run_as_engine(onnx, taken), say)
+    check_where_possible(engine, taken, lambda: run_as_engine(onnx, taken), progress)
 
 
-def export_for_refit(side: SideFile, checkpoint: Path, folder: Path, say: Callable[[str], None]) -> Path:
+def export_for_refit(side: SideFile, checkpoint: Path, folder: Path, progress: Progress) -> Path:
     """The verified ONNX graph of `checkpoint` in `folder`, with the options of the engine's own graph.
 
     Raises:
@@ -86,4 +86,4 @@ def export_for_refit(side: SideFile, checkpoint: Path, folder: Path, say: Callab
         softmax=options.softmax,
         topk=options.topk,
     )
-    return export(request, say).onnx
+    return export(request, progress).onnx
