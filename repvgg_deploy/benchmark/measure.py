@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.benchmark.statistics import Ratio, TimeStatistics, compare_rates
+from repvgg_deploy.progress import SILENT, Progress
 
 Clock = Callable[[], float]
 """Seconds since any fixed moment, never going back."""

@@ -154,12 +154,12 @@ def _live_progress(words: Callable[[str], str | None]) -> Iterator[Progress]:
         step, now = steps.current, steps.clock()
         if step is None or now - step.since < _SHOWN_AFTER_S:
             return Text("")
+        elapsed, left = format_seconds(now - step.since), step.seconds_left(now)
+        times = elapsed if left is None else f"{elapsed}, about {format_seconds(left)} left"
+        width = min(30, console.width // 4)
+        bar = ProgressBar(total=step.total, completed=step.done, width=width) if step.total > 0 else spinner
         line = Table.grid(padding=(0, 1))
-        left = step.seconds_left(now)
-        times = format_seconds(now - step.since) + ("" if left is None else f", about {format_seconds(left)} left")
-        known = step.total > 0 and console.width >= 60
-        bar = ProgressBar(total=step.total, completed=step.done, width=min(30, console.width // 4)) if known else spinner
-        line.add_row(Text(step.name, no_wrap=True), bar, Text(step.amount, no_wrap=True), Text(times, style="dim", no_wrap=True))
+        line.add_row(Text(step.name), bar, Text(step.amount), Text(times, style="dim"))
         return line
 
     class LiveProgress:

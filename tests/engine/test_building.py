@@ -16,6 +16,7 @@ from helpers.engine_graphs import (
     small_onnx,
     write_onnx,
 )
+from helpers.progress import Heard
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, build_engine
@@ -90,18 +91,14 @@ def test_the_plan_is_a_plain_plan_of_the_library(tmp_path: Path) -> None:
 
 
 def test_progress_begins_at_zero_ends_at_one_and_never_falls(tmp_path: Path) -> None:
-    shares: list[float] = []
-    phases: list[str] = []
-
-    def record(share: float, phase: str) -> None:
-        shares.append(share)
-        phases.append(phase)
-
-    build_engine(small_onnx(tmp_path), rtx_backend(), NO_CACHE, tmp_path, progress=record)
+    heard = Heard()
+    build_engine(small_onnx(tmp_path), rtx_backend(), NO_CACHE, tmp_path, heard)
+    shares = [done / total for _, done, total in heard.steps]
     assert shares[0] == 0
     assert shares[-1] == 1
     assert shares == sorted(shares)
-    assert len(set(phases)) > 3
+    assert len(set(shares)) > 3
+    assert {name for name, _, _ in heard.steps} == {"building the engine"}
 
 
 def test_options_reach_the_builder(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.engine_graphs import rtx_backend, small_onnx
+from helpers.progress import Heard
 
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.log import get_logger
@@ -31,15 +32,15 @@ def listen_to_ctrl_c() -> Iterator[None]:
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
     onnx, output, backend = small_onnx(tmp_path), tmp_path / "out", rtx_backend()
-    shares: list[float] = []
+    pressed: list[float] = []
 
-    def interrupt(share: float, _phase: str) -> None:
-        if not shares:
+    def interrupt(_name: str, done: float, _total: float) -> None:
+        if not pressed:
             os.kill(os.getpid(), signal.SIGINT)
-        shares.append(share)
+        pressed.append(done)
 
     with pytest.raises(KeyboardInterrupt), stage_files(output) as staging:
-        build_engine(onnx, backend, NO_CACHE, staging, progress=interrupt)
+        build_engine(onnx, backend, NO_CACHE, staging, Heard(on_step=interrupt))
     assert not output.exists()
     assert not list(tmp_path.glob("**/*.plan*"))
     # The library still builds after a build that was ended.
@@ -76,12 +77,16 @@ def test_ctrl_c_in_a_process_of_its_own_ends_it_by_the_signal(tmp_path: Path) ->
         from repvgg_deploy.engine import BuildOptions, build_engine, find_backend
         from repvgg_deploy.files import stage_files
 
-        def interrupt(share, phase):
-            os.kill(os.getpid(), signal.SIGINT)
+        class Interrupting:
+            def note(self, text):
+                pass
+
+            def step(self, name, done, total):
+                os.kill(os.getpid(), signal.SIGINT)
 
         with stage_files(Path(sys.argv[2])) as staging:
             options = BuildOptions(timing_cache=False)
-            build_engine(Path(sys.argv[1]), find_backend("tensorrt-rtx"), options, staging, progress=interrupt)
+            build_engine(Path(sys.argv[1]), find_backend("tensorrt-rtx"), options, staging, Interrupting())
         """
     )
     ran = subprocess.run(
@@ -93,11 +98,11 @@ def test_ctrl_c_in_a_process_of_its_own_ends_it_by_the_signal(tmp_path: Path) ->
 
 
 def test_a_failing_progress_bar_is_raised_not_swallowed(tmp_path: Path) -> None:
-    def fail(_share: float, _phase: str) -> None:
+    def fail(_name: str, _done: float, _total: float) -> None:
         raise RuntimeError("the terminal is gone")
 
     with pytest.raises(RuntimeError, match="the terminal is gone"):
-        build_engine(small_onnx(tmp_path), rtx_backend(), NO_CACHE, tmp_path, progress=fail)
+        build_engine(small_onnx(tmp_path), rtx_backend(), NO_CACHE, tmp_path, Heard(on_step=fail))
     assert not list(tmp_path.glob("*.plan*"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.engine_graphs import rtx_backend, small_onnx
+from helpers.progress import Heard
 
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.backends import Backend, Capabilities
@@ -74,10 +75,10 @@ def test_a_damaged_cache_is_replaced(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_costs_the_cache_not_the_build(tmp_path: Path, own_cache: Path) -> None:
     own_cache.write_text("a file where the folder should be", encoding="utf-8")
-    said: list[str] = []
-    engine = build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(), tmp_path, say=said.append)
+    heard = Heard()
+    engine = build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(), tmp_path, heard)
     assert engine.plan.is_file()
-    assert any("no timing cache" in line for line in said)
+    assert any("no timing cache" in line for line in heard.notes)
 
 
 def test_a_second_build_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
@@ -90,18 +91,17 @@ def test_a_second_build_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
     assert holder.stdout is not None
     assert holder.stdin is not None
     assert holder.stdout.readline() == "held\n"
-    said: list[str] = []
     waited_from = time.perf_counter()
 
-    def let_go(line: str) -> None:
-        said.append(line)
+    def let_go(_text: str) -> None:
         holder.stdin.write("\n")
         holder.stdin.flush()
 
+    heard = Heard(on_note=let_go)
     with holder:
-        build_engine(onnx, backend, BuildOptions(), tmp_path, say=let_go)
+        build_engine(onnx, backend, BuildOptions(), tmp_path, heard)
     assert time.perf_counter() - waited_from >= 0.5
-    assert said == [f"another build holds {path}.lock; waiting for it"]
+    assert heard.notes == [f"another build holds {path}.lock; waiting for it"]
 
 
 _HOLD = """
@@ -117,12 +117,12 @@ with FileLock(sys.argv[1]):
 def test_the_lock_is_given_back_after_a_failed_build(tmp_path: Path) -> None:
     backend, onnx = rtx_backend(), small_onnx(tmp_path)
 
-    def fail(_share: float, _phase: str) -> None:
+    def fail(_name: str, _done: float, _total: float) -> None:
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        build_engine(onnx, backend, BuildOptions(), tmp_path, progress=fail)
+        build_engine(onnx, backend, BuildOptions(), tmp_path, Heard(on_step=fail))
     assert not cache_path(backend, this_gpu()).exists()
-    said: list[str] = []
-    build_engine(onnx, backend, BuildOptions(), tmp_path, say=said.append)
-    assert not said
+    heard = Heard()
+    build_engine(onnx, backend, BuildOptions(), tmp_path, heard)
+    assert not heard.notes

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.progress import Heard
 from helpers.small_nets import make_net, name_in_layout
 
 from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
@@ -146,15 +147,9 @@ def test_nothing_but_broken_images_is_an_error(model: Model, image_folder: Path)
 
 
 def test_progress_counts_every_image_once(model: Model, image_folder: Path) -> None:
-    totals, done = [], []
-
-    def start(total: int) -> Callable[[int], None]:
-        totals.append(total)
-        return done.append
-
-    evaluate(model, image_folder, 4, start=start)
-    assert totals == [15]
-    assert done == [4, 4, 4, 3]
+    heard = Heard()
+    evaluate(model, image_folder, 4, progress=heard)
+    assert heard.steps == [("evaluating", done, 15) for done in (4, 8, 12, 15)]
 
 
 def test_softmax_is_stable_for_large_logits() -> None:
