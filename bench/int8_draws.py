@@ -2,7 +2,7 @@
 
     python bench/int8_draws.py --checkpoint CKPT --calib DIR --val DIR --seeds 11 12 13 -o bench/results
 
-Settings were chosen with other draws, but for the views of an image, for which seed 11 was looked at too; other
+Settings were chosen with other draws, but for the augmentations of an image, for which seed 11 was looked at too; other
 `--seeds` give draws that no setting was chosen with. Every graph runs in ONNX Runtime on the CPU, with every
 convolution and the classifier in INT8: the files of `export --int8`, as they are and as TensorRT reads them.
 """

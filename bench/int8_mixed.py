@@ -94,7 +94,7 @@ def main() -> None:
     exact = run_torch(fused, images)
     calibration = read_calibration(arguments.calib, arguments.count, arguments.calib_seed)
     batches = in_batches(calibration)
-    statistics = collect_statistics(fused, batches, views=recipe.views)
+    statistics = collect_statistics(fused, batches, augmentations=recipe.augmentations)
     step = max(1, len(calibration) // RANKING_IMAGES)
     apart = quantize(fused, batches, recipe, statistics, chained=False)
     ranking = rank_layers(apart, torch.from_numpy(calibration[::step]))

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
-from repvgg_deploy.quantization.activation_range import is_plain
 from repvgg_deploy.quantization.layer_inputs import Moments, Streams, input_moments
 from repvgg_deploy.quantization.points import BATCH, fused_blocks
+from repvgg_deploy.quantization.target import is_plain
 
 Floats = NDArray[np.float32]
 Plant = Callable[[RepVGG, Floats], RepVGG]

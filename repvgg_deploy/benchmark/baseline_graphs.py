@@ -30,11 +30,11 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.resnet import ResidualBlock, ResNet
 from repvgg_deploy.nets.vgg import Vgg
 from repvgg_deploy.quantization.pair_sums import count_taps
-from repvgg_deploy.quantization.weight_scales import choose_weight_scales, round_weights
+from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
 from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 
 Scales = Mapping[str, float]
-"""The largest magnitude on an edge, by the edge's name."""
+"""The largest magnitude on a point, by the point's name."""
 
 
 class BaselineLayers(Protocol):
@@ -50,10 +50,10 @@ class BaselineLayers(Protocol):
     def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
         """A linear layer."""
 
-    def edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+    def point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
         """A place where the activations are quantized in any case; `signed` where they may be negative."""
 
-    def inner_edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+    def inner_point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
         """A place where the activations are quantized if every operator is to be an integer one by itself."""
 
 
@@ -61,18 +61,18 @@ class BaselineLayers(Protocol):
 class BaselineFloats(FloatLayers):
     """Layers in float32 or float16."""
 
-    def edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
+    def point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
         """Nothing."""
         return x
 
-    def inner_edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
+    def inner_point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
         """Nothing."""
         return x
 
 
 @dataclass
 class BaselineIntegers:
-    """Layers with int8 weights, one scale a filter, and Q/DQ pairs on the edges, one symmetric scale a tensor.
+    """Layers with int8 weights, one scale a filter, and Q/DQ pairs on the points, one symmetric scale a tensor.
 
     As in the RepVGG that it is compared with, the pairs stand behind the ReLU and are unsigned there. `for_engine`
     leaves out those in front of a sum and those that only ONNX Runtime needs to make an integer operator.
@@ -98,11 +98,11 @@ class BaselineIntegers:
             return g.add("Gemm", [x, weight, bias], name, transB=1)
         return g.add("Add", [g.add("Gemm", [x, weight], f"{name}.product", transB=1), bias], name)
 
-    def inner_edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+    def inner_point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
         """Q/DQ, or nothing for an engine."""
-        return x if self.for_engine else self.edge(g, name, x, signed)
+        return x if self.for_engine else self.point(g, name, x, signed)
 
-    def edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+    def point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
         """Q/DQ."""
         scale = g.weight(f"{name}.scale", np.asarray(max(self.ranges[name], 1e-6) / 127, self.dtype))
         zero = g.weight(f"{name}.zero_point", np.zeros((), np.int8 if signed else np.uint8))
@@ -135,7 +135,7 @@ def to_baseline_onnx(
     like, floats = cast(RepVGG, folded), cast(FloatLayers, layers)
     check_options(like, options)
     g = GraphBuilder()
-    x = layers.edge(g, "input", add_input(g, like, floats, options), signed=True)
+    x = layers.point(g, "input", add_input(g, like, floats, options), signed=True)
     x = _add_resnet(g, folded, layers, x) if isinstance(folded, ResNet) else _add_vgg(g, folded, layers, x)
     outputs = add_output(g, like, floats, options, x)
     if isinstance(layers, FloatLayers) and layers.rounding.overflowed:
@@ -145,7 +145,7 @@ def to_baseline_onnx(
 
 
 def _conv_relu(g: GraphBuilder, name: str, conv: nn.Conv2d, layers: BaselineLayers, x: str) -> str:
-    return layers.edge(g, f"{name}.relu", g.add("Relu", [layers.conv(g, name, conv, x)], f"{name}.activated"))
+    return layers.point(g, f"{name}.relu", g.add("Relu", [layers.conv(g, name, conv, x)], f"{name}.activated"))
 
 
 def _add_resnet(g: GraphBuilder, net: ResNet, layers: BaselineLayers, x: str) -> str:
@@ -153,24 +153,24 @@ def _add_resnet(g: GraphBuilder, net: ResNet, layers: BaselineLayers, x: str) ->
     x = g.add("MaxPool", [x], "maxpool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
     for name, block in net.named_blocks():
         x = _add_residual_block(g, name, block, layers, x)
-    x = layers.edge(g, "pool.input", x)
-    x = layers.edge(g, "pool.output", g.add("GlobalAveragePool", [x], "pool"))
-    x = layers.inner_edge(g, "features.output", g.add("Flatten", [x], "features"))
+    x = layers.point(g, "pool.input", x)
+    x = layers.point(g, "pool.output", g.add("GlobalAveragePool", [x], "pool"))
+    x = layers.inner_point(g, "features.output", g.add("Flatten", [x], "features"))
     return layers.linear(g, "fc", net.fc, x)
 
 
 def _add_residual_block(g: GraphBuilder, name: str, block: ResidualBlock, layers: BaselineLayers, x: str) -> str:
     # Each reader of the block's input has a Q/DQ pair of its own: ONNX Runtime keeps a convolution in float where its
     # input's pair has several readers, which would make the baseline slower than it needs to be.
-    y = layers.edge(g, f"{name}.main", x)
-    x = layers.edge(g, f"{name}.skip", x)
+    y = layers.point(g, f"{name}.main", x)
+    x = layers.point(g, f"{name}.skip", x)
     for index in range(1, block.depth):
         y = _conv_relu(g, f"{name}.conv{index}", block.conv(index), layers, y)
     last = f"{name}.conv{block.depth}"
-    y = layers.inner_edge(g, f"{last}.output", layers.conv(g, last, block.conv(block.depth), y), signed=True)
+    y = layers.inner_point(g, f"{last}.output", layers.conv(g, last, block.conv(block.depth), y), signed=True)
     if block.downsample is not None:
         conv = cast(nn.Conv2d, block.downsample[0])
-        x = layers.edge(g, f"{name}.downsample.output", layers.conv(g, f"{name}.downsample", conv, x), signed=True)
+        x = layers.point(g, f"{name}.downsample.output", layers.conv(g, f"{name}.downsample", conv, x), signed=True)
     # The sum has two readers, each with a pair of its own, so no pair stands around it and it stays float.
     return g.add("Relu", [g.add("Add", [y, x], f"{name}.sum")], f"{name}.activated")
 
@@ -180,32 +180,32 @@ def _add_vgg(g: GraphBuilder, net: Vgg, layers: BaselineLayers, x: str) -> str:
         for c, conv in enumerate(cast(nn.ModuleList, stage)):
             x = _conv_relu(g, f"stages.{s}.{c}", cast(nn.Conv2d, conv), layers, x)
         x = g.add("MaxPool", [x], f"pool{s}", kernel_shape=[2, 2], strides=[2, 2])
-        x = layers.edge(g, f"pool{s}.output", x)
-    x = layers.inner_edge(g, "features.output", g.add("Flatten", [x], "features"))
+        x = layers.point(g, f"pool{s}.output", x)
+    x = layers.inner_point(g, "features.output", g.add("Flatten", [x], "features"))
     *hidden, last = (cast(nn.Linear, linear) for linear in net.classifier)
     for index, linear in enumerate(hidden):
         x = layers.linear(g, f"classifier.{index}", linear, x)
-        x = layers.edge(g, f"classifier.{index}.relu", g.add("Relu", [x], f"classifier.{index}.activated"))
+        x = layers.point(g, f"classifier.{index}.relu", g.add("Relu", [x], f"classifier.{index}.activated"))
     return layers.linear(g, f"classifier.{len(hidden)}", last, x)
 
 
 @dataclass
-class _EdgeNames(BaselineFloats):
-    """Float layers that remember which tensor lies on each edge."""
+class _PointNames(BaselineFloats):
+    """Float layers that remember which tensor lies on each point."""
 
     tensors: dict[str, str] = field(default_factory=dict)
 
-    def edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
+    def point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:  # noqa: ARG002
         self.tensors[name] = x
         return x
 
-    def inner_edge(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
-        return self.edge(g, name, x, signed)
+    def inner_point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
+        return self.point(g, name, x, signed)
 
 
 def find_ranges(net: BaselineNet, images: NDArray[np.float32]) -> dict[str, float]:
-    """The largest magnitude on every edge of `net` for `images` (N, C, H, W), as int8 layers want them."""
-    layers = _EdgeNames()
+    """The largest magnitude on every point of `net` for `images` (N, C, H, W), as int8 layers want them."""
+    layers = _PointNames()
     options = GraphOptions(images.shape[2], images.shape[3])
     model = to_baseline_onnx(net, layers, options, {}).to_proto()
     seen = sorted(set(layers.tensors.values()) - {"images"})
@@ -215,4 +215,4 @@ def find_ranges(net: BaselineNet, images: NDArray[np.float32]) -> dict[str, floa
     peaks = {"images": float(np.abs(images).max())}
     for name, value in zip(seen, session.run(seen, {"images": images}), strict=True):
         peaks[name] = float(np.abs(value).max())
-    return {edge: peaks[tensor] for edge, tensor in layers.tensors.items()}
+    return {point: peaks[tensor] for point, tensor in layers.tensors.items()}

@@ -22,7 +22,7 @@ from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks, walk
 from repvgg_deploy.quantization.qdq import to_qdq_onnx
 from repvgg_deploy.quantization.reconstruct import Layer, LayerIntegers, Reconstruction
-from repvgg_deploy.quantization.weight_scales import choose_weight_scales, round_weights
+from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
 
 _CALIBRATION_IMAGES = 2
 

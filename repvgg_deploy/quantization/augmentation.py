@@ -9,10 +9,13 @@ blending is mixup (https://arxiv.org/abs/1710.09412).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from repvgg_deploy.quantization.points import Images
 
 # How small a crop may be, in shares of the size, and how much wider than high or the other way round (natural log).
 _SMALLEST = 0.6
@@ -80,3 +83,36 @@ def blend(images: Tensor, generator: torch.Generator) -> Tensor:
     mixed = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     share = torch.where(mixed, share, torch.ones(())).to(images.device)
     return share * images + (1 - share) * images.roll(1, 0)
+
+
+# Mirrored or not, and how far down and to the right, in shares of the size.
+_AUGMENTATIONS = ((False, 0.0, 0.0), (True, 0.0, 0.0), (False, 3 / 64, -2 / 64), (True, -3 / 64, 2 / 64))
+
+
+MOST_AUGMENTATIONS = len(_AUGMENTATIONS)
+
+
+@dataclass(frozen=True)
+class AugmentedImages:
+    """All `images` as they are, then all of them mirrored, and so on, `count` times; iterated as often as is needed.
+
+    `images` are batches of normalized images (N, C, H, W); `count` is 1 to `MOST_AUGMENTATIONS`.
+    """
+
+    images: Images
+    count: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches as `images` gives them."""
+        for augmentation in _AUGMENTATIONS[: self.count]:
+            for batch in self.images:
+                yield move(torch.as_tensor(batch), *augmentation)
+
+
+def move(images: Tensor, mirrored: bool, down: float, right: float) -> Tensor:
+    """The same images (N, C, H, W) from elsewhere, by shares of the size; a border's own mirror image comes in."""
+    images = images.flip(3) if mirrored else images
+    height, width = images.shape[2:]
+    y, x = (max(1 - size, min(size - 1, round(share * size))) for share, size in ((down, height), (right, width)))
+    padded = F.pad(images, [max(x, 0), max(-x, 0), max(y, 0), max(-y, 0)], mode="reflect")
+    return padded[:, :, max(-y, 0) :, max(-x, 0) :][:, :, :height, :width]

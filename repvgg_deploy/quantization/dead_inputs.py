@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.points import fused_blocks
-from repvgg_deploy.quantization.statistics import CalibrationStatistics, EdgeStatistics
+from repvgg_deploy.quantization.statistics import CalibrationStatistics, PointStatistics
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ def remove_dead_inputs(net: RepVGG, statistics: CalibrationStatistics, share: fl
     Returns:
         For each layer what was removed.
     """
-    return {name: _remove(block.conv, statistics.edges[name], share) for name, block in fused_blocks(net)}
+    return {name: _remove(block.conv, statistics.points[name], share) for name, block in fused_blocks(net)}
 
 
-def _remove(conv: nn.Conv2d, edge: EdgeStatistics, share: float) -> RemovedInputs:
+def _remove(conv: nn.Conv2d, point: PointStatistics, share: float) -> RemovedInputs:
     weight = conv.weight
     taps = weight[0, 0].numel()
     center = _center(conv)
     lowest, highest, square = (
         _inputs_of_filters(torch.as_tensor(values, device=weight.device), conv)[:, :, None].repeat(1, 1, taps)
-        for values in (edge.lowest, edge.highest, edge.mean_square)
+        for values in (point.lowest, point.highest, point.mean_square)
     )
     reach = torch.maximum(lowest.abs(), highest.abs())
     folded = torch.zeros_like(reach)
@@ -67,7 +67,7 @@ def _remove(conv: nn.Conv2d, edge: EdgeStatistics, share: float) -> RemovedInput
         conv.bias += (values * folded * gone).sum((1, 2)).to(weight.dtype)
     weight.masked_fill_(gone.reshape(weight.shape), 0.0)
     change = float((relative * gone).sum((1, 2)).max())
-    dead = int((edge.largest == 0).sum()) if bool(gone.any()) else 0
+    dead = int((point.largest == 0).sum()) if bool(gone.any()) else 0
     return RemovedInputs(dead, int(gone.any(2).sum()), change)
 
 

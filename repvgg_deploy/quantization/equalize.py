@@ -22,7 +22,7 @@ _LIMIT = 1e8
 
 @torch.no_grad()
 def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) -> dict[str, Tensor]:
-    """Rescale the channels of every edge between two layers; the net's function does not change. Changes `net`.
+    """Rescale the channels of every point between two layers; the net's function does not change. Changes `net`.
 
     The factor of a channel is r = a^exponent / w^(1 − exponent), a the largest activation that an image usually has, w
     the largest share that its columns have of a filter's largest weight; their geometric mean over the channels is 1.
@@ -30,13 +30,13 @@ def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) ->
     readers' weights.
 
     Returns:
-        The factors (C) of each edge by which its activations were divided.
+        The factors (C) of each point by which its activations were divided.
     """
     blocks = fused_blocks(net)
     readers: list[tuple[str, nn.Conv2d | nn.Linear]] = [(name, block.conv) for name, block in blocks[1:]]
     readers.append((POOL, net.classifier))
     largest = {
-        name: torch.as_tensor(statistics.edges[name].usual, device=net.classifier.weight.device) for name, _ in readers
+        name: torch.as_tensor(statistics.points[name].usual, device=net.classifier.weight.device) for name, _ in readers
     }
     factors = {name: torch.ones_like(values) for name, values in largest.items()}
     # Rescaling the columns of one layer changes the shares in the filters of the next: a few rounds settle it.

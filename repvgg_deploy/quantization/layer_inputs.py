@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repvgg_deploy.quantization.points import BATCH, geometry
 
 MEMORY_BYTES = 1 << 29
-"""What the kept activations may take, of the widest edge and both streams together."""
+"""What the kept activations may take, of the widest point and both streams together."""
 
 
 _USUAL = 4.0

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import SILENT, Progress
-from repvgg_deploy.quantization.activation_range import CLIPPING, LOWEST, UNSIGNED_HIGHEST, highest_codes
 from repvgg_deploy.quantization.augmentation import draw_pictures
 from repvgg_deploy.quantization.layer_inputs import run_layer, weights_of_errors
 from repvgg_deploy.quantization.pair_sums import count_taps, round_in_pairs
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, Images, after_conv, fused_blocks, per_channel, rebatch
 from repvgg_deploy.quantization.recipe import Recipe
 from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
+from repvgg_deploy.quantization.target import CLIPPING, LOWEST, UNSIGNED_HIGHEST, highest_integers
 
 # Scales and biases move by a share of what they are, weights by a share of one integer step.
 _SLOWER = 0.02
@@ -104,11 +104,11 @@ def learn(
     """Improve `start` by descent on the distance of logits and stage outputs to those of the float `net`.
 
     Pictures are drawn from `images`; the draws depend on the recipe's seed alone. TensorRT and ONNX Runtime
-    saturate at different codes, so the steps take turns. Nothing but the values in `start` changes.
+    saturate at different integers, so the steps take turns. Nothing but the values in `start` changes.
     """
     options = recipe.learning
     kept = _keep_images(images, net.classifier.weight.device)
-    turns = [highest_codes(net, highest) for highest in (CLIPPING, UNSIGNED_HIGHEST)]
+    turns = [highest_integers(net, highest) for highest in (CLIPPING, UNSIGNED_HIGHEST)]
     layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
     pool = None
     if start.pool_scale is not None:

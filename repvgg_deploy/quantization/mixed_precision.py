@@ -133,7 +133,7 @@ def quantize_within(
         keep_float: names of layers that are not quantized in any candidate.
     """
     if statistics is None:
-        statistics = collect_statistics(fused, images, views=recipe.views)
+        statistics = collect_statistics(fused, images, augmentations=recipe.augmentations)
     sample = take_images(fused, images, statistics.images, RANKING_IMAGES)
     macs = count_macs(fused, sample[:1])
 

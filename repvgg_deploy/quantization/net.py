@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantization.activation_range import (
-    CLIPPING,
-    LOWEST,
-    UNSIGNED_HIGHEST,
-    highest_codes,
-    is_plain,
-    unsigned_edges,
-)
 from repvgg_deploy.quantization.layer_report import LayerRow
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
 from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
+from repvgg_deploy.quantization.target import (
+    CLIPPING,
+    LOWEST,
+    UNSIGNED_HIGHEST,
+    highest_integers,
+    is_plain,
+    unsigned_points,
+)
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class QuantizedNet(nn.Module):
         super().__init__()
         self.float_net = float_net
         self.summary = summary
-        self.unsigned = unsigned_edges(float_net)
-        self._highest = highest_codes(float_net, UNSIGNED_HIGHEST)
+        self.unsigned = unsigned_points(float_net)
+        self._highest = highest_integers(float_net, UNSIGNED_HIGHEST)
         self.layers = nn.ModuleDict()
         for name, block in fused_blocks(float_net):
             if name in result.layers:
@@ -125,7 +125,7 @@ class QuantizedNet(nn.Module):
     def as_tensorrt(self) -> QuantizedNet:
         """The net as TensorRT computes it from the same graph: int8 activations, which saturate at 127."""
         net = copy.copy(self)
-        net._highest = highest_codes(self.float_net, CLIPPING)
+        net._highest = highest_integers(self.float_net, CLIPPING)
         return net
 
     def integer_layer(self, name: str) -> IntegerLayer | None:
@@ -143,8 +143,8 @@ class QuantizedNet(nn.Module):
         found = ((name, self.integer_layer(name)) for name in names)
         return {name: layer.integers() for name, layer in found if layer is not None}
 
-    def edge_scale(self, name: str) -> Tensor | None:
-        """The scale of an edge, or None where it is not quantized."""
+    def point_scale(self, name: str) -> Tensor | None:
+        """The scale of a point, or None where it is not quantized."""
         if name == POOL:
             return self.pool_scale
         layer = self.integer_layer(name)
@@ -154,8 +154,8 @@ class QuantizedNet(nn.Module):
         """Logits (N, classes)."""
         return self._run(x, {})
 
-    def edge_integers(self, x: Tensor) -> dict[str, Tensor]:
-        """The integers on every quantized edge for images `x`, as floats: what QuantizeLinear gives in the graph."""
+    def point_integers(self, x: Tensor) -> dict[str, Tensor]:
+        """The integers at every quantized point for images `x`, as floats: what QuantizeLinear gives in the graph."""
         seen: dict[str, Tensor] = {}
         self._run(x, seen)
         return seen
@@ -170,7 +170,7 @@ class QuantizedNet(nn.Module):
                 flow = _Flow(after_conv(block, block.conv(flow.values)))
                 continue
             seen[name] = flow.integers_with(layer.input_scale, self._highest[name])
-            scale = self.edge_scale(reader)
+            scale = self.point_scale(reader)
             if scale is None or not is_plain(block):
                 flow = _Flow(after_conv(block, layer(seen[name])))
             else:
@@ -192,7 +192,7 @@ class QuantizedNet(nn.Module):
 
 @dataclass(frozen=True)
 class _Flow:
-    """What flows along an edge: float values, and the integers behind them where they are known already."""
+    """What flows through a quantization point: float values, and the integers behind them where they are known."""
 
     values: Tensor
     known: Tensor | None = None

@@ -1,9 +1,9 @@
 """Weights that no CPU's integer kernel can overflow: what two neighbours may add up to in 16 bits.
 
 An x86 CPU without VNNI multiplies unsigned by signed bytes with `vpmaddubsw`, which adds the products of two
-neighbouring columns in 16 bits and saturates there. The kernel's inputs are codes from 0 to 255: a signed input is held
-128 higher, and ONNX Runtime keeps unsigned codes beyond the clipping threshold up to 255. So the sum cannot saturate,
-whatever the input, if the weights of one sign in each pair add up to at most 128: 255 · 128 = 32,640.
+neighbouring columns in 16 bits and saturates there. The kernel's inputs are integers from 0 to 255: a signed input is
+held 128 higher, and ONNX Runtime keeps unsigned integers beyond the clipping threshold up to 255. So the sum cannot
+saturate, whatever the input, if the weights of one sign in each pair add up to at most 128: 255 · 128 = 32,640.
 
 Which columns are neighbours:
 
@@ -29,7 +29,7 @@ LEVELS = 127
 MOST = 128
 """What the weights of one sign in a pair may add up to."""
 
-_LARGEST_CODE = 255
+_LARGEST_INTEGER = 255
 INT16_MAX = 32767
 
 
@@ -123,4 +123,4 @@ def largest_pair_sum(weight: Tensor) -> int:
         positive = a.clamp_min(0) + b.clamp_min(0)
         negative = a.clamp_max(0) + b.clamp_max(0)
         largest = max(largest, int(positive.max()), -int(negative.min()))
-    return _LARGEST_CODE * largest
+    return _LARGEST_INTEGER * largest

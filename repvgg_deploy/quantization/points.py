@@ -1,7 +1,7 @@
 """The places of a fused net where activations are quantized, and how to walk along them.
 
-An edge is named after the layer that reads it: one a block (the input of its convolution), then `pool` (the input of
-the global average pool) and `classifier` (the pooled features).
+A quantization point is named after the layer that reads it: one per block (the input of its convolution), then
+`pool` (the input of the global average pool) and `classifier` (the pooled features).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def fused_blocks(net: RepVGG) -> list[tuple[str, FusedBlock]]:
     return [(name, cast(FusedBlock, block)) for name, block in net.named_blocks()]
 
 
-def edge_names(net: RepVGG) -> list[str]:
-    """All edges, in the order of execution."""
+def point_names(net: RepVGG) -> list[str]:
+    """All points, in the order of execution."""
     return [name for name, _ in net.named_blocks()] + [POOL, CLASSIFIER]
 
 
 def walk(net: RepVGG, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Run `net` on images (N, C, H, W) and give each edge's name and tensor on the way."""
+    """Run `net` on images (N, C, H, W) and give each point's name and tensor on the way."""
     for name, block in net.named_blocks():
         yield name, x
         x = block(x)

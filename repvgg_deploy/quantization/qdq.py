@@ -33,7 +33,7 @@ class IntegerLayers:
     """Layers with Q/DQ in front of their inputs; see `repvgg_deploy.graphs.repvgg.Layers`.
 
     The pairs stand behind the ReLU, where TensorRT fuses them into the convolution's kernel, and where the saturation
-    of an unsigned pair is the ReLU in ONNX Runtime (see `repvgg_deploy.quantization.activation_range`). So that every
+    of an unsigned pair is the ReLU in ONNX Runtime (see `repvgg_deploy.quantization.target`). So that every
     operator is an integer one there, a pair also stands on both sides of the Flatten, and the classifier's bias is an
     Add of its own: a Gemm with a float bias stays float.
     """
@@ -78,14 +78,14 @@ class IntegerLayers:
         x = self._rounded(g, CLASSIFIER, f"{name}.input", x, layer.input_scale)
         return g.add("Add", [g.add("Gemm", [x, weight], f"{name}.product", transB=1), bias], name)
 
-    def _rounded(self, g: GraphBuilder, edge: str, name: str, x: str, scale: Tensor) -> str:
+    def _rounded(self, g: GraphBuilder, point: str, name: str, x: str, scale: Tensor) -> str:
         scale_name = g.weight(f"{name}.scale", np.asarray(float(scale), dtype=self.dtype))
-        zero = g.weight(f"{name}.zero_point", self._zero_point(edge))
+        zero = g.weight(f"{name}.zero_point", self._zero_point(point))
         x = g.add("QuantizeLinear", [x, scale_name, zero], f"{name}.quantized")
         return g.add("DequantizeLinear", [x, scale_name, zero], f"{name}.dequantized")
 
-    def _zero_point(self, edge: str) -> NDArray[np.integer]:
-        unsigned = edge in self.net.unsigned and self.activation_type == "uint8"
+    def _zero_point(self, point: str) -> NDArray[np.integer]:
+        unsigned = point in self.net.unsigned and self.activation_type == "uint8"
         return np.zeros((), np.uint8 if unsigned else np.int8)
 
     def _weight(self, g: GraphBuilder, name: str, layer: IntegerLayer) -> str:

@@ -11,17 +11,17 @@ import torch
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import SILENT, Progress
+from repvgg_deploy.quantization.augmentation import AugmentedImages
 from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
 from repvgg_deploy.quantization.dead_inputs import RemovedInputs, remove_dead_inputs
 from repvgg_deploy.quantization.equalize import equalize
 from repvgg_deploy.quantization.layer_report import report_layers
 from repvgg_deploy.quantization.learned_rounding import learn
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
-from repvgg_deploy.quantization.points import Images, edge_names, rebatch
+from repvgg_deploy.quantization.points import Images, point_names, rebatch
 from repvgg_deploy.quantization.recipe import Recipe
 from repvgg_deploy.quantization.reconstruct import reconstruct
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
-from repvgg_deploy.quantization.views import Views
 from repvgg_deploy.torch_precision import float32
 
 FEW_IMAGES = 32
@@ -55,16 +55,16 @@ def quantize(
 
     Raises:
         DeployError: there are no images, an image is not finite, a name in `keep_float` is no layer's, or `statistics`
-            are of other views than the recipe's.
+            are of other augmentations than the recipe's.
     """
     _check_names(fused, keep_float)
     net = copy.deepcopy(fused).eval().requires_grad_(False)
     if statistics is None:
-        statistics = collect_statistics(net, images, views=recipe.views, progress=progress)
-    elif statistics.views != recipe.views:
+        statistics = collect_statistics(net, images, augmentations=recipe.augmentations, progress=progress)
+    elif statistics.augmentations != recipe.augmentations:
         raise DeployError(
-            f"the statistics are of {statistics.views} views of each image, "
-            f"and the recipe {recipe.name} takes {recipe.views}",
+            f"the statistics are of {statistics.augmentations} augmentations of each image, "
+            f"and the recipe {recipe.name} takes {recipe.augmentations}",
             "take the recipe that they were made with, or leave out --calib-cache",
         )
     if statistics.images < FEW_IMAGES:
@@ -72,9 +72,9 @@ def quantize(
             f"{statistics.images} calibration images are few; take at least {FEW_IMAGES}, better 512", stacklevel=2
         )
     removed = prepare(net, statistics, recipe)
-    views = Views(images, recipe.views)
-    count = statistics.images * statistics.views
-    result = reconstruct(net, views, count, recipe, keep_float, progress, chained)
+    augmentations = AugmentedImages(images, recipe.augmentations)
+    count = statistics.images * statistics.augmentations
+    result = reconstruct(net, augmentations, count, recipe, keep_float, progress, chained)
     if recipe.learning.steps and chained:
         result = learn(net, result, images, recipe, progress)
     result = make_room_for_biases(result)
@@ -95,7 +95,7 @@ def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> d
 
 
 def _check_names(net: RepVGG, names: Collection[str]) -> None:
-    known = [name for name in edge_names(net) if name != "pool"]
+    known = [name for name in point_names(net) if name != "pool"]
     for name in names:
         if name not in known:
             raise DeployError(f"no layer is called {name!r}", f"from {known[0]} to {known[-2]}, and {known[-1]}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import data_folder
-from repvgg_deploy.quantization.views import MOST_VIEWS
+from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RoundingOptions:
     """How weights are refitted to the float net's output and rounded with error feedback.
 
     Attributes:
-        images: at most so many calibration images, each view counted, are kept in memory for it.
+        images: at most so many calibration images, each augmentation counted, are kept in memory for it.
         samples: pixels of the input of a layer, over all images.
         damping: what is added to the diagonal of the inputs' covariance, in shares of its mean, for as many samples as
             a kernel has weights; fewer samples raise it, more lower it.
@@ -60,7 +60,7 @@ class Recipe:
         name: of the recipe.
         count: calibration images to take.
         seed: of their choice and of every other draw.
-        views: how often each image is taken: as it is, mirrored left to right, and shifted by a few pixels; up to 4.
+        augmentations: variants of each image: as it is, mirrored left to right, and shifted by a few pixels; 1 to 4.
         dead_inputs: a kernel column is removed if it can add no more than this share of an output's root mean square;
             0 removes only the inputs that are always zero, and None nothing.
         equalize: the exponent of the activation's range in the equalizing scale, or None for no equalization.
@@ -69,7 +69,7 @@ class Recipe:
     name: str
     count: int = 512
     seed: int = 0
-    views: int = 1
+    augmentations: int = 1
     dead_inputs: float | None = 1e-3
     equalize: float | None = 0.5
     scales: ScaleOptions = field(default_factory=ScaleOptions)
@@ -122,7 +122,7 @@ def _check(recipe: Recipe, path: Path) -> None:
     wrong = [
         ("scales.thresholds", recipe.scales.thresholds, all(0 < t <= 1 for t in recipe.scales.thresholds)),
         ("rounding.damping", recipe.rounding.damping, recipe.rounding.damping > 0),
-        ("views", recipe.views, recipe.views in range(1, MOST_VIEWS + 1)),
+        ("augmentations", recipe.augmentations, recipe.augmentations in range(1, MOST_AUGMENTATIONS + 1)),
         ("count", recipe.count, recipe.count > 0),
         ("equalize", recipe.equalize, recipe.equalize is None or 0 <= recipe.equalize <= 1),
     ]

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.progress import SILENT, Progress
-from repvgg_deploy.quantization.activation_scales import quantize_activations, scale_by_output
-from repvgg_deploy.quantization.feedback_rounding import round_with_feedback
 from repvgg_deploy.quantization.layer_inputs import MEMORY_BYTES, Moments, Streams, input_moments, run_layer
 from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import (
@@ -26,7 +24,13 @@ from repvgg_deploy.quantization.points import (
     rebatch,
 )
 from repvgg_deploy.quantization.recipe import Recipe
-from repvgg_deploy.quantization.weight_scales import choose_weight_scales, round_weights
+from repvgg_deploy.quantization.rounding import (
+    choose_weight_scales,
+    quantize_activations,
+    round_weights,
+    round_with_feedback,
+    scale_by_output,
+)
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -36,7 +40,7 @@ class LayerIntegers:
     """What a quantized layer consists of.
 
     `weight` is int8 of the layer's shape, `weight_scale` (filters) and `bias` (filters) are float32; `input_scale` is
-    that of the edge in front.
+    that of the point in front.
     """
 
     weight: Tensor
@@ -76,7 +80,7 @@ def reconstruct(
 
     Args:
         net: fused and equalized; it is not changed.
-        images: the calibration images, in all their views; the kept ones are spaced evenly over all `count` of them.
+        images: the calibration images, in all their augmentations; those kept are spaced evenly over them.
         count: how many there are.
         recipe: its `scales` and `rounding` are used.
         keep_float: names of layers that are not quantized.
@@ -147,7 +151,7 @@ def _map_images(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def _widest(net: RepVGG, shape: torch.Size) -> int:
-    """Values of the largest edge for one image of this shape."""
+    """Values of the largest point for one image of this shape."""
     values, height, width = shape[1] * shape[2] * shape[3], shape[2], shape[3]
     for _, block in fused_blocks(net):
         height, width = -(-height // block.conv.stride[0]), -(-width // block.conv.stride[1])

@@ -1,4 +1,4 @@
-"""Calibration statistics: what flows along each edge of a fused net, from a stream of images."""
+"""Calibration statistics: what flows through each quantization point of a fused net, from a stream of images."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import SILENT, Progress, count_steps
-from repvgg_deploy.quantization.points import Images, edge_names, rebatch, walk
-from repvgg_deploy.quantization.views import Views
+from repvgg_deploy.quantization.augmentation import AugmentedImages
+from repvgg_deploy.quantization.points import Images, point_names, rebatch, walk
 from repvgg_deploy.torch_precision import float32
 
 _PEAKS = 8
@@ -26,8 +26,8 @@ _PER_CHANNEL = ("lowest", "highest", "mean", "mean_square", "usual")
 
 
 @dataclass(frozen=True)
-class EdgeStatistics:
-    """One edge. Per channel (C): `lowest` and `highest` value, `mean` and `mean_square`.
+class PointStatistics:
+    """One point. Per channel (C): `lowest` and `highest` value, `mean` and `mean_square`.
 
     `usual` (C) is the largest absolute value without the one image in 128 (at most 7) that reaches highest: a single
     image can drive a net to activations a hundred times those of all others.
@@ -47,24 +47,29 @@ class EdgeStatistics:
 
 @dataclass(frozen=True)
 class CalibrationStatistics:
-    """The statistics of every edge, and what they were taken from: a checkpoint's sha256 and the images' own.
+    """The statistics of every point, and what they were taken from: a checkpoint's sha256 and the images' own.
 
-    `images` are those that were given, each of which was taken in `views` views.
+    `images` are those that were given, each taken in `augmentations` variants.
     """
 
-    edges: Mapping[str, EdgeStatistics]
+    points: Mapping[str, PointStatistics]
     images: int
-    views: int
+    augmentations: int
     sha256: str
     images_sha256: str
 
     def save(self, path: Path) -> None:
         """Write everything to an `.npz` file at `path`."""
         arrays: dict[str, NDArray[np.generic]] = {}
-        for name, edge in self.edges.items():
+        for name, point in self.points.items():
             for key in _PER_CHANNEL:
-                arrays[f"{name}/{key}"] = getattr(edge, key)
-        about = {"images": self.images, "views": self.views, "sha256": self.sha256, "images_sha256": self.images_sha256}
+                arrays[f"{name}/{key}"] = getattr(point, key)
+        about = {
+            "images": self.images,
+            "augmentations": self.augmentations,
+            "sha256": self.sha256,
+            "images_sha256": self.images_sha256,
+        }
         with path.open("wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
 
@@ -79,8 +84,8 @@ class CalibrationStatistics:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
                 names = dict.fromkeys(key.rsplit("/", 1)[0] for key in file.files if "/" in key)
-                edges = {name: _read_edge(file, name) for name in names}
-            statistics = cls(edges, about["images"], about["views"], about["sha256"], about["images_sha256"])
+                points = {name: _read_point(file, name) for name in names}
+            statistics = cls(points, about["images"], about["augmentations"], about["sha256"], about["images_sha256"])
         except (OSError, ValueError, KeyError) as error:
             raise DeployError(f"{path} is no calibration cache: {error}", "delete it to calibrate anew") from error
         if statistics.sha256 != sha256:
@@ -89,7 +94,7 @@ class CalibrationStatistics:
                 "name another --calib-cache file, or delete this one",
             )
         digest = hashlib.sha256()
-        for batch in rebatch(Views(images, statistics.views), torch.device("cpu")):
+        for batch in rebatch(AugmentedImages(images, statistics.augmentations), torch.device("cpu")):
             _add_to(digest, batch)
         if digest.hexdigest() != statistics.images_sha256:
             raise DeployError(
@@ -103,11 +108,11 @@ def _add_to(digest: hashlib._Hash, batch: Tensor) -> None:
     digest.update(batch.cpu().contiguous().numpy().tobytes())
 
 
-def _read_edge(file: Mapping[str, NDArray[np.generic]], name: str) -> EdgeStatistics:
-    return EdgeStatistics(*(file[f"{name}/{key}"].astype(np.float64) for key in _PER_CHANNEL))
+def _read_point(file: Mapping[str, NDArray[np.generic]], name: str) -> PointStatistics:
+    return PointStatistics(*(file[f"{name}/{key}"].astype(np.float64) for key in _PER_CHANNEL))
 
 
-class _EdgeObserver:
+class _PointObserver:
     """Takes one image after another; the result does not depend on how they were batched."""
 
     def __init__(self) -> None:
@@ -138,11 +143,11 @@ class _EdgeObserver:
         self.images += len(x)
         return True
 
-    def result(self) -> EdgeStatistics:
+    def result(self) -> PointStatistics:
         assert self.lowest is not None
         peaks = self.peaks[min(self.images // 128, _PEAKS - 1)]
         values = (self.lowest, self.highest, self.sum / self.images, self.square / self.images, peaks)
-        return EdgeStatistics(*(value.double().cpu().numpy() for value in values))
+        return PointStatistics(*(value.double().cpu().numpy() for value in values))
 
 
 @float32(deterministic=True)
@@ -151,7 +156,7 @@ def collect_statistics(
     net: RepVGG,
     images: Images,
     sha256: str = "",
-    views: int = 1,
+    augmentations: int = 1,
     progress: Progress = SILENT,
     count: int = 0,
 ) -> CalibrationStatistics:
@@ -161,18 +166,18 @@ def collect_statistics(
         net: fused, on any device.
         images: batches of normalized images (N, C, H, W).
         sha256: of the checkpoint; a saved result is refused for any other.
-        views: how often each image is taken; see `Views`.
-        progress: gets the step `calibrating`, in images, each view counted.
+        augmentations: how often each image is taken; see `AugmentedImages`.
+        progress: gets the step `calibrating`, in images, each augmentation counted.
         count: of the images, for `progress`; 0 where it is not known.
 
     Raises:
         DeployError: there is no image, or a value somewhere is not finite.
     """
-    observers = {name: _EdgeObserver() for name in edge_names(net)}
-    seen = count_steps(progress, "calibrating", views * count)
+    observers = {name: _PointObserver() for name in point_names(net)}
+    seen = count_steps(progress, "calibrating", augmentations * count)
     digest = hashlib.sha256()
     device = net.classifier.weight.device
-    for batch in rebatch(Views(images, views), device):
+    for batch in rebatch(AugmentedImages(images, augmentations), device):
         _add_to(digest, batch)
         for name, x in walk(net, batch):
             if not observers[name].add(x):
@@ -183,5 +188,5 @@ def collect_statistics(
     taken = next(iter(observers.values())).images
     if taken == 0:
         raise DeployError("there are no calibration images", "give a folder of images that the net may meet: --calib")
-    edges = {name: observer.result() for name, observer in observers.items()}
-    return CalibrationStatistics(edges, taken // views, views, sha256, digest.hexdigest())
+    points = {name: observer.result() for name, observer in observers.items()}
+    return CalibrationStatistics(points, taken // augmentations, augmentations, sha256, digest.hexdigest())

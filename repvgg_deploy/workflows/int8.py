@@ -63,7 +63,7 @@ def quantize_for_export(
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        statistics = _statistics(fused, images, recipe.views, request.cache, sha256, progress)
+        statistics = _statistics(fused, images, recipe.augmentations, request.cache, sha256, progress)
         if request.max_drop is None or request.validation is None:
             quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
         else:
@@ -129,7 +129,7 @@ def _quantize_within(
 def _statistics(
     fused: RepVGG,
     images: CalibrationImages,
-    views: int,
+    augmentations: int,
     cache: Path | None,
     sha256: str,
     progress: Progress,
@@ -138,7 +138,7 @@ def _statistics(
     try:
         if cache is not None and cache.exists():
             return CalibrationStatistics.load(cache, sha256, images)
-        statistics = collect_statistics(fused, images, sha256, views, progress, len(images.paths))
+        statistics = collect_statistics(fused, images, sha256, augmentations, progress, len(images.paths))
     except DeployError:
         if images.broken.reasons and len(images.broken.reasons) == len(images.paths):
             reason = next(iter(images.broken.reasons.values()))

@@ -21,7 +21,7 @@ from repvgg_deploy.quantization.recipe import LearningOptions, RoundingOptions
 
 # Of torch's own: TF32 switches that are to be renamed.
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUICK = Recipe("quick", views=2, rounding=RoundingOptions(images=128, samples=4096))
+QUICK = Recipe("quick", augmentations=2, rounding=RoundingOptions(images=128, samples=4096))
 
 
 @pytest.mark.parametrize("steps", [0, 60])

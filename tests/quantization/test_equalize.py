@@ -34,6 +34,6 @@ def test_equalization_evens_out_one_channel_that_is_a_thousand_times_its_neighbo
     before = collect_statistics(net, [images])
     equalize(net, before, 0.5)
     after = collect_statistics(net, [images])
-    spread = [s.edges[name].largest.max() / np.median(s.edges[name].largest) for s in (before, after)]
+    spread = [s.points[name].largest.max() / np.median(s.points[name].largest) for s in (before, after)]
     assert spread[0] > 100
     assert spread[1] < 10

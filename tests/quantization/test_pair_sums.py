@@ -34,12 +34,11 @@ from repvgg_deploy.nets.baselines import require_baseline
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.seeding import seeded_baseline
 from repvgg_deploy.quantization import QuantizedNet, quantize
-from repvgg_deploy.quantization.feedback_rounding import round_with_feedback
 from repvgg_deploy.quantization.learned_rounding import _round_weights
 from repvgg_deploy.quantization.net import IntegerLayer
 from repvgg_deploy.quantization.pair_sums import INT16_MAX, count_taps, largest_pair_sum, neighbours, round_in_pairs
 from repvgg_deploy.quantization.qdq import to_qdq_onnx, with_fp16_scales
-from repvgg_deploy.quantization.weight_scales import choose_weight_scales
+from repvgg_deploy.quantization.rounding import choose_weight_scales, round_with_feedback
 
 OPTIONS = GraphOptions(32, 32)
 NETS = ("demo", *sorted(SHAPES))
@@ -64,21 +63,21 @@ def integer_layers(net: QuantizedNet) -> Iterator[tuple[str, IntegerLayer]]:
         yield name, layer
 
 
-def pair_sums(codes: Tensor, layer: IntegerLayer, across_taps: bool) -> tuple[Tensor, Tensor]:
-    """Sums (N, filters, pixels) of 0…255 `codes` with a layer's weights: exact, and as `vpmaddubsw` adds in pairs.
+def pair_sums(integers: Tensor, layer: IntegerLayer, across_taps: bool) -> tuple[Tensor, Tensor]:
+    """Sums (N, filters, pixels) of 0…255 `integers` with a layer's weights: exact, and as `vpmaddubsw` adds in pairs.
 
     Neighbours are those of one row of all taps with the channels innermost, as in ONNX Runtime (`across_taps`), or
     every tap begins anew, as in OpenVINO.
     """
     if layer.geometry is None:
-        groups, patches = 1, codes.double()[:, :, None]
+        groups, patches = 1, integers.double()[:, :, None]
     else:
         groups, size = layer.geometry["groups"], layer.weight.shape[2:]
         where = {key: layer.geometry[key] for key in ("dilation", "padding", "stride")}
-        patches = F.unfold(codes.double(), size, **where)
+        patches = F.unfold(integers.double(), size, **where)
     taps, channels = count_taps(layer.weight), layer.weight.shape[1]
     # (N, groups, taps, channels, pixels) and (groups, filters of a group, taps, channels).
-    x = patches.reshape(len(codes), groups, channels, taps, -1).transpose(2, 3)
+    x = patches.reshape(len(integers), groups, channels, taps, -1).transpose(2, 3)
     w = layer.weight.double().reshape(groups, -1, channels, taps).transpose(2, 3)
     if across_taps:
         x, w = x.reshape(*x.shape[:2], 1, -1, x.shape[-1]), w.reshape(*w.shape[:2], 1, -1)
@@ -116,10 +115,10 @@ def test_no_input_saturates_an_emulated_kernel(net: str, across_taps: bool) -> N
         groups = 1 if layer.geometry is None else layer.geometry["groups"]
         channels = layer.weight.shape[1] * groups
         shape = (2, channels) if layer.geometry is None else (2, channels, 7, 7)
-        # Random bits make a large sum likelier than random codes do.
+        # Random bits make a large sum likelier than random integers do.
         drawn = torch.randint(0, 2, shape, generator=generator) * 255
-        for codes in (drawn, worst_codes(layer, channels)):
-            exact, kernel = pair_sums(codes, layer, across_taps)
+        for integers in (drawn, worst_codes(layer, channels)):
+            exact, kernel = pair_sums(integers, layer, across_taps)
             assert torch.equal(exact, kernel), name
 
 
@@ -133,7 +132,7 @@ def test_the_emulated_kernel_saturates_on_a_stem_that_uses_all_of_its_bits(shape
     naive = (weight / (weight.abs().amax(1, keepdim=True) / 127)).round()
     layer.weight.copy_(naive.reshape(layer.weight.shape))
     assert largest_pair_sum(layer.weight) > INT16_MAX
-    held = quantized.edge_integers(2 * draw_images(4, seed=5))["stages.0.0"] + 128
+    held = quantized.point_integers(2 * draw_images(4, seed=5))["stages.0.0"] + 128
     exact, kernel = pair_sums(held, layer, across_taps=True)
     assert float((exact != kernel).double().mean()) > 0.001
     with pytest.raises(GraphError, match="does not fit 16 bits"):
@@ -269,24 +268,24 @@ def extreme_codes(layer: IntegerLayer, signed: bool) -> Tensor:
 @pytest.mark.parametrize("cpu", ["here", HASWELL])
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_real_kernels_compute_every_layer_exactly(runtime: str, cpu: str, tmp_path: Path) -> None:
-    """Each convolution by itself, with codes that would saturate other weights, in steps of a power of two."""
+    """Each convolution by itself, with integers that would saturate other weights, in steps of a power of two."""
     cases, expected = {}, {}
     for net in ("plain", "grouped"):
         for name, layer in integer_layers(quantized_net(net)):
             if layer.geometry is None:
                 continue
             signed = name == "stages.0.0"
-            codes = extreme_codes(layer, signed)
-            sums = F.conv2d(codes.double(), layer.weight.double(), **layer.geometry)
+            integers = extreme_codes(layer, signed)
+            sums = F.conv2d(integers.double(), layer.weight.double(), **layer.geometry)
             step = 2.0 ** np.ceil(np.log2(float(sums.abs().max()) / 127))
-            cases[f"{net} {name}"] = (layer_model(layer, signed, step, list(codes.shape)), codes)
+            cases[f"{net} {name}"] = (layer_model(layer, signed, step, list(integers.shape)), integers)
             expected[f"{net} {name}"] = (sums / step).round() * step
     for name, found in run_on(cpu, runtime, cases, tmp_path).items():
         assert torch.equal(found.double(), expected[name]), name
 
 
 def layer_model(layer: IntegerLayer, signed: bool, step: float, shape: list[int]) -> onnx.ModelProto:
-    """A graph of one integer convolution: `images` are codes, the output are its sums, rounded to `step`."""
+    """A graph of one integer convolution: `images` are integers, the output are its sums, rounded to `step`."""
     assert layer.geometry is not None
     code_type = np.int8 if signed else np.uint8
     filters = len(layer.weight)
@@ -297,8 +296,8 @@ def layer_model(layer: IntegerLayer, signed: bool, step: float, shape: list[int]
     }  # fmt: skip
     geometry = layer.geometry
     nodes = [
-        helper.make_node("QuantizeLinear", ["images", "one", "zero"], ["codes"]),
-        helper.make_node("DequantizeLinear", ["codes", "one", "zero"], ["inputs"]),
+        helper.make_node("QuantizeLinear", ["images", "one", "zero"], ["integers"]),
+        helper.make_node("DequantizeLinear", ["integers", "one", "zero"], ["inputs"]),
         helper.make_node("DequantizeLinear", ["weight", "ones", "zeros"], ["kernel"], axis=0),
         helper.make_node(
             "Conv", ["inputs", "kernel", "bias"], ["exact"],

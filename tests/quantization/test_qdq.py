@@ -98,19 +98,19 @@ def test_no_pair_stands_between_a_convolution_and_its_relu(quantized: QuantizedN
 
 def agreeing_share(model: onnx.ModelProto, net: QuantizedNet, images: torch.Tensor) -> float:
     """Of all activations, the share that has the same integer in ONNX Runtime and in torch."""
-    edges = net.edge_integers(images)
+    points = net.point_integers(images)
     zeros = {node.output[0]: node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     types = {item.name: item.data_type for item in model.graph.initializer}
-    first, *others = edges
+    first, *others = points
     equal = []
     # ONNX Runtime keeps a convolution in float whose int8 input is an output of the graph: so that one by itself.
     for names in ([first], others):
         watched = onnx.ModelProto()
         watched.CopyFrom(model)
-        for name in (f"{edge}.input.quantized" for edge in names):
+        for name in (f"{point}.input.quantized" for point in names):
             watched.graph.output.append(onnx.helper.make_tensor_value_info(name, types[zeros[name]], None))
         _, *integers = run(watched, images)
-        equal += [seen.ravel() == edges[edge].numpy().ravel() for edge, seen in zip(names, integers, strict=True)]
+        equal += [seen.ravel() == points[point].numpy().ravel() for point, seen in zip(names, integers, strict=True)]
     return float(np.concatenate(equal).mean())
 
 
@@ -172,8 +172,8 @@ def test_the_graph_as_tensorrt_reads_it_gives_the_integers_of_as_tensorrt(quanti
     images = draw_images(32, seed=11) * 2
     model = as_tensorrt_reads(to_qdq_onnx(quantized, OPTIONS, {}).to_proto())
     engine = quantized.as_tensorrt()
-    assert float(max(v.max() for v in engine.edge_integers(images).values())) == 127
-    assert float(max(v.max() for v in quantized.edge_integers(images).values())) > 127
+    assert float(max(v.max() for v in engine.point_integers(images).values())) == 127
+    assert float(max(v.max() for v in quantized.point_integers(images).values())) > 127
     assert agreeing_share(model, engine, images) >= 0.999
     assert agreeing_share(to_qdq_onnx(quantized, OPTIONS, {}).to_proto(), engine, images) < 0.999
 
@@ -186,7 +186,7 @@ def test_a_file_with_int8_zero_points_has_the_same_integers(quantized: Quantized
     )
     assert list(usual.graph.node) == list(old.graph.node)
     changed = [a.name for a, b in zip(usual.graph.initializer, old.graph.initializer, strict=True) if a != b]
-    unsigned = {f"{edge}.input.zero_point" for edge in quantized.unsigned if edge not in ("pool", "classifier")}
+    unsigned = {f"{point}.input.zero_point" for point in quantized.unsigned if point not in ("pool", "classifier")}
     assert unsigned <= set(changed)
     assert all(name.endswith(".zero_point") for name in changed)
     assert as_tensorrt_reads(usual) == old

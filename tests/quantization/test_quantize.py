@@ -16,14 +16,13 @@ from torch import Tensor
 from repvgg_deploy.benchmark.graphs import quantize_plainly
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.quantization import Recipe, collect_statistics, load_recipe, quantize
-from repvgg_deploy.quantization.feedback_rounding import round_with_feedback
+from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS, AugmentedImages
 from repvgg_deploy.quantization.layer_inputs import Streams, input_moments
 from repvgg_deploy.quantization.layer_report import signal_to_noise_db
 from repvgg_deploy.quantization.learned_rounding import _relative_error
 from repvgg_deploy.quantization.points import BATCH
 from repvgg_deploy.quantization.recipe import LearningOptions, RoundingOptions, ScaleOptions
-from repvgg_deploy.quantization.views import MOST_VIEWS, Views
-from repvgg_deploy.quantization.weight_scales import choose_weight_scales, round_weights
+from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights, round_with_feedback
 
 POOR = Recipe(
     "poor",
@@ -227,7 +226,7 @@ def test_learning_lowers_the_error_and_is_repeatable() -> None:
     recipe = replace(POOR, learning=LearningOptions(steps=60, batch=16, rate=0.05))
     learned, again = (quantize(net, images, recipe) for _ in range(2))
     exact, before = net(images[0]), quantize(net, images, POOR)
-    # TensorRT and ONNX Runtime saturate at different codes, and learning is to serve both.
+    # TensorRT and ONNX Runtime saturate at different integers, and learning is to serve both.
     for was, now in ((before, learned), (before.as_tensorrt(), learned.as_tensorrt())):
         assert signal_to_noise_db(exact, now(images[0])) > signal_to_noise_db(exact, was(images[0])) + 0.5
     assert torch.equal(learned(images[0]), again(images[0]))
@@ -246,30 +245,32 @@ def test_callers_without_gradients_may_learn_rounding(mode: Callable[[], Abstrac
 
 def test_statistics_of_other_views_are_refused() -> None:
     net, images = fused_net(), [draw_images(32)]
-    with pytest.raises(DeployError, match="1 views of each image, and the recipe quick takes 2"):
-        quantize(net, images, replace(QUICK, views=2), collect_statistics(net, images))
+    with pytest.raises(DeployError, match="1 augmentations of each image, and the recipe quick takes 2"):
+        quantize(net, images, replace(QUICK, augmentations=2), collect_statistics(net, images))
 
 
-def test_views_are_more_images_but_not_more_files() -> None:
+def test_augmentations_are_more_images_but_not_more_files() -> None:
     net, images = fused_net(), draw_images(48)
-    plain, viewed = (quantize(net, [images], replace(QUICK, views=views)) for views in (1, 2))
-    assert viewed.summary is not None
-    assert viewed.summary.images == 48
-    assert not torch.equal(plain(images), viewed(images))
+    plain, augmented = (
+        quantize(net, [images], replace(QUICK, augmentations=augmentations)) for augmentations in (1, 2)
+    )
+    assert augmented.summary is not None
+    assert augmented.summary.images == 48
+    assert not torch.equal(plain(images), augmented(images))
     # As if the mirrored images had been given.
     both = quantize(net, [images, images.flip(3)], QUICK)
-    assert torch.equal(both(images), viewed(images))
+    assert torch.equal(both(images), augmented(images))
 
 
 def test_a_view_is_the_image_moved() -> None:
     image = torch.arange(64.0 * 64).reshape(1, 1, 64, 64)
-    first, mirrored, *shifted = (batch for batch in Views([image], MOST_VIEWS))
+    first, mirrored, *shifted = (batch for batch in AugmentedImages([image], MOST_AUGMENTATIONS))
     assert torch.equal(first, image)
     assert torch.equal(mirrored, image.flip(3))
     assert torch.equal(shifted[1][:, :, :-3, 2:], mirrored[:, :, 3:, :-2])
     # What comes in is the border mirrored; an image of one pixel stays as it is.
     assert torch.equal(shifted[1][:, :, :-3, 1], mirrored[:, :, 3:, 1])
-    assert {batch.shape for batch in Views([image[:, :, :1, :1]], MOST_VIEWS)} == {(1, 1, 1, 1)}
+    assert {batch.shape for batch in AugmentedImages([image[:, :, :1, :1]], MOST_AUGMENTATIONS)} == {(1, 1, 1, 1)}
 
 
 def test_the_report_has_a_row_for_each_layer_and_the_pool() -> None:

@@ -11,7 +11,7 @@ from helpers.quantized_nets import draw_images, fused_net, in_batches
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantization.points import edge_names, fused_blocks, walk
+from repvgg_deploy.quantization.points import fused_blocks, point_names, walk
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 
 
@@ -22,9 +22,11 @@ def test_statistics_do_not_depend_on_the_batch_size(size: int) -> None:
     other = collect_statistics(net, in_batches(images, size))
     assert other.images == 40
     assert other.images_sha256 == reference.images_sha256
-    for name, edge in reference.edges.items():
+    for name, point in reference.points.items():
         for key in ("lowest", "highest", "mean", "mean_square", "usual"):
-            np.testing.assert_array_equal(getattr(other.edges[name], key), getattr(edge, key), err_msg=f"{name} {key}")
+            np.testing.assert_array_equal(
+                getattr(other.points[name], key), getattr(point, key), err_msg=f"{name} {key}"
+            )
 
 
 def integer_net() -> RepVGG:
@@ -45,32 +47,32 @@ def integer_net() -> RepVGG:
     return net
 
 
-def test_statistics_are_those_of_the_values_on_each_edge() -> None:
+def test_statistics_are_those_of_the_values_at_each_point() -> None:
     net = integer_net()
     images = torch.randint(-3, 4, (40, 3, 32, 32), generator=torch.Generator().manual_seed(3)).float()
     statistics = collect_statistics(net, [images])
-    assert list(statistics.edges) == edge_names(net)
+    assert list(statistics.points) == point_names(net)
     for name, x in walk(net, images):
         assert torch.equal(x, x.round())
         assert 0 < x.abs().max() < 2**12
-        edge, flat = statistics.edges[name], x.double().movedim(1, 0).flatten(1)
-        np.testing.assert_array_equal(edge.lowest, flat.amin(1), err_msg=name)
-        np.testing.assert_array_equal(edge.highest, flat.amax(1), err_msg=name)
-        np.testing.assert_array_equal(edge.usual, flat.abs().amax(1), err_msg=name)
+        point, flat = statistics.points[name], x.double().movedim(1, 0).flatten(1)
+        np.testing.assert_array_equal(point.lowest, flat.amin(1), err_msg=name)
+        np.testing.assert_array_equal(point.highest, flat.amax(1), err_msg=name)
+        np.testing.assert_array_equal(point.usual, flat.abs().amax(1), err_msg=name)
         # All sums are exact, and the numbers of pixels are powers of two; dividing by 40 images, or multiplying with
         # its rounded inverse, costs either side two roundings of 2⁻⁵³ at most.
-        np.testing.assert_allclose(edge.mean, flat.mean(1), rtol=2**-51, err_msg=name)
-        np.testing.assert_allclose(edge.mean_square, flat.square().mean(1), rtol=2**-51, err_msg=name)
+        np.testing.assert_allclose(point.mean, flat.mean(1), rtol=2**-51, err_msg=name)
+        np.testing.assert_allclose(point.mean_square, flat.square().mean(1), rtol=2**-51, err_msg=name)
 
 
 def test_saved_statistics_come_back_for_the_same_checkpoint_and_images_only(tmp_path: Path) -> None:
     images = draw_images(4)
-    statistics = collect_statistics(fused_net(), [images], sha256="a" * 64, views=2)
+    statistics = collect_statistics(fused_net(), [images], sha256="a" * 64, augmentations=2)
     path = tmp_path / "cache.npz"
     statistics.save(path)
     loaded = CalibrationStatistics.load(path, "a" * 64, images.split(3))
-    assert loaded.edges.keys() == statistics.edges.keys()
-    np.testing.assert_array_equal(loaded.edges["pool"].usual, statistics.edges["pool"].usual)
+    assert loaded.points.keys() == statistics.points.keys()
+    np.testing.assert_array_equal(loaded.points["pool"].usual, statistics.points["pool"].usual)
     with pytest.raises(DeployError, match="another checkpoint"):
         CalibrationStatistics.load(path, "b" * 64, [images])
     with pytest.raises(DeployError, match="other images"):

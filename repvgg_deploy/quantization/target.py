@@ -2,8 +2,8 @@
 
 Behind a ReLU there is nothing negative, and a QuantizeLinear to uint8 with zero-point 0 saturates at zero as the ReLU
 does: ONNX Runtime then lets the convolution's own saturation be the ReLU. TensorRT's parser reads such a zero-point as
-int8 (it says so in a warning), which has the same codes up to 127. So scales are chosen for the codes 0…127, and one
-file means the same to both, but for what lies beyond the clipping threshold: TensorRT saturates there, ONNX Runtime
+int8 (it says so in a warning), which has the same integers up to 127. So scales are chosen for the integers 0…127, and
+one file means the same to both, but for what lies beyond the clipping threshold: TensorRT saturates there, ONNX Runtime
 at 255.
 """
 
@@ -16,21 +16,21 @@ from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
 
 LOWEST = -128
 CLIPPING = 127
-"""The code of the clipping threshold, on every edge."""
+"""The integer of the clipping threshold, at every point."""
 UNSIGNED_HIGHEST = 255
 
 
-def unsigned_edges(net: RepVGG) -> frozenset[str]:
-    """The edges of a fused net that never hold a negative value: all behind a ReLU."""
+def unsigned_points(net: RepVGG) -> frozenset[str]:
+    """The points of a fused net that never hold a negative value: all behind a ReLU."""
     blocks = fused_blocks(net)
     readers = [[name] for name, _ in blocks[1:]] + [[POOL, CLASSIFIER]]
     found = zip(blocks, readers, strict=True)
     return frozenset(name for (_, block), names in found if _ends_in_relu(block) for name in names)
 
 
-def highest_codes(net: RepVGG, unsigned_highest: int) -> dict[str, int]:
-    """The code at which each edge saturates: `unsigned_highest` where nothing is negative, 127 elsewhere."""
-    unsigned = unsigned_edges(net)
+def highest_integers(net: RepVGG, unsigned_highest: int) -> dict[str, int]:
+    """The integer at which each point saturates: `unsigned_highest` where nothing is negative, 127 elsewhere."""
+    unsigned = unsigned_points(net)
     names = [*(name for name, _ in fused_blocks(net)), POOL, CLASSIFIER]
     return {name: unsigned_highest if name in unsigned else CLIPPING for name in names}
 
