@@ -25,7 +25,10 @@ from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.hardware.cpu import read_cpu
-from repvgg_deploy.images.decoding import BrokenImages, list_images, list_labelled_images, normalize, read_batches
+from repvgg_deploy.images.decoding import normalize
+from repvgg_deploy.images.labelled import list_labelled_images
+from repvgg_deploy.images.reading import BrokenImages, read_batches
+from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.seeding import seeded_repvgg

@@ -14,15 +14,9 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import ImageError
-from repvgg_deploy.images.decoding import (
-    BrokenImages,
-    Pixels,
-    crop_image,
-    decode_image,
-    list_images,
-    normalize,
-    read_batches,
-)
+from repvgg_deploy.images.decoding import Pixels, crop_image, decode_image, normalize
+from repvgg_deploy.images.reading import BrokenImages, read_batches
+from repvgg_deploy.images.sources import ImageSource, list_images
 from repvgg_deploy.runtime.model import Model, open_model
 from repvgg_deploy.threads import start_workers
 
@@ -77,7 +71,7 @@ def measure_end_to_end(path: Path, folder: Path, batch: int, seconds: float = 3.
     )
 
 
-def _time_stages(model: Model, sample: list[Path], batch: int, seconds: float) -> dict[str, float]:
+def _time_stages(model: Model, sample: list[ImageSource], batch: int, seconds: float) -> dict[str, float]:
     decoded = [decode_image(path) for path in sample]
     cropped = [np.asarray(crop_image(image, model.preprocessing)) for image in decoded]
     pixels: Pixels = np.stack(cropped[:batch])
@@ -118,7 +112,7 @@ def _rate(call: Callable[[], object], images: int, seconds: float) -> float:
     return calls * images / (time.perf_counter() - start)
 
 
-def _time_whole(model: Model, paths: tuple[Path, ...], batch: int, seconds: float) -> tuple[int, float]:
+def _time_whole(model: Model, paths: tuple[ImageSource, ...], batch: int, seconds: float) -> tuple[int, float]:
     """Images, and images a second, with threads that decode ahead of the inference."""
     broken = BrokenImages()
     for pixels in _endless(model, paths, batch, broken):
@@ -134,7 +128,7 @@ def _time_whole(model: Model, paths: tuple[Path, ...], batch: int, seconds: floa
     return images, images / (time.perf_counter() - start)
 
 
-def _endless(model: Model, paths: tuple[Path, ...], batch: int, broken: BrokenImages) -> Iterator[Pixels]:
+def _endless(model: Model, paths: tuple[ImageSource, ...], batch: int, broken: BrokenImages) -> Iterator[Pixels]:
     repeats = max(1, 4096 // len(paths))
     while True:
         found = False

@@ -14,6 +14,7 @@ from repvgg_deploy.cli.bench import bench, report_
 from repvgg_deploy.cli.options import (
     FiniteRange,
     checkpoint_options,
+    decoding_options,
     engine_options,
     graph_options,
     int8_options,
@@ -23,6 +24,7 @@ from repvgg_deploy.cli.options import (
     preprocessing_options,
     read_labels,
     take_build,
+    take_decoding,
     take_exact_integers,
     take_int8,
     take_preprocessing,
@@ -244,12 +246,21 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 
 @main.command(name="eval")
 @path_argument("model")
-@click.option("--data", type=click.Path(path_type=Path), required=True, metavar="DIR", help="DIR/<class>/*.jpg.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, metavar="DIR", help="DIR/<class>/*.jpg, or tar archives."
+)
+@click.option(
+    "--ground-truth",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Classes of a flat folder: `NAME CLASS` lines.",
+)
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, metavar="N", help="Images a run.")
-@click.option("--strict", is_flag=True, help="A broken image is an error.")
+@click.option("--strict", is_flag=True, help="An image, folder or archive that cannot be read is an error.")
 @click.option("--min-top1", type=float, metavar="P", help="Fail below P percent.")
 @checkpoint_options
 @preprocessing_options
+@decoding_options
 @integers_option
 @trust_option
 @json_option
@@ -258,18 +269,21 @@ def eval_(
 ) -> None:
     """Top-1 and top-5 accuracy of a model on a folder of images.
 
-    Each folder in DIR is a class; their sorted order is that of the model's outputs.
+    Each folder in DIR is a class; their sorted order is that of the model's outputs. DIR may also be a tar archive or
+    a quoted pattern of them, read without unpacking: ImageNet's, with folders or one archive per class, or WebDataset
+    shards with .cls members. A flat folder or archive, as ImageNet's validation set, needs --ground-truth.
     """
     from repvgg_deploy.cli import output as report
     from repvgg_deploy.runtime.model import open_model
-    from repvgg_deploy.workflows.evaluate import evaluate
+    from repvgg_deploy.workflows.evaluate import EvaluationOptions, evaluate
 
     preprocessing = take_preprocessing(options)
+    settings = EvaluationOptions(options.pop("ground_truth"), take_decoding(options))
     opened = open_model(model, preprocessing, exact_integers=take_exact_integers(options), **options)
     with show_progress() as progress:
         for note in opened.notes:
             progress.note(f"note: {note}")
-        result = evaluate(opened, data, batch, strict, progress)
+        result = evaluate(opened, data, batch, strict, progress, settings)
         for path, reason in result.broken.items():
             progress.note(f"left out: {reason if path in reason else f'{path}: {reason}'}")
     if as_json:

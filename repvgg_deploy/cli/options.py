@@ -16,6 +16,7 @@ from repvgg_deploy.errors import DeployError
 if TYPE_CHECKING:
     from repvgg_deploy.artifacts import PreprocessingOptions
     from repvgg_deploy.engine.options import BuildOptions
+    from repvgg_deploy.images.decoding import DecodingOptions
     from repvgg_deploy.workflows.export_request import Int8Request
 
     SizeType = click.ParamType[tuple[int, int]]
@@ -95,6 +96,35 @@ def preprocessing_options(command: F) -> F:
         click.option("--mean", type=Channels(), help="Mean a channel, of values from 0 to 1."),
         click.option("--std", type=Channels(), help="Standard deviation a channel."),
     )(command)
+
+
+def decoding_options(command: F) -> F:
+    """How image files are decoded."""
+    return _stack(
+        click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads that decode; one per core."),
+        click.option(
+            "--decoder",
+            type=click.Choice(["auto", "pillow"]),
+            default="auto",
+            show_default=True,
+            help="What decodes JPEG files: simplejpeg where it is installed, or always Pillow.",
+        ),
+        click.option(
+            "--max-image-mib",
+            type=click.IntRange(min=1),
+            default=512,
+            show_default=True,
+            metavar="MIB",
+            help="Memory that one decoded image may take; a larger one counts as broken.",
+        ),
+    )(command)
+
+
+def take_decoding(values: dict[str, Any]) -> DecodingOptions:
+    """Remove the decoding options from `values` and return them as one object."""
+    from repvgg_deploy.images.decoding import DecodingOptions
+
+    return DecodingOptions(values.pop("workers"), values.pop("max_image_mib") << 20, values.pop("decoder"))
 
 
 def graph_options(command: F) -> F:

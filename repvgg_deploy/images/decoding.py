@@ -1,15 +1,12 @@
-"""Images from files: decode, resize, crop, normalize; folders and lists of them, decoded in threads."""
+"""Image files as pixels for a net: decode, resize, crop, normalize."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
+import io
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,62 +14,150 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
-from repvgg_deploy.threads import start_workers
+from repvgg_deploy.images.jpeg import decode_jpeg, find_simplejpeg, resize_bilinear
+from repvgg_deploy.images.sources import FORMATS, ImageSource, read_source
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """Image files with the index of their class; `class_names` are the folders' names in sorted order."""
+class DecodingOptions:
+    """How images are decoded.
 
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    class_names: tuple[str, ...]
+    Attributes:
+        workers: threads that decode; by default one per core, at most 16.
+        max_bytes: the most that one image may take in memory, decoded (four bytes per pixel, as Pillow stores RGB, or
+            what its own format takes); no larger file is read either.
+        decoder: `auto` takes simplejpeg for JPEG files where it is installed, `pillow` never does.
+    """
+
+    workers: int | None = None
+    max_bytes: int = 512 << 20
+    decoder: Literal["auto", "pillow"] = "auto"
+
+    @property
+    def library(self) -> str:
+        """What decodes JPEG files: `simplejpeg` or `pillow`."""
+        return "simplejpeg" if self.decoder == "auto" and find_simplejpeg() is not None else "pillow"
 
 
-@dataclass
-class BrokenImages:
-    """The files that could not be decoded, with the reason; filled while images are read."""
+_DEFAULTS = DecodingOptions()
+_LARGE_BYTES = 64 << 20
+"""An image that takes more than this is decoded while no other such image is, however many threads there are."""
 
-    reasons: dict[Path, str] = field(default_factory=dict)
+_one_large_image = threading.Lock()
 
 
-def decode_image(path: Path) -> Image.Image:
+def decode_image(source: ImageSource | bytes, options: DecodingOptions = _DEFAULTS) -> Image.Image:
     """The image in a file as 8-bit RGB, turned as its EXIF orientation says.
 
     Grayscale, palette, CMYK, alpha and 16-bit images are converted; of an animation the first frame is taken.
 
     Raises:
-        ImageError: the file is no image, or a damaged one.
+        ImageError: the file is no image, a damaged or too large one, or of another format than `FORMATS`.
     """
+    data, name = _read(source, options)
+    with _open(data, name, options) as image:
+        return _decode(image, name)
+
+
+def read_pixels(
+    source: ImageSource | bytes, preprocessing: Preprocessing, options: DecodingOptions = _DEFAULTS
+) -> Pixels:
+    """The cropped image of a file, uint8 (H, W, 3).
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    data, name = _read(source, options)
+    with _open(data, name, options) as image:
+        if options.decoder == "auto":
+            with _memory(image):
+                decoded = decode_jpeg(data, image)
+                if decoded is not None:
+                    return crop_pixels(decoded, preprocessing)
+        return np.asarray(crop_image(_decode(image, name), preprocessing), dtype=np.uint8)
+
+
+def _read(source: ImageSource | bytes, options: DecodingOptions) -> tuple[bytes, str]:
+    if isinstance(source, bytes):
+        return source, "the image"
+    return read_source(source, options.max_bytes), str(source)
+
+
+def _open(data: bytes, name: str, options: DecodingOptions) -> Image.Image:
+    """The image with its header read, its size within the limit, and nothing decoded."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is no image that can be read") from error
-    except FileNotFoundError as error:
-        raise ImageError(f"there is no image {path}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name} is no image that can be read ({', '.join(FORMATS)})") from error
+    except Exception as error:
+        raise _damaged(name, error) from error
+    needed = _decoded_bytes(image)
+    if needed > options.max_bytes:
+        image.close()
         raise ImageError(
-            f"{path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
+            f"{name} is too large ({image.width} x {image.height} pixels take {needed / 2**20:,.0f} MiB decoded, "
+            f"at most {options.max_bytes / 2**20:,.0f} are allowed)"
+        )
+    return image
+
+
+def _decoded_bytes(image: Image.Image) -> int:
+    return image.width * image.height * 4
+
+
+def _memory(image: Image.Image) -> threading.Lock | nullcontext[None]:
+    return _one_large_image if _decoded_bytes(image) > _LARGE_BYTES else nullcontext()
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        with _memory(image):
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except Exception as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> ImageError:
+    """Whatever a decoder raises is about the file: each has exceptions of its own, RuntimeError and TypeError too."""
+    said = str(error).splitlines()
+    return ImageError(f"{name} is damaged ({said[0] if said else type(error).__name__})")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grayscale: Pillow's own conversion clips at 255 instead of scaling.
-        deep = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if deep.max(initial=0) > 255 or image.mode.startswith("I;16") else 1.0
-        image = Image.fromarray(np.clip(np.rint(deep / scale), 0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
-        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_bytes(image)
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+_STRIP_PIXELS = 1 << 20
+
+
+def _to_bytes(image: Image.Image) -> Image.Image:
+    """A gray image of 16 or 32 bits as 8 bits, strip by strip; Pillow's own conversion clips at 255.
+
+    Integers are scaled from 16 bits, unless none in a 32-bit image is above 255; floats are taken as 0 to 255.
+    """
+    rows = max(1, _STRIP_PIXELS // max(1, image.width))
+    strips = [(0, y, image.width, min(y + rows, image.height)) for y in range(0, image.height, rows)]
+    deep = image.mode.startswith("I;16")
+    if image.mode == "I":
+        deep = any(int(np.asarray(image.crop(strip)).max(initial=0)) > 255 for strip in strips)
+    result = Image.new("L", image.size)
+    for strip in strips:
+        values = np.asarray(image.crop(strip))
+        if image.mode == "F":
+            values = np.rint(np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0))
+        else:
+            # (v + 128) // 257 is v / 257 rounded.
+            values = (values.astype(np.int64) + 128) // 257 if deep else values
+        result.paste(Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)), strip[:2])
+    return result
 
 
 def crop_image(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
@@ -81,23 +166,49 @@ def crop_image(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     Rounding is that of torchvision's Resize and CenterCrop on PIL images. A crop larger than the image is black
     outside it.
     """
-    width, height = image.size
-    short, longer = min(width, height), max(width, height)
-    size = (width, height)
-    if short != preprocessing.resize:
-        scaled = max(preprocessing.resize, int(preprocessing.resize * longer / short))
-        size = (preprocessing.resize, scaled) if width <= height else (scaled, preprocessing.resize)
-    left, top = _crop_edge(size[0], preprocessing.width), _crop_edge(size[1], preprocessing.height)
-    box = (left, top, left + preprocessing.width, top + preprocessing.height)
-    if longer > _LONG * short:
+    size, box = _plan_crop(image.size, preprocessing)
+    if _is_strip(image.size):
         return _resize_inside(image, size, box)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
     return image if box == (0, 0, *image.size) else image.crop(box)
 
 
+def crop_pixels(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
+    """`crop_image` of decoded pixels (H, W, 3 or 1), within 2 of 255 of it; (height, width, 3)."""
+    height, width = pixels.shape[:2]
+    size, (left, top, right, bottom) = _plan_crop((width, height), preprocessing)
+    inside = left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1]
+    if _is_strip((width, height)) or not inside:
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        return np.asarray(crop_image(image.convert("RGB"), preprocessing), dtype=np.uint8)
+    if size != (width, height):
+        pixels = resize_bilinear(pixels, *size)
+    cropped = pixels[top:bottom, left:right]
+    return np.ascontiguousarray(cropped if cropped.shape[2] == 3 else np.repeat(cropped, 3, axis=2))
+
+
+Size = tuple[int, int]
+Box = tuple[int, int, int, int]
+
+
+def _plan_crop(size: Size, preprocessing: Preprocessing) -> tuple[Size, Box]:
+    """The (width, height) that an image is resized to, and the box that is cropped of it; left, top, right, bottom."""
+    width, height = size
+    short, longer = min(size), max(size)
+    if short != preprocessing.resize:
+        scaled = max(preprocessing.resize, int(preprocessing.resize * longer / short))
+        size = (preprocessing.resize, scaled) if width <= height else (scaled, preprocessing.resize)
+    left, top = _crop_edge(size[0], preprocessing.width), _crop_edge(size[1], preprocessing.height)
+    return size, (left, top, left + preprocessing.width, top + preprocessing.height)
+
+
 _LONG = 16
 """Aspect ratio from which an image is not resized as a whole: a strip of one pixel would take gigabytes."""
+
+
+def _is_strip(size: Size) -> bool:
+    return max(size) > _LONG * min(size)
 
 
 def _crop_edge(size: int, crop: int) -> int:
@@ -112,15 +223,6 @@ def _resize_inside(image: Image.Image, size: tuple[int, int], box: tuple[int, in
     source = (left * x, top * y, right * x, bottom * y)
     part = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=source)
     return part.crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
-
-
-def read_pixels(path: Path, preprocessing: Preprocessing) -> Pixels:
-    """The cropped image of a file, uint8 (H, W, 3).
-
-    Raises:
-        ImageError: the file is no image, or a damaged one.
-    """
-    return np.asarray(crop_image(decode_image(path), preprocessing), dtype=np.uint8)
 
 
 def normalize(pixels: Pixels, preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -145,104 +247,3 @@ def scale_and_shift(preprocessing: Preprocessing) -> tuple[NDArray[np.float32], 
     """Per channel (1 / (255·std), −mean / std), rounded to float32 once: what a graph with uint8 input uses as well."""
     mean, std = (np.asarray(values, dtype=np.float64) for values in (preprocessing.mean, preprocessing.std))
     return (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-
-
-def list_images(source: Path) -> tuple[Path, ...]:
-    """All image files below a folder, sorted; those that a text file lists, one path a line; or one image.
-
-    Paths in a list are relative to the list; empty lines and lines that begin with # do not count.
-
-    Raises:
-        ImageError: there is no such folder or list, or no image in it.
-    """
-    if source.is_file() and source.suffix.lower() in SUFFIXES:
-        return (source,)
-    if source.is_file():
-        try:
-            text = source.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ImageError(f"{source} is no list of images ({error})", "a text file, one path a line") from error
-        lines = [line.strip() for line in text.splitlines()]
-        paths = tuple(source.parent / line for line in lines if line and not line.startswith("#"))
-    elif source.is_dir():
-        paths = tuple(sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()))
-    else:
-        raise ImageError(f"there is no folder {source}", "give a folder of images")
-    if not paths:
-        raise ImageError(f"there is no image in {source}", f"known endings: {' '.join(sorted(SUFFIXES))}")
-    return paths
-
-
-def list_labelled_images(folder: Path) -> LabelledImages:
-    """The images of `folder`/<class>/…, classes in the sorted order of their names.
-
-    Raises:
-        ImageError: there is no such folder, it has no class folders, or no image in them.
-    """
-    if not folder.is_dir():
-        raise ImageError(f"there is no folder {folder}", "give a folder with one folder of images a class")
-    classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    found = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    ]
-    if not found:
-        raise ImageError(f"{folder} has no image in class folders", f"expected {folder}/<class>/<image>.jpg")
-    paths, labels = zip(*found, strict=True)
-    return LabelledImages(paths, labels, classes)
-
-
-def read_batches(
-    paths: Sequence[Path],
-    preprocessing: Preprocessing,
-    batch: int,
-    broken: BrokenImages,
-    workers: int | None = None,
-) -> Iterator[tuple[Pixels, list[int]]]:
-    """Batches of cropped pixels (n, H, W, 3), each with the indices of its images in `paths`; in order.
-
-    Threads decode ahead of the caller, at most four batches. A file that is no image goes into `broken`.
-    """
-    # Closed here, and not with the traceback of an error, so that its threads end first.
-    with closing(_decode_ahead(paths, preprocessing, 4 * batch, workers)) as decoded:
-        pixels: list[Pixels] = []
-        indices: list[int] = []
-        for index, result in enumerate(decoded):
-            if isinstance(result, ImageError):
-                broken.reasons[paths[index]] = result.message
-                continue
-            pixels.append(result)
-            indices.append(index)
-            if len(pixels) == batch:
-                yield np.stack(pixels), indices
-                pixels, indices = [], []
-        if pixels:
-            yield np.stack(pixels), indices
-
-
-def _decode_ahead(
-    paths: Iterable[Path], preprocessing: Preprocessing, ahead: int, workers: int | None
-) -> Generator[Pixels | ImageError, None, None]:
-    def decode(path: Path) -> Pixels | ImageError:
-        try:
-            return read_pixels(path, preprocessing)
-        except ImageError as error:
-            return error
-
-    # The filters of warnings are shared by all threads, so they are set once, out here. Pillow warns about the size of
-    # large images and about damaged EXIF data; neither matters to who wants the pixels.
-    with warnings.catch_warnings(), start_workers(workers or min(16, os.cpu_count() or 1)) as pool:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        waiting: deque[Future[Pixels | ImageError]] = deque()
-        try:
-            for path in paths:
-                waiting.append(pool.submit(decode, path))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
-from repvgg_deploy.images.decoding import BrokenImages, Pixels, list_images, normalize, read_batches
+from repvgg_deploy.images.decoding import Pixels, normalize
+from repvgg_deploy.images.reading import BrokenImages, read_batches
+from repvgg_deploy.images.sources import ImageSource, list_images
 from repvgg_deploy.progress import SILENT, Progress
 
 _BATCH = 32
@@ -27,7 +29,7 @@ class CalibrationImages:
     `broken` names the files that were left out, after the first pass.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[ImageSource, ...]
     preprocessing: Preprocessing
     broken: BrokenImages
     _kept: list[Pixels] | None = None
@@ -58,7 +60,7 @@ def choose_images(
     """
     paths = list_images(source)
     if len(paths) > count:
-        paths = tuple(sorted(random.Random(seed).sample(paths, count)))
+        paths = tuple(sorted(random.Random(seed).sample(paths, count), key=lambda image: Path(str(image))))
     images = CalibrationImages(paths, preprocessing, BrokenImages())
     if len(preprocessing.mean) not in (1, 3):
         raise ImageError(

@@ -9,7 +9,9 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
-from repvgg_deploy.images.decoding import BrokenImages, Pixels, list_images, read_batches
+from repvgg_deploy.images.decoding import Pixels
+from repvgg_deploy.images.reading import BrokenImages, read_batches
+from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.nets.cost import count_flops
 from repvgg_deploy.nets.spec import ArchSpec

@@ -10,7 +10,8 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Array, Parity, PreprocessingOptions
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
-from repvgg_deploy.images.decoding import BrokenImages, list_images, read_batches
+from repvgg_deploy.images.reading import BrokenImages, read_batches
+from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import Model, is_engine, is_onnx, open_model, softmax
 from repvgg_deploy.verification.inputs import choose_pixels

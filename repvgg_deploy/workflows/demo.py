@@ -21,7 +21,9 @@ from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.training import to_training_onnx
-from repvgg_deploy.images.decoding import BrokenImages, list_images, normalize, read_batches
+from repvgg_deploy.images.decoding import normalize
+from repvgg_deploy.images.reading import BrokenImages, read_batches
+from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG

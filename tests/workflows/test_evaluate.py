@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from helpers.progress import Heard
@@ -15,11 +18,12 @@ from helpers.small_nets import make_net, name_in_layout
 
 from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
-from repvgg_deploy.images.decoding import list_labelled_images, normalize, read_pixels
+from repvgg_deploy.images.decoding import normalize, read_pixels
+from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.runtime.model import Model, open_model, softmax
 from repvgg_deploy.verification.models import Tolerance, verify_models
-from repvgg_deploy.workflows.evaluate import evaluate
+from repvgg_deploy.workflows.evaluate import EvaluationOptions, evaluate
 from repvgg_deploy.workflows.export import ExportRequest, export
 
 Save = Callable[..., Path]
@@ -150,6 +154,92 @@ def test_progress_counts_every_image_once(model: Model, image_folder: Path) -> N
     heard = Heard()
     evaluate(model, image_folder, 4, progress=heard)
     assert heard.steps == [("evaluating", done, 15) for done in (4, 8, 12, 15)]
+
+
+def damage_classifier(graph: Path, value: float) -> Path:
+    """The graph with all weights of its classifier replaced by one value."""
+    model = onnx.load(graph)
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("classifier") or list(tensor.dims)[-1:] == [5] or list(tensor.dims)[:1] == [5]:
+            array = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.full_like(array, value), tensor.name))
+    onnx.save(model, graph)
+    return graph
+
+
+@pytest.fixture
+def graph(checkpoint_file: Path, tmp_path: Path) -> Path:
+    return export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL)).onnx
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_an_error_not_an_accuracy(value: float, graph: Path, image_folder: Path) -> None:
+    with pytest.raises(VerificationError, match=r"\.onnx gives NaN or Inf"):
+        evaluate(open_model(damage_classifier(graph, value)), image_folder)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_scores_that_do_not_tell_images_or_classes_apart_are_an_error(
+    value: float, graph: Path, image_folder: Path
+) -> None:
+    # All weights 0: the same scores for all images. All 1: for all classes.
+    with pytest.raises(VerificationError, match="do not depend on the image"):
+        evaluate(open_model(damage_classifier(graph, value)), image_folder)
+
+
+def test_copies_of_one_image_may_have_the_same_scores(model: Model, image_folder: Path) -> None:
+    content = (image_folder / "class0" / "0.png").read_bytes()
+    for path in image_folder.rglob("*.*"):
+        path.unlink()
+        path.with_suffix(".png").write_bytes(content)
+    assert evaluate(model, image_folder).images == 15
+
+
+def test_single_best_class_may_have_one_score(image_folder: Path, checkpoint_file: Path, tmp_path: Path) -> None:
+    best = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, topk=1)).onnx
+    assert evaluate(open_model(best), image_folder).images == 15
+
+
+def test_folder_that_cannot_be_entered_is_named_and_an_error_where_it_is_asked_for(
+    model: Model, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, scan = image_folder / "class3" / "more", os.scandir
+    closed.mkdir()
+
+    def refuse(path: Any) -> Any:
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = evaluate(model, image_folder)
+    assert (result.images, result.broken) == (15, {str(closed): f"{closed} cannot be read (Permission denied)"})
+    with pytest.raises(ImageError, match="more cannot be read"):
+        evaluate(model, image_folder, strict=True)
+
+
+def test_archives_are_as_accurate_as_their_folders(model: Model, image_folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(image_folder, "val")
+    packed, plain = evaluate(model, tmp_path / "val.tar"), evaluate(model, image_folder)
+    assert (packed.top1, packed.images) == (plain.top1, 15)
+
+
+def test_flat_folder_with_a_ground_truth_is_as_accurate_as_class_folders(
+    model: Model, image_folder: Path, tmp_path: Path
+) -> None:
+    flat, lines = tmp_path / "flat", []
+    flat.mkdir()
+    for path in image_folder.rglob("*.*"):
+        name = f"{path.parent.name}_{path.name}"
+        (flat / name).write_bytes(path.read_bytes())
+        lines.append(f"{name} {path.parent.name.removeprefix('class')}")
+    (tmp_path / "truth.txt").write_text("\n".join(lines))
+    options = EvaluationOptions(ground_truth=tmp_path / "truth.txt")
+    assert evaluate(model, flat, options=options).top1 == evaluate(model, image_folder).top1
+    (tmp_path / "truth.txt").write_text("\n".join([*lines[1:], lines[0].split()[0] + " 5"]))
+    with pytest.raises(DeployError, match="the ground truth has class 5, the model's classes are 0 to 4"):
+        evaluate(model, flat, options=options)
 
 
 def test_softmax_is_stable_for_large_logits() -> None:

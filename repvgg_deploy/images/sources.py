@@ -1,0 +1,178 @@
+"""Which images there are: in folders, globs, lists and tar archives, in an order that depends on their names only."""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from repvgg_deploy.errors import ImageError
+from repvgg_deploy.images.archives import TarMember, index_archive
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+"""What is decoded, by Pillow's names; other formats run decoders that few have looked at, or other programs."""
+
+SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif",
+    # Not decoded, but images all the same: they are named as such, not left out.
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".tga", ".psd", ".eps", ".ico",
+})  # fmt: skip
+ARCHIVES = frozenset({".tar"})
+
+_KNOWN = "JPEG, PNG, WebP, TIFF, BMP or GIF files, a folder or a tar archive of them, or a list of their paths"
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A folder, an archive or a list entry whose images cannot be found, and why."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+ImageSource = Path | TarMember | Unreadable
+"""Where the bytes of an image are; `str` of it is the image's name."""
+
+
+def read_source(source: ImageSource, max_bytes: int) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: it cannot be read, is not a regular file, or is larger than `max_bytes`.
+    """
+    if isinstance(source, Unreadable):
+        raise ImageError(f"{source} cannot be read ({source.reason})")
+    try:
+        if isinstance(source, TarMember):
+            size = source.size
+        else:
+            found = source.stat()
+            size = found.st_size
+            if not stat.S_ISREG(found.st_mode):
+                # Reading a pipe or a device may never end.
+                raise ImageError(f"{source} is damaged (not a regular file)")
+        if size > max_bytes:
+            raise ImageError(f"{source} is too large ({size:,} bytes; at most {max_bytes:,} are read)")
+        data = source.read() if isinstance(source, TarMember) else source.read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no image {source}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ImageError(f"{source} cannot be read ({reason})") from error
+    if isinstance(source, TarMember) and len(data) < source.size:
+        raise ImageError(f"{source} is damaged (the archive ends before it does)")
+    return data
+
+
+def list_images(source: Path) -> tuple[ImageSource, ...]:
+    """The images of one folder, archive, list, glob or file; see `find_images`.
+
+    Raises:
+        ImageError: there is no such folder or list, or no image in it.
+    """
+    return find_images([source])
+
+
+def find_images(sources: Iterable[Path | str]) -> tuple[ImageSource, ...]:
+    """All images of `sources` in their order, each name once.
+
+    A folder gives all images below it, sorted, and those of the tar archives in it. An archive gives its members in
+    its own order. A text file lists one path per line, relative to itself; empty lines and lines that begin with # do
+    not count. A pattern with `*`, `?`, `[…]` or `**` gives what it matches, sorted. What cannot be entered or read is
+    in the result as `Unreadable`: nothing is left out in silence.
+
+    Raises:
+        ImageError: there is no such folder or list, or no image in it.
+    """
+    found: dict[str, ImageSource] = {}
+    for source in sources:
+        before = len(found)
+        empty = True
+        for image in _expand(Path(source)):
+            empty = False
+            found.setdefault(str(image), image)
+        if empty and len(found) == before:
+            raise ImageError(f"there is no image in {source}", f"give {_KNOWN}")
+    return tuple(found.values())
+
+
+def _expand(source: Path) -> Iterator[ImageSource]:
+    if source.is_dir():
+        yield from walk_folder(source)
+    elif source.suffix.lower() in ARCHIVES and source.exists():
+        yield from list_archive(source)
+    elif source.is_file() and source.suffix.lower() not in SUFFIXES:
+        yield from _read_list(source)
+    elif source.exists():
+        yield source
+    elif glob.has_magic(str(source)):
+        for match in sorted(map(Path, glob.glob(str(source), recursive=True))):  # noqa: PTH207 (a pattern may be absolute)
+            if match.suffix.lower() in SUFFIXES | ARCHIVES and not match.is_dir():
+                yield from _expand(match)
+    else:
+        raise ImageError(f"there is no folder {source}, nor an image or a list of that name", f"give {_KNOWN}")
+
+
+def walk_folder(folder: Path) -> Iterator[ImageSource]:
+    """All images below a folder and in archives below it, sorted; links are followed, each folder once.
+
+    A folder that cannot be entered is `Unreadable`.
+    """
+    problems: list[Unreadable] = []
+
+    def note(error: OSError) -> None:
+        problems.append(Unreadable(Path(error.filename), error.strerror or type(error).__name__))
+
+    paths: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, onerror=note, followlinks=True):
+        status = Path(place).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        paths += [Path(place) / name for name in files if Path(name).suffix.lower() in SUFFIXES | ARCHIVES]
+    entries: list[Path | Unreadable] = [*paths, *problems]
+    for entry in sorted(entries, key=lambda entry: entry if isinstance(entry, Path) else entry.path):
+        if isinstance(entry, Path) and entry.suffix.lower() in ARCHIVES:
+            yield from list_archive(entry)
+        else:
+            yield entry
+
+
+def list_archive(path: Path) -> Iterator[ImageSource]:
+    """The images of a tar archive in its own order; an archive that ends early or is damaged is `Unreadable` as well.
+
+    An archive that cannot be read at all is nothing but `Unreadable`.
+    """
+    index = index_archive(path)
+    yield from (member for member in index.members if Path(member.name).suffix.lower() in SUFFIXES)
+    if index.problem is not None:
+        yield Unreadable(path, index.problem)
+
+
+def _read_list(source: Path) -> Iterator[ImageSource]:
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(f"{source} is no list of images ({error})", "a text file, one path per line") from error
+    yield from list_lines(text.splitlines(), source.parent)
+
+
+def list_lines(lines: Iterable[str], folder: Path) -> Iterator[ImageSource]:
+    """The images that `lines` name, relative to `folder`; an archive among them gives its members."""
+    for line in map(str.strip, lines):
+        if not line or line.startswith("#"):
+            continue
+        path = folder / line
+        if path.suffix.lower() in ARCHIVES:
+            yield from list_archive(path)
+        else:
+            yield path
