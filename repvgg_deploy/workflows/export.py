@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ from repvgg_deploy.files import flush_files, hash_file, stage_files
 from repvgg_deploy.fusion.fuse import Fusion, begin_fusion
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
 from repvgg_deploy.graphs.repvgg import FP16_MAX, FloatLayers, Fp16Rounding, GraphOptions, make_metadata, to_onnx
+from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
@@ -59,15 +61,27 @@ class _Product:
     quantization: QuantizationSummary | None = None
 
 
-def export(request: ExportRequest, progress: Progress = SILENT) -> ExportResult:
+def export(
+    request: ExportRequest, progress: Progress = SILENT, simplification: SimplificationCheck | None = None
+) -> ExportResult:
     """Write the verified ONNX graph of a checkpoint to `request.output`, and an engine where one is asked for.
 
     The files are `<checkpoint stem>.<precision>.onnx`, `.plan` and `.plan.json`; they appear only when every stage has
     agreed with the one before.
 
+    Args:
+        request: what to export, and how.
+        progress: receives the stages and their notes.
+        simplification: a check that was started ahead, since it takes a second to load; by default it starts here.
+
     Raises:
         DeployError: whatever the user can mend; nothing is written then.
     """
+    with simplification or SimplificationCheck() as check:
+        return _export(request, progress, check)
+
+
+def _export(request: ExportRequest, progress: Progress, simplification: SimplificationCheck) -> ExportResult:
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
@@ -93,6 +107,7 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> ExportResult:
             product = _make_int8_graph(stage, parity, backend is not None, progress)
         else:
             product = _make_float_graph(stage, parity)
+        simplification.submit(product.graph.without_values())
         result = ExportResult(
             onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
             engine=None,
@@ -121,6 +136,7 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> ExportResult:
             flushed = pool.submit(flush_files, staging)
             outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
             flushed.result()
+            simplification.require()
             engine = None
             if backend is not None:
                 engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, progress)
@@ -371,9 +387,8 @@ def file_stem(checkpoint: Path) -> str:
 
 def tool_versions() -> dict[str, str]:
     """The versions of the libraries that shape a graph."""
-    import onnxsim
-
-    return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxsim": onnxsim.__version__}
+    # Importing onnxsim takes nearly as long as importing torch.
+    return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxsim": version("onnxsim")}
 
 
 def peak_bytes() -> int:
