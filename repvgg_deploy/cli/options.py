@@ -146,9 +146,20 @@ def int8_options(command: F) -> F:
     """How INT8 is calibrated."""
     path = click.Path(path_type=Path)
     return _stack(
-        click.option("--calib", type=path, metavar="DIR", help="Calibration images: a folder, or a list of files."),
+        click.option(
+            "--calib",
+            type=path,
+            metavar="DIR|none",
+            help="Calibration images: a folder, or a list of files; none makes pictures from the BN statistics.",
+        ),
         click.option(
             "--calib-count", type=click.IntRange(min=1), metavar="N", help="How many; by default the recipe's."
+        ),
+        click.option(
+            "--calib-seconds",
+            type=FiniteRange(min=0, min_open=True),
+            metavar="S",
+            help="The time that making pictures may take (--calib none).",
         ),
         click.option("--calib-cache", type=path, metavar="FILE", help="Keep the calibration's statistics there."),
         click.option(
@@ -211,7 +222,8 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
     from repvgg_deploy.workflows.export_request import Int8Request
 
     names = {
-        "calib": "images", "calib_count": "count", "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
+        "calib": "images", "calib_count": "count", "calib_seconds": "seconds",
+        "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
         "rest": "rest", "keep_float": "keep_float", "activation_type": "activation_type", "val": "validation",
         "max_drop": "max_drop",
     }  # fmt: skip
@@ -223,7 +235,13 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
                 raise click.UsageError(f"--{option.replace('_', '-')} is for --int8.")
         return None
     if request["images"] is None:
-        raise click.UsageError("--int8 needs --calib DIR: a few hundred typical images, never random data.")
+        raise click.UsageError(
+            "--int8 needs --calib DIR, a few hundred typical images; --calib none makes pictures where there are none."
+        )
+    if request["images"] == Path("none"):
+        request["images"] = None
+    elif request["seconds"] is not None:
+        raise click.UsageError("--calib-seconds is for --calib none.")
     if (request["max_drop"] is None) != (request["validation"] is None):
         raise click.UsageError("--max-drop and --val DIR belong together.")
     return Int8Request(**{**request, "rest": Precision(request["rest"])})

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.data_free import PictureSummary
 from repvgg_deploy.quantization.layer_report import LayerRow
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
 from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
@@ -27,13 +28,25 @@ from repvgg_deploy.quantization.target import (
 
 @dataclass(frozen=True)
 class QuantizationSummary:
-    """How a net was quantized: the recipe's name, the calibration images, and one row a layer."""
+    """How a net was quantized: the recipe's name, the calibration images, and one row per layer.
+
+    Without images `images` is 0, and `pictures` says what was made in their place.
+    """
 
     recipe: str
     images: int
     images_sha256: str
     seed: int
     layers: tuple[LayerRow, ...]
+    pictures: PictureSummary | None = None
+
+    @property
+    def calibrated_on(self) -> str:
+        """The calibration images in a few words."""
+        made = self.pictures
+        if made is None:
+            return f"{self.images} images"
+        return f"no images ({made.pictures} pictures of {made.height}x{made.width} made from BN statistics)"
 
 
 class IntegerLayer(nn.Module):

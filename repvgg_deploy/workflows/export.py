@@ -97,9 +97,10 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
     with start_workers(1) as reference:
         # Fusing takes one core; what it will be held against is computed on the other.
         trained = reference.submit(run_in_float64, net, normalize(inputs.small, preprocessing))
-        stage = _Stage(
-            request, checkpoint.without_tensors(), begin_fusion(net, torch.float32), trained, preprocessing, inputs
-        )
+        known = checkpoint.without_tensors()
+        # Only pictures made from its BN statistics need the training form beyond this.
+        training = net if request.int8 is not None and request.int8.images is None else None
+        stage = _Stage(request, known, begin_fusion(net, torch.float32), trained, preprocessing, inputs, training)
         del checkpoint, net, trained
         parity: dict[str, Parity] = {}
         progress.note(f"making the {request.precision} graph")
@@ -179,7 +180,8 @@ def _find_backend(request: ExportRequest, progress: Progress) -> Any:
 class _Stage:
     """A net between fusing and its graph: the fused form, what the training form gives, and on what.
 
-    `trained`: the logits of the training form in float64 on `inputs.small`.
+    `trained`: the logits of the training form in float64 on `inputs.small`; `training`: that form itself, where it is
+    needed still.
     """
 
     request: ExportRequest
@@ -188,6 +190,7 @@ class _Stage:
     trained: Future[NDArray[np.float64]]
     preprocessing: Preprocessing
     inputs: VerificationInputs
+    training: RepVGG | None = None
 
     @property
     def unfinished(self) -> RepVGG:
@@ -234,7 +237,7 @@ def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
 def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool, progress: Progress) -> _Product:
     from repvgg_deploy.quantization.pair_sums import largest_pair_sum
     from repvgg_deploy.quantization.qdq import to_qdq_onnx, with_fp16_scales
-    from repvgg_deploy.workflows.int8 import quantize_for_export
+    from repvgg_deploy.workflows.int8 import Int8Source, quantize_for_export
 
     request = stage.request.int8
     if request is None:
@@ -242,8 +245,8 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool,
     # Before the calibration, which takes longer than all the rest.
     fused = stage.fused
     reference, _ = stage.run(parity)
-    sha256 = stage.checkpoint.sha256
-    quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, for_engine, progress)
+    source = Int8Source(fused, stage.training, stage.preprocessing, stage.checkpoint.sha256)
+    quantized, summary = quantize_for_export(source, request, for_engine, progress)
     if request.rest is Precision.FP16:
         quantized = with_fp16_scales(quantized)
     with torch.inference_mode():
@@ -255,6 +258,8 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool,
         "recipe": summary.recipe,
         "images": summary.images,
         "images_sha256": summary.images_sha256,
+        "calibrated_on": summary.calibrated_on,
+        **({} if summary.pictures is None else {"pictures": summary.pictures.to_dict()}),
         "seed": summary.seed,
         "kept_float": list(quantized.float_layers()),
         "activation_type": request.activation_type,
