@@ -13,7 +13,6 @@ from repvgg_deploy.engine.timing_cache import runtime_cache_path
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.gpus import find_gpus
 
-
 ALIGNMENT = 256
 """Of the addresses of inputs and outputs, in bytes (NVIDIA's guide, "setTensorAddress")."""
 

@@ -32,9 +32,8 @@ class ContextSettings:
     def has_any(backend: Backend) -> bool:
         """Whether the library has settings beyond the strategy for a context's memory."""
         trt = backend.module
-        return has(trt, "DynamicShapesKernelSpecializationStrategy") and has(
-            trt, "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy"
-        )
+        has_strategies = has(trt, "DynamicShapesKernelSpecializationStrategy")
+        return has_strategies and has(trt, "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy")
 
     def config(self, strategy: Any) -> Any:
         """The configuration for contexts whose memory is given by `strategy`.
@@ -62,7 +61,7 @@ class ContextSettings:
             self._cache = cache = config.create_runtime_cache()
             with suppress(OSError):
                 content = self._path.read_bytes()
-                # The library checks it against itself, the GPU and the driver, and leaves the cache empty if it differs.
+                # The library holds it against itself, the GPU and the driver; if it differs, the cache stays empty.
                 if cache.deserialize(content):
                     self._stored = content
         config.set_runtime_cache(self._cache)

@@ -58,7 +58,7 @@ def open_nvml() -> tuple[Any, str]:
     except pynvml.NVMLError_LibraryNotFound:
         if Path("/proc/driver/nvidia/version").exists():
             # A container whose NVIDIA_DRIVER_CAPABILITIES lack `utility` has the driver without this library.
-            return None, "the NVIDIA driver is here without libnvidia-ml.so.1; give the container the `utility` capability"
+            return None, "the NVIDIA driver is here without libnvidia-ml.so.1 (containers: capability `utility`)"
         return None, "no NVIDIA driver is installed"
     except pynvml.NVMLError as error:
         return None, f"the NVIDIA driver does not answer ({error})"
@@ -132,9 +132,10 @@ def _write_uuid(raw: bytes, listed: Sequence[str]) -> str:
 
 
 def choose_visible(listed: tuple[str, ...], visible: str | None) -> tuple[tuple[str, ...], str]:
-    """The UUIDs that CUDA_VISIBLE_DEVICES lets a process see, by number or by the start of a UUID, or why there are none.
+    """The UUIDs that `visible`, the value of CUDA_VISIBLE_DEVICES, lets a process see; or why there are none.
 
-    As CUDA reads it: what follows the first entry that names no GPU does not count.
+    As CUDA reads it: an entry is a number or the start of a UUID, and what follows one that names no GPU does not
+    count.
     """
     if visible is None:
         return listed, ""

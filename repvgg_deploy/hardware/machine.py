@@ -207,7 +207,8 @@ def read_gpus() -> list[GpuState]:
 
 
 def _read_gpu(nvml: Any, gpu: Any) -> GpuState:
-    power, limit = ask_nvml(nvml, "nvmlDeviceGetPowerUsage", gpu), ask_nvml(nvml, "nvmlDeviceGetEnforcedPowerLimit", gpu)
+    power = ask_nvml(nvml, "nvmlDeviceGetPowerUsage", gpu)
+    limit = ask_nvml(nvml, "nvmlDeviceGetEnforcedPowerLimit", gpu)
     answers = (ask_nvml(nvml, function, gpu) for function in _REASON_FUNCTIONS)
     reasons = next((answer for answer in answers if answer is not None), None)
     memory = ask_nvml(nvml, "nvmlDeviceGetMemoryInfo", gpu)

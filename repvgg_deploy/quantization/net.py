@@ -65,7 +65,10 @@ class IntegerLayer(nn.Module):
         self.geometry = geometry(layer) if isinstance(layer, nn.Conv2d) else None
         self.register_buffer("weight", integers.weight.clone())
         self.register_buffer("weight_scale", integers.weight_scale.clone())
-        self.register_buffer("input_scale", torch.tensor(integers.input_scale, dtype=torch.float32))
+        # Beside the weights: a GPU divides by a scale that is on the CPU by multiplying with its reciprocal, which
+        # rounds another way.
+        scale = torch.tensor(integers.input_scale, dtype=torch.float32, device=integers.weight.device)
+        self.register_buffer("input_scale", scale)
         # An integer convolution holds its bias in units of its sums; a float one then computes the same.
         self.register_buffer("bias", (integers.bias / self.scale).round() * self.scale)
 
@@ -129,7 +132,8 @@ class QuantizedNet(nn.Module):
                 self.layers[_key(name)] = IntegerLayer(block.conv, result.layers[name])
         if CLASSIFIER in result.layers:
             self.layers[CLASSIFIER] = IntegerLayer(float_net.classifier, result.layers[CLASSIFIER])
-        scale = None if result.pool_scale is None else torch.tensor(result.pool_scale, dtype=torch.float32)
+        device = float_net.classifier.weight.device
+        scale = None if result.pool_scale is None else torch.tensor(result.pool_scale, device=device)
         self.pool_scale: Tensor | None
         self.register_buffer("pool_scale", scale)
         self.requires_grad_(False)
