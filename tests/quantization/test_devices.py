@@ -40,7 +40,7 @@ def tiny_net(shape: str = "plain") -> RepVGG:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_net_on_another_device_is_quantized_there(shape: str) -> None:
     net, images = tiny_net(shape), draw_images(16)
-    recipe = replace(QUICK, views=2, learning=LearningOptions(steps=2, batch=16))
+    recipe = replace(QUICK, augmentations=2, learning=LearningOptions(steps=2, batch=16))
     here = quantize(net, in_batches(images, 32), recipe)
     with second_device():
         there = quantize(to_second(copy.deepcopy(net)), in_batches(images, 32), recipe)
