@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from int8_setup import (
+from int8_bench.setup import (
     PREPROCESSING,
     Floats,
     compare,
