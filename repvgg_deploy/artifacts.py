@@ -88,7 +88,7 @@ class Parity:
     """How two arrays of logits differ: `candidate` against `reference`.
 
     `max_abs` is in logits, `relative` is ‖candidate − reference‖ / ‖reference‖, `cosine` is the smallest over the
-    images, `top1_agreement` is a share between 0 and 1.
+    images, `top1_agreement` is in percent.
     """
 
     max_abs: float

@@ -15,6 +15,7 @@ import torch
 from repvgg_deploy.artifacts import Precision, PreprocessingOptions
 from repvgg_deploy.benchmark.graphs import NamedNet, write_net
 from repvgg_deploy.benchmark.measure import Label, Subject
+from repvgg_deploy.benchmark.names import BACKENDS, ENGINES, PROVIDERS
 from repvgg_deploy.benchmark.roofline import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
 from repvgg_deploy.benchmark.workloads import BlockingSubject, StreamSubject
 from repvgg_deploy.checkpoints import build, load_checkpoint
@@ -31,14 +32,6 @@ from repvgg_deploy.runtime.torch import TorchEvents, TorchLane, TorchOptions, To
 
 if TYPE_CHECKING:
     from repvgg_deploy.engine.options import BuildOptions
-
-PROVIDERS = {
-    "onnxruntime-cpu": "CPUExecutionProvider",
-    "onnxruntime-cuda": "CUDAExecutionProvider",
-    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
-}
-ENGINES = ("tensorrt", "tensorrt-rtx")
-BACKENDS = (*PROVIDERS, "torch-cpu", "torch-cuda", *ENGINES)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_deploy.artifacts import Array
+from repvgg_deploy.artifacts import Array, PreprocessingOptions
 from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images.decoding import Pixels, crop_image, decode_image, normalize
 from repvgg_deploy.images.reading import BrokenImages, read_batches
@@ -46,15 +46,18 @@ class EndToEnd:
         return asdict(self)
 
 
-def measure_end_to_end(path: Path, folder: Path, batch: int, seconds: float = 3.0) -> EndToEnd:
+def measure_end_to_end(
+    path: Path, folder: Path, batch: int, seconds: float = 3.0, options: PreprocessingOptions | None = None
+) -> EndToEnd:
     """Measure a model from the image files below `folder` on; they are read again and again for `seconds`.
 
-    A first pass, which does not count, brings the files into the system's cache.
+    A first pass, which does not count, brings the files into the system's cache. `options` overrides how the model
+    says that images are prepared.
 
     Raises:
         DeployError: the model or the images cannot be used.
     """
-    model = open_model(path)
+    model = open_model(path, options or PreprocessingOptions())
     paths = list_images(folder)
     sample = [path for path, _ in zip(itertools.cycle(paths), range(max(_SAMPLE, batch)), strict=False)]
     stages = _time_stages(model, sample, batch, seconds / 4)

@@ -13,7 +13,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
 
 SCHEMA_NAME = "repvgg-deploy/bench"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _MEASURE_AGAIN = "measure again with this version: `bench -o`"
 
@@ -22,7 +22,8 @@ _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, type(None))
 
 _TOP: dict[str, tuple[type, ...]] = {
-    "schema": (dict,),
+    "schema": (str,),
+    "version": (int,),
     "name": (str,),
     "created": (str,),
     "machine": (dict,),
@@ -160,14 +161,11 @@ def check_record(record: Any, name: str = "the result") -> Record:
     Raises:
         DeployError: it is not; the message says where it differs first.
     """
-    if not isinstance(record, dict) or not isinstance(record.get("schema"), dict):
-        raise DeployError(f"{name} is no benchmark result", "give a JSON file that `bench -o` wrote")
-    schema = record["schema"]
-    if schema.get("name") != SCHEMA_NAME or schema.get("version") != SCHEMA_VERSION:
-        raise DeployError(
-            f"{name} has the schema {schema.get('name')} {schema.get('version')}, not {SCHEMA_NAME} {SCHEMA_VERSION}",
-            _MEASURE_AGAIN,
-        )
+    if not isinstance(record, dict) or "schema" not in record:
+        raise DeployError(f"{name} is not a benchmark result", "give a JSON file that `bench -o` wrote")
+    found = f"{record['schema']} {record.get('version')}"
+    if found != f"{SCHEMA_NAME} {SCHEMA_VERSION}":
+        raise DeployError(f"{name} has the schema {found}, not {SCHEMA_NAME} {SCHEMA_VERSION}", _MEASURE_AGAIN)
     _check_fields(record, _TOP, name)
     for index, result in enumerate(record["results"]):
         where = f"{name}: results[{index}]"
@@ -211,7 +209,14 @@ def read_record(path: Path) -> Record:
         raise DeployError(
             f"cannot read the result {path} ({error})", "give a JSON file that `bench -o` wrote"
         ) from error
-    return check_record(record, str(path))
+    return check_record(_as_present(record), str(path))
+
+
+def _as_present(record: Any) -> Any:
+    """A record of version 1, which had the name and the version of the schema in an object, as one of version 2."""
+    if isinstance(record, dict) and record.get("schema") == {"name": SCHEMA_NAME, "version": 1}:
+        return {"schema": SCHEMA_NAME, "version": SCHEMA_VERSION, **{k: v for k, v in record.items() if k != "schema"}}
+    return record
 
 
 def _refuse_constant(name: str) -> float:

@@ -114,7 +114,8 @@ def run_benchmark(
 
 def _new_record(request: BenchRequest) -> Record:
     return {
-        "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
+        "schema": SCHEMA_NAME,
+        "version": SCHEMA_VERSION,
         "name": request.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": record_machine(),

@@ -9,8 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy.benchmark.cases import BACKENDS, Entry
+from repvgg_deploy.benchmark.cases import Entry
 from repvgg_deploy.benchmark.measure import MeasureOptions
+from repvgg_deploy.benchmark.names import BACKENDS
 from repvgg_deploy.benchmark.run import BenchRequest, Group
 from repvgg_deploy.errors import DeployError
 

@@ -1,9 +1,11 @@
-"""Options that several commands share, one group a concern, and the types that they parse to."""
+"""Options that several commands share: one decorator per concern, and a function that makes one object of its values.
+
+To add an option to a concern, add a `click.option` to its decorator below and, where there is one, take it in the
+function beside it. What a decorator adds reaches the command in `**options`, by the name that click gives it.
+"""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from repvgg_deploy.cli.command import option_group
+from repvgg_deploy.cli.types import ARCH, RECIPE, Channels, FiniteRange, Size
 from repvgg_deploy.errors import DeployError
 
 if TYPE_CHECKING:
@@ -19,201 +23,140 @@ if TYPE_CHECKING:
     from repvgg_deploy.images.decoding import DecodingOptions
     from repvgg_deploy.workflows.export_request import Int8Request
 
-    SizeType = click.ParamType[tuple[int, int]]
-    ChannelsType = click.ParamType[tuple[float, ...]]
-else:
-    # Older releases of click have no generic ParamType.
-    SizeType = ChannelsType = click.ParamType
-
 F = TypeVar("F", bound=Callable[..., Any])
 
-
-_LARGEST = 8192
-
-
-class FiniteRange(click.FloatRange):
-    """A number within limits, which `nan` and `inf` are not."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse `value`, or fail as wrong usage."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is no number", param, ctx)
-        return number
+PATH: Any = click.Path(path_type=Path)
+"""A path; whether it exists is told by the code that opens it, as an error with a hint."""
 
 
-class Size(SizeType):
-    """`224`, or `HxW` as in `192x256`, as (height, width)."""
-
-    name = "PX|HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Parse `value`, or fail as wrong usage."""
-        match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", str(value))
-        if match is None or not all(0 < int(size) <= _LARGEST for size in match.groups() if size is not None):
-            self.fail(f"{value!r} is no size; give pixels, as 224 or 192x256, up to {_LARGEST}", param, ctx)
-        return int(match[1]), int(match[2] or match[1])
+def path_argument(name: str, **options: Any) -> Callable[[F], F]:
+    """A positional path."""
+    return click.argument(name, type=PATH, **options)
 
 
-class Channels(ChannelsType):
-    """One number a channel, separated by commas or spaces, as `0.485,0.456,0.406`."""
+checkpoint_options = option_group(
+    "Input",
+    click.option("--arch", type=ARCH, metavar="NAME", help="Required architecture: A0, B1g4, …; another is an error."),
+    click.option("--ema/--no-ema", default=None, help="Which copy of the weights, where the file has an EMA copy too."),
+)
+"""How a checkpoint is read."""
 
-    name = "R,G,B"
+bn_eps_option = option_group(
+    "Input",
+    click.option(
+        "--bn-eps", type=FiniteRange(min=0, min_open=True), default=1e-5, metavar="X",
+        help="Epsilon of the batch norms, which a checkpoint does not store.",
+    ),
+)  # fmt: skip
+"""What a checkpoint does not store."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Parse `value`, or fail as wrong usage."""
-        try:
-            numbers = tuple(float(part) for part in re.split(r"[,\s]+", str(value).strip()))
-        except ValueError:
-            numbers = (math.nan,)
-        if not all(map(math.isfinite, numbers)):
-            self.fail(f"{value!r} is not one number a channel, as 0.485,0.456,0.406", param, ctx)
-        return numbers
+preprocessing_options = option_group(
+    "Preprocessing",
+    click.option("--size", type=Size(), help="Input size in pixels.  [default: the model's own, or its card's]"),
+    click.option("--resize", type=click.IntRange(min=1), metavar="PX", help="Shorter side before the center crop."),
+    click.option("--mean", type=Channels(), help="Mean per channel, of values from 0 to 1."),
+    click.option("--std", type=Channels(), help="Standard deviation per channel."),
+)
+"""How an image becomes the input; the model's metadata or card by default."""
 
+decoding_options = option_group(
+    "Decoding",
+    click.option("--workers", type=click.IntRange(min=1), metavar="N",
+                 help="Threads that decode images.  [default: one per core]"),
+    click.option("--decoder", type=click.Choice(["auto", "pillow"]), default="auto",
+                 help="Decoder of JPEG files: simplejpeg if it is installed, or always Pillow."),
+    click.option("--max-image-mib", type=click.IntRange(min=1), default=512, metavar="MIB",
+                 help="Limit on the memory of one decoded image; a larger one counts as broken."),
+)  # fmt: skip
+"""How image files are decoded."""
 
-def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
+graph_options = option_group(
+    "Graph",
+    click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Fixed batch size.  [default: dynamic]"),
+    click.option("--opset", type=click.IntRange(min=1), default=19, metavar="N", help="ONNX opset, 13 or newer."),
+    click.option("--io", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Type of the input and the output."),
+    click.option("--uint8-input", is_flag=True, help="Input of uint8 NHWC pixels, normalized inside the graph."),
+    click.option("--softmax", is_flag=True, help="Probabilities in place of logits."),
+    click.option("--topk", type=click.IntRange(min=1), metavar="K", help="Only the K best scores and their classes."),
+    click.option("--labels", type=PATH, metavar="FILE", help="Names of the classes, one per line."),
+)
+"""What an exported graph takes and gives."""
 
-    return decorate
+int8_options = option_group(
+    "INT8",
+    click.option("--calib", type=PATH, metavar="DIR", help="Calibration images: a folder, or a file that lists them."),
+    click.option("--calib-count", type=click.IntRange(min=1), metavar="N",
+                 help="Number of calibration images.  [default: the recipe's]"),
+    click.option("--calib-cache", type=PATH, metavar="FILE", help="Where to keep the statistics for the next run."),
+    click.option("--calib-device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to quantize."),
+    click.option("--recipe", type=RECIPE, default="accurate", metavar="NAME|FILE",
+                 help="Method of quantization: fast, accurate, thorough, or a TOML file."),
+    click.option("--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Precision of what is not INT8."),
+    click.option("--activation-type", type=click.Choice(["uint8", "int8"]), default="uint8",
+                 help="Type of the activations; int8 for TensorRT before 10.10, which refuses uint8."),
+    click.option("--keep-float", multiple=True, metavar="LAYER", help="Layer that is not quantized; repeatable."),
+    click.option("--max-drop", type=FiniteRange(min=0), metavar="POINTS",
+                 help="Limit on the loss of top-1 on the images of --val; layers are kept in float to meet it."),
+    click.option("--val", type=PATH, metavar="DIR", help="Labeled images for --max-drop: DIR/<class>/*.jpg."),
+    click.option("--layers", is_flag=True, help="Also print a table of the quantized layers."),
+)  # fmt: skip
+"""How INT8 is calibrated."""
 
+engine_options = option_group(
+    "Engine",
+    click.option("--engine", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"]), default="auto",
+                 help="Backend that builds the engine; auto builds one if it can."),
+    click.option("--batch-range", type=int, nargs=3, metavar="MIN OPT MAX",
+                 help="Batch sizes of a dynamic engine.  [default: 1 32 256]"),
+    click.option("--workspace", type=click.IntRange(min=0), metavar="MIB", help="Limit on the GPU memory of a layer."),
+    click.option("--optimization-level", type=click.IntRange(0, 5), metavar="0-5",
+                 help="Effort of the build, 5 the most.  [default: the backend's]"),
+    click.option("--refittable", is_flag=True, help="Allow `refit` to replace the weights later."),
+    click.option("--strip-weights", is_flag=True, help="Leave the weights out; the engine needs `refit` to run."),
+    click.option("--hardware-compatibility", type=click.Choice(["none", "ampere+", "same-compute-capability"]),
+                 default="none", help="GPUs that the engine runs on besides the one that builds it."),
+    click.option("--compute-capability", multiple=True, metavar="X.Y",
+                 help="GPU to build for when there is none here (TensorRT-RTX); repeatable."),
+    click.option("--version-compatible", is_flag=True, help="Run on later releases of the same major version too."),
+    click.option("--timing-cache/--no-timing-cache", default=True, help="Keep kernel times between builds."),
+    click.option("--tf32/--no-tf32", default=True, help="Allow TF32 in FP32 convolutions."),
+)  # fmt: skip
+"""Whether and how an engine is built."""
 
-def checkpoint_options(command: F) -> F:
-    """How a checkpoint is read."""
-    return _stack(
-        click.option("--arch", metavar="NAME", help="The architecture that the checkpoint must hold: A0, B1g4, …"),
-        click.option("--ema/--no-ema", default=None, help="Take the EMA copy of the weights, or the plain ones."),
-    )(command)
+integers_option = option_group(
+    "Backend",
+    click.option("--integers", type=click.Choice(["exact", "native"]), default="exact",
+                 help="INT8 sums that saturate on this CPU: exact, or as its own kernels compute them."),
+)  # fmt: skip
+"""How an INT8 graph is run on a CPU whose integer kernels saturate on it."""
 
+trust_option = option_group(
+    "Backend",
+    click.option("--trust", is_flag=True, help="Run an engine whose sidecar is missing or does not match."),
+)
+"""Whether an engine without a matching sidecar is run."""
 
-def preprocessing_options(command: F) -> F:
-    """How an image becomes the input; the model's metadata or card by default."""
-    return _stack(
-        click.option("--size", type=Size(), help="Input size in pixels."),
-        click.option("--resize", type=click.IntRange(min=1), metavar="PX", help="Short side before the crop."),
-        click.option("--mean", type=Channels(), help="Mean a channel, of values from 0 to 1."),
-        click.option("--std", type=Channels(), help="Standard deviation a channel."),
-    )(command)
-
-
-def decoding_options(command: F) -> F:
-    """How image files are decoded."""
-    return _stack(
-        click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads that decode; one per core."),
-        click.option(
-            "--decoder",
-            type=click.Choice(["auto", "pillow"]),
-            default="auto",
-            show_default=True,
-            help="What decodes JPEG files: simplejpeg where it is installed, or always Pillow.",
-        ),
-        click.option(
-            "--max-image-mib",
-            type=click.IntRange(min=1),
-            default=512,
-            show_default=True,
-            metavar="MIB",
-            help="Memory that one decoded image may take; a larger one counts as broken.",
-        ),
-    )(command)
-
-
-def take_decoding(values: dict[str, Any]) -> DecodingOptions:
-    """Remove the decoding options from `values` and return them as one object."""
-    from repvgg_deploy.images.decoding import DecodingOptions
-
-    return DecodingOptions(values.pop("workers"), values.pop("max_image_mib") << 20, values.pop("decoder"))
-
-
-def graph_options(command: F) -> F:
-    """What an exported graph takes and gives."""
-    return _stack(
-        click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Fix the batch; dynamic by default."),
-        click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, from 13."),
-        click.option(
-            "--io", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Type of input and output [fp32]."
-        ),
-        click.option("--uint8-input", is_flag=True, help="Take uint8 NHWC pixels; normalize inside the graph."),
-        click.option("--softmax", is_flag=True, help="Give probabilities in place of logits."),
-        click.option("--topk", type=click.IntRange(min=1), metavar="K", help="Give the K best scores and classes."),
-        click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="Class names, one a line."),
-    )(command)
-
-
-def int8_options(command: F) -> F:
-    """How INT8 is calibrated."""
-    path = click.Path(path_type=Path)
-    return _stack(
-        click.option(
-            "--calib",
-            type=path,
-            metavar="DIR|none",
-            help="Calibration images: a folder, or a list of files; none makes pictures from the BN statistics.",
-        ),
-        click.option(
-            "--calib-count", type=click.IntRange(min=1), metavar="N", help="How many; by default the recipe's."
-        ),
-        click.option(
-            "--calib-seconds",
-            type=FiniteRange(min=0, min_open=True),
-            metavar="S",
-            help="The time that making pictures may take (--calib none).",
-        ),
-        click.option("--calib-cache", type=path, metavar="FILE", help="Keep the calibration's statistics there."),
-        click.option(
-            "--calib-device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to quantize [cpu]."
-        ),
-        click.option("--recipe", default="accurate", metavar="NAME|FILE", help="fast, accurate, thorough, or a file."),
-        click.option(
-            "--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", help="What stays float in INT8 [fp32]."
-        ),
-        click.option(
-            "--activation-type",
-            type=click.Choice(["uint8", "int8"]),
-            default="uint8",
-            help="Type of the activations' zero-points; int8 for TensorRT before 10.10, which refuses uint8 [uint8].",
-        ),
-        click.option("--keep-float", multiple=True, metavar="LAYER", help="Do not quantize this layer; repeatable."),
-        click.option("--max-drop", type=FiniteRange(min=0), metavar="POINTS", help="The most top-1 to lose."),
-        click.option("--val", type=path, metavar="DIR", help="Labelled images for --max-drop: DIR/<class>/*.jpg."),
-        click.option("--layers", is_flag=True, help="Print a table of the quantized layers."),
-    )(command)
+output_options = option_group(
+    "Output",
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout, and nothing else."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress on stderr, only warnings and errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Times of each step on stderr."),
+)
+"""What every command prints, and how; `Command` takes these values, the function does not get them."""
 
 
-def engine_options(command: F) -> F:
-    """Whether and how an engine is built."""
-    backends = click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"])
-    return _stack(
-        click.option("--engine", type=backends, default="auto", show_default=True, help="The engine's backend."),
-        click.option(
-            "--batch-range", type=int, nargs=3, metavar="MIN OPT MAX", help="The engine's profile [1 32 256]."
-        ),
-        click.option("--workspace", type=click.IntRange(min=0), metavar="MIB", help="Most GPU memory of a layer."),
-        click.option("--optimization-level", type=click.IntRange(0, 5), help="Of the builder, 0 to 5."),
-        click.option("--refittable", is_flag=True, help="The engine can take new weights."),
-        click.option("--strip-weights", is_flag=True, help="The plan holds no weights before `refit`."),
-        click.option(
-            "--hardware-compatibility",
-            type=click.Choice(["none", "ampere+", "same-compute-capability"]),
-            default="none",
-            help="GPUs besides the builder's own.",
-        ),
-        click.option(
-            "--compute-capability",
-            multiple=True,
-            metavar="X.Y",
-            help="GPUs to build for, where none is here (TensorRT-RTX); repeatable.",
-        ),
-        click.option("--version-compatible", is_flag=True, help="Also for later releases of the major version."),
-        click.option("--timing-cache/--no-timing-cache", default=True, help="Keep kernel times between builds."),
-        click.option("--tf32/--no-tf32", default=True, help="Let FP32 convolutions use TF32."),
-    )(command)
+def is_given(option: str) -> bool:
+    """Whether the running command's option was typed, rather than set by default or in the environment."""
+    return click.get_current_context().get_parameter_source(option) is ParameterSource.COMMANDLINE
+
+
+def flag(option: str) -> str:
+    """An option as it is typed: `--calib-count` of `calib_count`."""
+    return f"--{option.replace('_', '-')}"
 
 
 def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
-    """Remove the INT8 options from `values` and return them as one object; None where INT8 is not wanted.
+    """Remove the INT8 options from `values` and return them as one object; None if INT8 is not wanted.
 
     Raises:
         click.UsageError: an option that only INT8 has is given without it, or one is missing beside another.
@@ -222,26 +165,18 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
     from repvgg_deploy.workflows.export_request import Int8Request
 
     names = {
-        "calib": "images", "calib_count": "count", "calib_seconds": "seconds",
-        "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
+        "calib": "images", "calib_count": "count", "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
         "rest": "rest", "keep_float": "keep_float", "activation_type": "activation_type", "val": "validation",
         "max_drop": "max_drop",
     }  # fmt: skip
     request = {field: values.pop(option) for option, field in names.items()}
     if not wanted:
-        context = click.get_current_context()
         for option in (*names, "layers"):
-            if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
-                raise click.UsageError(f"--{option.replace('_', '-')} is for --int8.")
+            if is_given(option):
+                raise click.UsageError(f"{flag(option)} is for --int8.")
         return None
     if request["images"] is None:
-        raise click.UsageError(
-            "--int8 needs --calib DIR, a few hundred typical images; --calib none makes pictures where there are none."
-        )
-    if request["images"] == Path("none"):
-        request["images"] = None
-    elif request["seconds"] is not None:
-        raise click.UsageError("--calib-seconds is for --calib none.")
+        raise click.UsageError("--int8 needs --calib DIR: a few hundred typical images, never random data.")
     if (request["max_drop"] is None) != (request["validation"] is None):
         raise click.UsageError("--max-drop and --val DIR belong together.")
     return Int8Request(**{**request, "rest": Precision(request["rest"])})
@@ -254,16 +189,19 @@ _BUILD = (
 
 
 def take_build(values: dict[str, Any]) -> BuildOptions:
-    """Remove the options of an engine build from `values` and return them as one object."""
+    """Remove the options of an engine build from `values` and return them as one object.
+
+    Raises:
+        click.UsageError: they contradict each other.
+    """
     from repvgg_deploy.engine.options import BuildOptions
 
-    context = click.get_current_context()
     if values["engine"] == "none":
         for option in _BUILD:
-            if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
-                raise click.UsageError(f"--{option.replace('_', '-')} is for an engine, and --engine none builds none.")
+            if is_given(option):
+                raise click.UsageError(f"{flag(option)} is for an engine, and --engine none builds none.")
     if values["batch"] is not None and values["batch_range"] is not None:
-        raise click.UsageError("--batch fixes the batch, so there is no --batch-range.")
+        raise click.UsageError("--batch fixes the batch size, which --batch-range MIN OPT MAX leaves open.")
     workspace = values.pop("workspace")
     smallest, best, largest = values["batch_range"] or BuildOptions.batch_range
     if not 1 <= smallest <= best <= largest:
@@ -276,37 +214,9 @@ def take_build(values: dict[str, Any]) -> BuildOptions:
     )
 
 
-def json_option(command: F) -> F:
-    """JSON on stdout."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
-
-
-def integers_option(command: F) -> F:
-    """How an INT8 graph is run on a CPU whose integer kernels saturate on it."""
-    return click.option(
-        "--integers",
-        type=click.Choice(["exact", "native"]),
-        default="exact",
-        show_default=True,
-        help="Sums of an INT8 graph that may saturate on this CPU: exact, or as its kernels compute them.",
-    )(command)
-
-
 def take_exact_integers(values: dict[str, Any]) -> bool:
     """Remove `--integers` from `values` and return whether it asks for exact sums."""
     return bool(values.pop("integers") == "exact")
-
-
-def trust_option(command: F) -> F:
-    """Whether an engine without a matching side file is run."""
-    return click.option("--trust", is_flag=True, help="Run an engine whose side file is missing or does not match.")(
-        command
-    )
-
-
-def path_argument(name: str, **options: Any) -> Callable[[F], F]:
-    """A path; whether it exists is told by the code that opens it, as an error with a hint."""
-    return click.argument(name, type=click.Path(path_type=Path), **options)
 
 
 def take_preprocessing(values: dict[str, Any]) -> PreprocessingOptions:
@@ -316,22 +226,33 @@ def take_preprocessing(values: dict[str, Any]) -> PreprocessingOptions:
     return PreprocessingOptions(*(values.pop(name) for name in ("size", "resize", "mean", "std")))
 
 
+def take_decoding(values: dict[str, Any]) -> DecodingOptions:
+    """Remove the decoding options from `values` and return them as one object."""
+    from repvgg_deploy.images.decoding import DecodingOptions
+
+    return DecodingOptions(values.pop("workers"), values.pop("max_image_mib") << 20, values.pop("decoder"))
+
+
 def read_labels(path: Path | None) -> tuple[str, ...] | None:
-    """The class names in the file of `--labels`, one a line."""
+    """The class names in the file of `--labels`, one per line.
+
+    Raises:
+        DeployError: the file cannot be read, is not UTF-8, or has an empty line.
+    """
     if path is None:
         return None
     try:
-        # A byte order mark, as some editors write it, is no part of the first name.
+        # A byte order mark, as some editors write it, is not part of the first name.
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except OSError as error:
         raise DeployError(
-            f"cannot read the labels {path}: {error.strerror}", "a text file, one class a line"
+            f"cannot read --labels {path}: {error.strerror}", "give a text file with one class per line"
         ) from error
     except UnicodeDecodeError as error:
-        raise DeployError(f"the labels {path} are no UTF-8 text", "save the file as UTF-8, one class a line") from error
-    if not all(names):
-        number = names.index("") + 1
         raise DeployError(
-            f"line {number} of the labels {path} is empty", "one class a line, in the order of the outputs"
-        )
+            f"--labels {path} is not UTF-8 text", "save the file as UTF-8, with one class per line"
+        ) from error
+    if not names or not all(names):
+        where = f"line {names.index('') + 1} of --labels {path}" if names else f"--labels {path}"
+        raise DeployError(f"{where} is empty", "give one class per line, in the order of the model's outputs")
     return tuple(names)

@@ -1,107 +1,168 @@
-"""Results for people (tables) and for machines (one JSON object)."""
+"""Text for people on stdout: tables that fit the terminal without cutting anything, and lines of fields."""
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len, chop_cells
 
-if TYPE_CHECKING:
-    from repvgg_deploy.quantization.layer_report import LayerRow
-    from repvgg_deploy.workflows.export_request import ExportResult
-
-_PIPE_WIDTH = 160
+_GAP = "  "
+# A shortened name keeps at least so much of itself.
+_SHORTEST_NAME = 20
+_MISSING = ("", "–")
 
 
-def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout, and nothing else."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], shorten: Collection[str] = (), title: str | None = None
+) -> None:
+    """Print a table to stdout, as wide as the terminal; in a pipe as wide as it needs to be.
+
+    Args:
+        columns: their titles, with the unit.
+        rows: one value per column; numbers stand on the right.
+        shorten: titles of columns with long names, which may be shortened in the middle.
+        title: a line above.
+    """
+    width = terminal_width()
+    text = lay_out(columns, [[format_value(value) for value in row] for row in rows], width, shorten)
+    lines = ([] if title is None else [title]) + text.lines
+    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    header = text.header + (title is not None)
+    for number, line in enumerate(lines):
+        print(f"\x1b[1m{line}\x1b[0m" if bold and number == header else line)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-    """A table on stdout; numbers to the right. In a pipe it is plain text that no terminal's width cuts."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, name in enumerate(columns):
-        numeric = all(isinstance(row[index], int | float) or row[index] in ("", "–") for row in rows)
-        table.add_column(name, justify="right" if numeric and rows else "left", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*(Text(_format(value)) for value in row))
-    console().print(table)
+def terminal_width() -> int | None:
+    """The columns of the terminal that stdout is; None for a pipe or a file, which have no width."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table as text; `header` is the number of the line with the titles."""
+
+    lines: list[str]
+    header: int
+
+
+def lay_out(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int | None, shorten: Collection[str] = ()
+) -> Layout:
+    """A table in `width` columns, or in as many as it needs if that is None.
+
+    If it does not fit, what is the same in every row moves to a line above, then long names are shortened in the
+    middle, then the last columns move to lines of their own below each row. Nothing else is ever cut.
+    """
+    shown = list(range(len(columns)))
+    above: list[int] = []
+    below: list[int] = []
+    if width is not None and _width(columns, rows, shown) > width:
+        if len(rows) > 1:
+            above = [index for index in shown[1:] if len({row[index] for row in rows}) == 1]
+            shown = [index for index in shown if index not in above]
+        while len(shown) > 1 and _width(columns, _shorten(columns, rows, shown, width, shorten), shown) > width:
+            below.insert(0, shown.pop())
+        rows = _shorten(columns, rows, shown, width, shorten)
+    lines = [] if width is None else _wrap(_facts(columns, rows[0], above), width) if above else []
+    header = len(lines)
+    widths = {index: _width(columns, rows, [index]) for index in shown}
+    right = {index for index in shown if rows and all(_is_number(row[index]) for row in rows)}
+    for number, row in enumerate([columns, *rows]):
+        cells = [_align(row[index], widths[index], index in right) for index in shown]
+        lines.append(_GAP.join(cells).rstrip())
+        if number and below and width is not None:
+            lines += [f"    {line}" for line in _wrap(_facts(columns, row, below), width - 4)]
+    return Layout(lines, header)
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> int:
+    widths = [max(cell_len(row[index]) for row in [columns, *rows]) for index in shown]
+    return sum(widths) + len(_GAP) * (len(shown) - 1)
+
+
+def _shorten(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[int], width: int, shorten: Collection[str]
+) -> list[list[str]]:
+    """The rows with the names of some columns as short as they must be for all columns to fit, and no shorter."""
+    result = [list(row) for row in rows]
+    for index in (index for index in shown if columns[index] in shorten):
+        longest = max(cell_len(row[index]) for row in result)
+        room = max(_SHORTEST_NAME, longest - max(0, _width(columns, result, shown) - width))
+        for row in result:
+            row[index] = shorten_middle(row[index], room)
+    return result
+
+
+def _facts(columns: Sequence[str], row: Sequence[str], indices: Sequence[int]) -> list[str]:
+    return [f"{columns[index]} {row[index]}" for index in indices if row[index] not in _MISSING]
+
+
+def shorten_middle(name: str, room: int) -> str:
+    """`name` in at most `room` columns: its beginning and its end, which tell files apart, with `…` between."""
+    if cell_len(name) <= room:
+        return name
+    tail = (room - 1) * 2 // 3
+    head = room - 1 - tail
+    return f"{chop_cells(name, head)[0]}…{chop_cells(name[::-1], tail)[0][::-1]}"
+
+
+def _align(text: str, width: int, right: bool) -> str:
+    padding = " " * (width - cell_len(text))
+    return padding + text if right else text + padding
+
+
+def _is_number(text: str) -> bool:
+    return text in _MISSING or re.fullmatch(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?(e[-+]?\d+)?( ?%)?", text) is not None
+
+
+def _wrap(facts: Sequence[str], width: int) -> list[str]:
+    """Facts separated by commas, in lines of at most `width` columns; only a longer one is broken, between words."""
+    lines: list[str] = []
+    for number, fact in enumerate(facts):
+        text = fact + ("," if number < len(facts) - 1 else "")
+        if lines and cell_len(lines[-1]) + 1 + cell_len(text) <= width:
+            lines[-1] += f" {text}"
+            continue
+        lines.append("")
+        for word in text.split(" "):
+            joined = f"{lines[-1]} {word}" if lines[-1] else word
+            if cell_len(joined) <= width or not lines[-1]:
+                lines[-1] = joined
+            else:
+                lines.append(word)
+    return lines
 
 
 def print_fields(values: Mapping[str, Any]) -> None:
-    """One `name value` a line on stdout; what is None is left out."""
-    width = max(map(len, values), default=0)
-    for name, value in values.items():
-        if value not in (None, "", [], {}):
-            print(f"{name.replace('_', ' '):{width}}  {_describe(value)}")
+    """Print one `name  value` per line to stdout; what is None or empty is left out."""
+    shown = {name: value for name, value in values.items() if value not in (None, "", [], {})}
+    width = max(map(len, shown), default=0)
+    for name, value in shown.items():
+        print(f"{name.replace('_', ' '):{width}}  {describe(value)}")
 
 
-def print_export(result: ExportResult, layers: bool) -> None:
-    """What an export wrote, and how every stage compares with the one before."""
-    rows = [
-        [stage, p.images, p.max_abs, p.relative, f"{p.cosine:.8f}", f"{p.top1_agreement:.1%}"]
-        for stage, p in result.parity.items()
-    ]
-    print_table(["stage", "images", "max abs", "relative", "cosine", "top-1 agreement"], rows)
-    if result.rounding is not None:
-        r = result.rounding
-        print(f"fp16: {r.subnormal:,} of {r.values:,} weights are subnormal, {r.flushed_to_zero:,} became zero")
-    if result.quantization is not None:
-        q = result.quantization
-        kept = [row.name for row in q.layers if row.kept_float]
-        print(f"int8: recipe {q.recipe}, {q.calibrated_on}; kept in float: {', '.join(kept) or 'nothing'}")
-        if layers:
-            print_layers(q.layers)
-    size = result.onnx.stat().st_size / 1e6
-    print(f"{result.onnx}  {size:.1f} MB, {result.arch}, {result.seconds:.1f} s")
-    if result.engine is not None:
-        plan = result.onnx.parent / result.engine.plan.name
-        print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
-
-
-def print_layers(layers: Sequence[LayerRow]) -> None:
-    """One row a quantized layer; signal-to-noise ratios in dB."""
-    columns = ["layer", "scale", "saturated", "weights dB", "activations dB", "output dB", "removed", "kept float"]
-    table = [
-        [
-            row.name,
-            "" if row.scale is None else f"{row.scale:.4g}",
-            "" if row.saturation is None else f"{row.saturation:.3%}",
-            "" if row.weights_db is None else f"{row.weights_db:.1f}",
-            "" if row.activations_db is None else f"{row.activations_db:.1f}",
-            f"{row.output_db:.1f}",
-            row.removed_columns,
-            "yes" if row.kept_float else "",
-        ]
-        for row in layers
-    ]
-    print_table(columns, table)
-
-
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value in one line: `name value, …` of a mapping, without what it does not know; the items of a list."""
     if isinstance(value, Mapping):
         known = {k: v for k, v in value.items() if v not in (None, "", [], {})}
-        return ", ".join(f"{k.replace('_', ' ')} {_describe(v)}" for k, v in known.items())
-    if isinstance(value, list):
+        return ", ".join(f"{k.replace('_', ' ')} {describe(v)}" for k, v in known.items())
+    if isinstance(value, list | tuple):
         if any(isinstance(item, Mapping) for item in value):
-            return "; ".join(map(_describe, value))
+            return "; ".join(map(describe, value))
         return ", ".join(map(str, value))
-    return _format(value)
+    return format_value(value)
 
 
-def console() -> Console:
-    """The console of stdout: the terminal's own width, or a fixed one in a pipe."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
-
-
-def _format(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A value for a table: thousands separated, small numbers with three digits, yes or no."""
+    if value is None:
+        return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

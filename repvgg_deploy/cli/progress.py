@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, TextIO
 
 from repvgg_deploy.progress import Progress
@@ -23,22 +24,27 @@ _SHOWN_AFTER_S = 0.3
 Clock = Callable[[], float]
 
 
+class Verbosity(Enum):
+    """How much a command says while it runs."""
+
+    QUIET = "warnings only"
+    NORMAL = "notes and steps"
+    VERBOSE = "notes and steps, with times"
+
+
 @contextmanager
-def show_progress(quiet: bool = False, verbose: bool = False) -> Iterator[Progress]:
+def show_progress(verbosity: Verbosity = Verbosity.NORMAL) -> Iterator[Progress]:
     """Show notes and steps on standard error until the block ends; nothing of a bar is left then.
 
     On a terminal one bar stands below the notes. In a pipe a step that takes long is a plain line every 30 seconds.
-
-    Args:
-        quiet: show warnings only.
-        verbose: begin every line with the seconds that have passed.
+    With `Verbosity.VERBOSE` every line begins with the seconds that have passed.
     """
-    start = time.monotonic()
+    start, quiet = time.monotonic(), verbosity is Verbosity.QUIET
 
     def words(text: str) -> str | None:
         if quiet and not text.startswith("warning:"):
             return None
-        return f"[{time.monotonic() - start:7.2f} s] {text}" if verbose else text
+        return f"[{time.monotonic() - start:7.2f} s] {text}" if verbosity is Verbosity.VERBOSE else text
 
     if quiet or not _is_live(sys.stderr):
         yield PlainProgress(sys.stderr, words, heartbeat_s=float("inf") if quiet else _HEARTBEAT_S)

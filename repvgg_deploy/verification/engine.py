@@ -40,7 +40,7 @@ def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Arr
     if "classes" in expected:
         # The K scores are sorted, so their argmax says nothing; the classes beside them do.
         same = expected["classes"][:, 0] == outputs["classes"][:, 0]
-        parity = Parity(parity.max_abs, parity.relative, parity.cosine, float(same.mean()), parity.images)
+        parity = Parity(parity.max_abs, parity.relative, parity.cosine, 100 * float(same.mean()), parity.images)
     require_parity("the engine", parity, MAX_RELATIVE[runner.precision])
     return parity
 

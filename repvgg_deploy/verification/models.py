@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from repvgg_deploy.artifacts import Array, Parity, PreprocessingOptions
-from repvgg_deploy.errors import DeployError, GraphError, ImageError, VerificationError
+from repvgg_deploy.errors import DeployError, GraphError, ImageError, ThresholdError
 from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.progress import SILENT, Progress
@@ -27,19 +27,25 @@ class Tolerance:
     max_disagreement: float | None = None
 
     def require(self, parity: Parity, precisions: set[str]) -> None:
-        """Nothing, where `parity` is within the tolerance.
+        """Check `parity` of two models of these precisions.
 
         Raises:
-            VerificationError: a difference is larger, or a number is none.
+            ThresholdError: a limit that the user set is exceeded, or a figure is not a number.
+            VerificationError: the default limit for their precisions is.
         """
         # A graph of unknown origin is held to float32: a looser tolerance is the user's to give.
         coarsest = max(_MAX_RELATIVE.get(precision, _MAX_RELATIVE["fp32"]) for precision in precisions)
-        require_parity("verify", parity, coarsest if self.max_relative is None else self.max_relative)
+        if self.max_relative is None:
+            require_parity("verify", parity, coarsest)
+        elif not parity.relative <= self.max_relative:
+            raise ThresholdError(
+                f"the outputs differ by {parity.relative:.3g} relative, more than {self.max_relative:g}", _LOOK
+            )
         if self.max_abs is not None and not parity.max_abs <= self.max_abs:
-            raise VerificationError(f"a logit differs by {parity.max_abs:.3g}, more than {self.max_abs:g}", _LOOK)
-        disagreement = 100 * (1 - parity.top1_agreement)
+            raise ThresholdError(f"a logit differs by {parity.max_abs:.3g}, more than {self.max_abs:g}", _LOOK)
+        disagreement = 100 - parity.top1_agreement
         if self.max_disagreement is not None and not disagreement <= self.max_disagreement:
-            raise VerificationError(
+            raise ThresholdError(
                 f"the top-1 class of {disagreement:.2f} % of the images differs, more than {self.max_disagreement:g} %",
                 _LOOK,
             )
@@ -71,7 +77,7 @@ def verify_models(
     card of a checkpoint does.
 
     Raises:
-        VerificationError: they differ by more than `tolerance`.
+        VerificationError, ThresholdError: they differ by more than `tolerance`; see `Tolerance.require`.
         DeployError: a model cannot be opened, or they do not take the same pixels.
     """
     graphs = [is_onnx(path) or is_engine(path) for path in (first, second)]

@@ -32,7 +32,7 @@ def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) ->
         max_abs=float(np.abs(difference).max(initial=0.0)),
         relative=float(np.linalg.norm(difference) / max(float(np.linalg.norm(a)), np.finfo(np.float64).tiny)),
         cosine=float(np.where(both_zero, 1.0, cosine).min(initial=1.0)),
-        top1_agreement=float((a.argmax(1) == b.argmax(1)).mean()) if len(a) else 1.0,
+        top1_agreement=100 * float((a.argmax(1) == b.argmax(1)).mean()) if len(a) else 100.0,
         images=len(a),
     )
 
@@ -46,6 +46,6 @@ def require_parity(stage: str, parity: Parity, max_relative: float) -> None:
     if not parity.relative <= max_relative:
         raise VerificationError(
             f"{stage}: the outputs differ by {parity.relative:.2e} relative, more than the {max_relative:.0e} allowed",
-            f"largest difference {parity.max_abs:.3g}, top-1 agreement {parity.top1_agreement:.1%} "
+            f"largest difference {parity.max_abs:.3g}, top-1 agreement {parity.top1_agreement:.1f} % "
             f"on {parity.images} images; nothing was written",
         )

@@ -38,13 +38,16 @@ def object_of(result: Result) -> dict[str, Any]:
 
 
 def failed(result: Result) -> str:
-    """What stderr says of a failure: `error: …`, then `hint: …`; nothing on stdout, and no traceback."""
+    """What stderr says of a failure: `error: …`, then `hint: …`; on stdout nothing, or both as JSON; no traceback."""
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
-    assert result.stdout == ""
     *_, error, hint = result.stderr.strip().splitlines()
     assert error.startswith("error: ")
     assert hint.startswith("hint: ")
+    if result.stdout:
+        value = json.loads(result.stdout)
+        assert (value["schema"], value["exit_status"]) == ("repvgg-deploy/error", 1)
+        assert [f"error: {value['error']}", f"hint: {value['hint']}"] == [error, hint]
     return error
 
 
@@ -221,7 +224,7 @@ def test_ema_option_is_passed_on(state, save: Save) -> None:
 def test_verify_prints_the_differences(graph: Path, checkpoint_file: Path) -> None:
     value = object_of(run("verify", checkpoint_file, graph, "--json"))
     assert value["relative"] < 1e-5
-    assert value.keys() == {"a", "b", "max_abs", "relative", "cosine", "top1_agreement", "images"}
+    assert value.keys() == {"schema", "version", "a", "b", "max_abs", "relative", "cosine", "top1_agreement", "images"}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,7 @@ def test_verify_fails_beyond_its_limits(limits: list[str], checkpoint_file: Path
     other = save(name_in_layout(make_net(seed=4), "official"), "other.pth")
     loose = [] if not limits or limits[0] == "--max-relative" else ["--max-relative", "1e9"]
     result = run("verify", checkpoint_file, other, "--size", 32, *loose, *limits)
-    assert result.exit_code == 1
+    assert result.exit_code == (3 if limits else 1)
     assert result.stderr.startswith("error: ")
 
 
@@ -241,14 +244,17 @@ def test_eval_prints_the_promised_keys(checkpoint_file: Path, image_folder: Path
     assert value["images"] == 15
 
 
-@pytest.mark.parametrize(("limit", "code"), [("0", 0), ("100.1", 1), ("nan", 1)])
+@pytest.mark.parametrize(("limit", "code"), [("0", 0), ("100.1", 3), ("nan", 3)])
 def test_eval_fails_below_the_accuracy_asked_for(
     limit: str, code: int, checkpoint_file: Path, image_folder: Path
 ) -> None:
     result = run("eval", checkpoint_file, "--data", image_folder, "--size", 32, "--json", "--min-top1", limit)
     assert result.exit_code == code
-    assert json.loads(result.stdout)["images"] == 15
+    value = json.loads(result.stdout)
+    assert value["images"] == 15
     assert ("error: top-1 is" in result.stderr) is bool(code)
+    assert value.get("exit_status", 0) == code
+    assert ("below --min-top1" in value.get("error", "")) is bool(code)
 
 
 def test_eval_names_the_broken_images_on_stderr(checkpoint_file: Path, image_folder: Path) -> None:
@@ -315,7 +321,7 @@ def test_ema_is_for_checkpoints(graph: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "0 labels"), (b"a\n\nb\nc\nd\ne\n", "line 2"), ("ä".encode("latin-1"), "no UTF-8 text")],
+    [(b"", "is empty"), (b"a\n\nb\nc\nd\ne\n", "line 2"), ("ä".encode("latin-1"), "is not UTF-8 text")],
     ids=["empty", "blank line", "latin-1"],
 )
 def test_labels_that_cannot_be_meant_are_refused(

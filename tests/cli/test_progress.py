@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from repvgg_deploy.cli.progress import PlainProgress, format_seconds, show_progress
+from repvgg_deploy.cli.progress import PlainProgress, Verbosity, format_seconds, show_progress
 from repvgg_deploy.progress import count_steps
 
 
@@ -73,14 +73,14 @@ def test_counting_reports_the_sum() -> None:
 
 
 def test_quiet_leaves_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
-    with show_progress(quiet=True) as progress:
+    with show_progress(Verbosity.QUIET) as progress:
         progress.note("reading a file")
         progress.note("warning: the images are few")
     assert capsys.readouterr().err == "warning: the images are few\n"
 
 
 def test_verbose_tells_when(capsys: pytest.CaptureFixture[str]) -> None:
-    with show_progress(verbose=True) as progress:
+    with show_progress(Verbosity.VERBOSE) as progress:
         progress.note("reading a file")
     assert re.fullmatch(r"\[ +0\.\d\d s\] reading a file\n", capsys.readouterr().err)
 

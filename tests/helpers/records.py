@@ -53,7 +53,8 @@ def make_record() -> dict[str, Any]:
         fused = measured["RepVGG-A0"]
         ratios.append(describe_ratio(fused, training, fused.ratio_to(training), group))
     return {
-        "schema": {"name": SCHEMA_NAME, "version": SCHEMA_VERSION},
+        "schema": SCHEMA_NAME,
+        "version": SCHEMA_VERSION,
         "name": "made <up>",
         "created": "2026-01-02T03:04:05+00:00",
         "machine": record_machine(),

@@ -17,7 +17,7 @@ A = np.array([[3.0, 4.0], [0.0, 1.0]])
 
 def test_equal_outputs_do_not_differ() -> None:
     parity = compare(A, A)
-    assert (parity.max_abs, parity.relative, parity.top1_agreement, parity.images) == (0, 0, 1, 2)
+    assert (parity.max_abs, parity.relative, parity.top1_agreement, parity.images) == (0, 0, 100, 2)
     assert parity.cosine == pytest.approx(1)
 
 
@@ -35,15 +35,15 @@ def test_cosine_is_the_smallest_over_the_images() -> None:
     assert compare(A, np.array([[3.0, 4.0], [1.0, 1.0]])).cosine == pytest.approx(math.sqrt(0.5))
 
 
-def test_top1_agreement_is_a_share_of_the_images() -> None:
+def test_top1_agreement_is_in_percent_of_the_images() -> None:
     reference = np.eye(4)
-    assert compare(reference, reference[[0, 1, 2, 0]]).top1_agreement == 0.75
+    assert compare(reference, reference[[0, 1, 2, 0]]).top1_agreement == 75
 
 
 def test_images_that_both_models_answer_with_zeros_agree() -> None:
     zeros = np.zeros((2, 3))
     parity = compare(zeros, zeros)
-    assert (parity.relative, parity.cosine, parity.top1_agreement) == (0, 1, 1)
+    assert (parity.relative, parity.cosine, parity.top1_agreement) == (0, 1, 100)
 
 
 def test_output_that_vanished_is_a_difference() -> None:

@@ -1,0 +1,15 @@
+"""What can be asked for by name: backends, precisions and modes of a benchmark."""
+
+from __future__ import annotations
+
+PROVIDERS = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+"""The backends of ONNX Runtime, with the names of their execution providers."""
+
+ENGINES = ("tensorrt", "tensorrt-rtx")
+BACKENDS = (*PROVIDERS, "torch-cpu", "torch-cuda", *ENGINES)
+PRECISIONS = ("fp32", "fp16", "bf16", "tf32", "int8")
+MODES = ("eager", "compiled", "cuda-graph")

@@ -1,0 +1,193 @@
+"""How every command of this program looks and ends: options in groups, examples, one result, one place for errors."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from repvgg_deploy.cli import progress
+from repvgg_deploy.cli.progress import Verbosity
+from repvgg_deploy.cli.signals import raise_signals
+from repvgg_deploy.errors import DeployError, ThresholdError
+from repvgg_deploy.progress import Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+GROUPS = (
+    "Input", "Preprocessing", "Decoding", "INT8", "Graph", "Engine", "Backend", "Measuring", "Verification", "Limits",
+    "Output",
+)  # fmt: skip
+"""The order of the groups of options in every help text."""
+
+EXIT_FAILED, EXIT_USAGE, EXIT_LIMIT = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has found out.
+
+    Attributes:
+        values: the object that `--json` prints, without `schema` and `version`.
+        show: prints the same to stdout, for people.
+        failure: an error that is reported once the values are printed, such as a limit that was missed.
+        schema: the name of the object's schema; the command's own by default.
+    """
+
+    values: Mapping[str, Any]
+    show: Callable[[], None]
+    failure: DeployError | None = None
+    schema: str = ""
+
+
+@dataclass
+class Session:
+    """What holds for the whole run of the program; the running command fills it in."""
+
+    as_json: bool = False
+    verbosity: Verbosity = Verbosity.NORMAL
+
+
+def option_group(title: str, *options: Callable[[F], F]) -> Callable[[F], F]:
+    """A decorator that gives a command these options, which its help shows together under `title`.
+
+    `title` is one of `GROUPS`. The options keep their order; a second decorator of the same title adds to the first.
+    """
+    if title not in GROUPS:
+        raise ValueError(f"{title!r} is not one of {GROUPS}")
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+            command.__click_params__[-1].group = title  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+class Command(click.Command):
+    """A command that returns an `Outcome`; `examples` are lines of shell that end its help."""
+
+    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.examples = tuple(examples)
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the command, print what it returns, and raise the failure that it returns."""
+        session = ctx.ensure_object(Session)
+        session.as_json = bool(ctx.params.pop("as_json", False))
+        quiet, verbose = ctx.params.pop("quiet", False), ctx.params.pop("verbose", False)
+        if quiet and verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other.", ctx)
+        session.verbosity = Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL
+        outcome = super().invoke(ctx)
+        if not isinstance(outcome, Outcome):
+            raise TypeError(f"the command {ctx.info_name} returns {type(outcome).__name__}, not an Outcome")
+        if not session.as_json:
+            outcome.show()
+            if outcome.failure is not None:
+                raise outcome.failure
+            return
+        name, values = outcome.schema or str(ctx.info_name), dict(outcome.values)
+        if outcome.failure is None:
+            print_object(name, values)
+            return
+        print_object(name, {**values, **_describe(outcome.failure)})
+        raise _ReportedError(outcome.failure)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, one section per group."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                rows.setdefault(getattr(parameter, "group", ""), []).append(record)
+        order = [*(group for group in GROUPS if group in rows), ""]
+        for group in order:
+            with formatter.section(group or ("Other" if len(order) > 1 else "Options")):
+                formatter.write_dl(rows[group])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, as they are."""
+        super().format_epilog(ctx, formatter)
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples:
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def show_progress() -> AbstractContextManager[Progress]:
+    """Show notes and steps on standard error while the block runs, as the running command was asked to."""
+    session = click.get_current_context().ensure_object(Session)
+    return progress.show_progress(session.verbosity)
+
+
+class _ReportedError(Exception):
+    """A failure whose JSON object has been printed already."""
+
+    def __init__(self, failure: DeployError) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class Group(click.Group):
+    """The one place that prints an error a user can fix; anything else keeps its traceback."""
+
+    command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note whether JSON is wanted, so that even wrong usage of a command is reported as such."""
+        ctx.ensure_object(Session).as_json = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; end with the status that the command line's contract gives to each kind of failure."""
+        try:
+            # SIGTERM is what ends a container or a CI job: like Ctrl-C it removes what was begun on the disk.
+            with raise_signals():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # As click does, but with the status that a shell expects. The blank line closes the terminal's `^C`.
+            click.echo("\nAborted!", err=True)
+            ctx.exit(128 + signal.SIGINT)
+        except _ReportedError as reported:
+            _report(reported.failure)
+            ctx.exit(_status(reported.failure))
+        except DeployError as error:
+            if ctx.find_object(Session).as_json:  # type: ignore[union-attr]
+                print_object("error", _describe(error))
+            _report(error)
+            ctx.exit(_status(error))
+        except click.UsageError as error:
+            if ctx.find_object(Session).as_json:  # type: ignore[union-attr]
+                hint = f"{error.ctx.command_path if error.ctx else ctx.command_path} --help"
+                print_object("error", {"error": error.format_message(), "hint": hint, "exit_status": EXIT_USAGE})
+            raise
+
+
+def _status(error: DeployError) -> int:
+    return EXIT_LIMIT if isinstance(error, ThresholdError) else EXIT_FAILED
+
+
+def _describe(error: DeployError) -> dict[str, Any]:
+    return {"error": error.message, "hint": error.hint, "exit_status": _status(error)}
+
+
+def _report(error: DeployError) -> None:
+    click.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+
+
+def print_object(name: str, values: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, of the schema `name` in docs/schemas."""
+    import json
+
+    from repvgg_deploy.cli.schemas import VERSIONS
+
+    head = {"schema": f"repvgg-deploy/{name}", "version": VERSIONS[name]}
+    click.echo(json.dumps({**head, **values}, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,157 @@
+"""The commands that write models: `export`, `fuse` and `refit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
+from repvgg_deploy.cli.options import (
+    PATH,
+    bn_eps_option,
+    checkpoint_options,
+    engine_options,
+    graph_options,
+    int8_options,
+    output_options,
+    path_argument,
+    preprocessing_options,
+    read_labels,
+    take_build,
+    take_int8,
+    take_preprocessing,
+)
+from repvgg_deploy.cli.startup import prepare_process, quick_imports
+
+
+def _check_folder(_context: click.Context, _option: click.Parameter, folder: Path) -> Path:
+    """Refuse the name of a file: it would become a folder of that name."""
+    if folder.suffix in (".onnx", ".plan"):
+        raise click.BadParameter(
+            f"{folder} is the name of a file, and -o takes a folder: the files are named after the checkpoint,"
+            f" net.fp32.onnx of net.pth. Write -o {folder.parent}."
+        )
+    return folder
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "repvgg-deploy export net.pth",
+        "repvgg-deploy export net.pth --fp16 -o out --batch-range 1 8 64",
+        "repvgg-deploy export net.pth --int8 --calib images/ -o out",
+        "repvgg-deploy export net.pth --uint8-input --softmax --topk 5 --labels names.txt --engine none",
+    ),
+)
+@path_argument("ckpt")
+@checkpoint_options
+@bn_eps_option
+@preprocessing_options
+@int8_options
+@graph_options
+@engine_options
+@option_group(
+    "Verification",
+    click.option("--verify-data", type=PATH, metavar="DIR",
+                 help="Images that the stages are compared on.  [default: a few synthetic images]"),
+    click.option("--verify-full", is_flag=True, help="Compare every stage at full size, on 16 images."),
+)  # fmt: skip
+@option_group(
+    "Output",
+    click.option("-o", "--output", type=PATH, default=Path(), metavar="DIR", callback=_check_folder,
+                 help="Folder for NAME.PRECISION.onnx, .plan and .plan.json, NAME being the checkpoint's."),
+    click.option("--fp16", is_flag=True, help="Write a float16 graph."),
+    click.option("--int8", is_flag=True, help="Write an INT8 graph; needs --calib."),
+)  # fmt: skip
+@output_options
+def export(ckpt: Path, output: Path, fp16: bool, int8: bool, layers: bool, labels: Path | None, **options: Any) -> Any:
+    """Write the verified, simplified ONNX graph of a checkpoint, and an engine if one can be built.
+
+    The files are DIR/NAME.PRECISION.onnx, .plan and .plan.json: net.fp16.onnx of net.pth with --fp16. Every stage is
+    compared with the one before, on a few synthetic images or on those of --verify-data. If they differ, nothing is
+    written, and files of an earlier export stay as they are.
+    """
+    if fp16 and int8:
+        raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is for what is not INT8.")
+    class_names = read_labels(labels)
+    prepare_process()
+    with quick_imports():
+        from repvgg_deploy.artifacts import Precision
+        from repvgg_deploy.cli.tables import print_export
+        from repvgg_deploy.workflows.export import export as run_export
+        from repvgg_deploy.workflows.export_request import ExportRequest
+
+    request = ExportRequest(
+        checkpoint=ckpt,
+        output=output,
+        precision=Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,
+        int8=take_int8(options, wanted=int8),
+        build=take_build(options),
+        io=Precision(options.pop("io")),
+        class_names=class_names,
+        preprocessing=take_preprocessing(options),
+        **options,
+    )
+    with show_progress() as progress:
+        result = run_export(request, progress)
+    return Outcome(result.to_dict(), lambda: print_export(result, layers))
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "repvgg-deploy fuse net.pth -o net-deploy.pth",
+        "repvgg-deploy fuse net.pth -o net-deploy.safetensors --layout timm",
+    ),
+)
+@path_argument("ckpt")
+@checkpoint_options
+@bn_eps_option
+@option_group(
+    "Output",
+    click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="File to write, by its ending."),
+    click.option("--layout", type=click.Choice(["official", "timm"]),
+                 help="Whose parameter names.  [default: timm for a checkpoint of timm, else official]"),
+)  # fmt: skip
+@output_options
+def fuse(ckpt: Path, output: Path, **options: Any) -> Any:
+    """Write the deploy form of a checkpoint, for the official code or timm to load."""
+    from repvgg_deploy.cli.tables import print_fields
+    from repvgg_deploy.workflows.fuse_checkpoint import write_fused
+
+    written = write_fused(ckpt, output, **options)
+    values = {
+        "file": str(written.path),
+        "arch": written.arch,
+        "layout": written.layout,
+        "parameters": written.parameters,
+        "parity": written.parity.to_dict(),
+    }
+    return Outcome(values, lambda: print_fields(values))
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "repvgg-deploy export net.pth --fp16 --refittable",
+        "repvgg-deploy refit net.fp16.plan newer.pth",
+    ),
+)
+@path_argument("engine")
+@path_argument("weights")
+@output_options
+def refit(engine: Path, weights: Path) -> Any:
+    """Put new weights into a refittable engine, without a rebuild.
+
+    WEIGHTS is a checkpoint of the engine's architecture, or an ONNX graph that was exported from one. The plan and its
+    sidecar are replaced only once everything has worked.
+    """
+    from repvgg_deploy.cli.tables import print_fields
+    from repvgg_deploy.workflows.refit import refit_in_place
+
+    with show_progress() as progress:
+        written = refit_in_place(engine, weights, progress)
+    values = {"engine": str(engine), "weights": str(weights), "sha256": written.side.sha256}
+    return Outcome(values, lambda: print_fields(values))

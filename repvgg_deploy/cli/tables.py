@@ -1,0 +1,207 @@
+"""What each command shows to people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from repvgg_deploy.cli.output import print_fields, print_table
+
+if TYPE_CHECKING:
+    from repvgg_deploy.benchmark.from_files import EndToEnd
+    from repvgg_deploy.benchmark.layer_profile import Profile
+    from repvgg_deploy.quantization.layer_report import LayerRow
+    from repvgg_deploy.workflows.demo import DemoResult
+    from repvgg_deploy.workflows.doctor import Row
+    from repvgg_deploy.workflows.evaluate import Evaluation
+    from repvgg_deploy.workflows.export_request import ExportResult
+
+__all__ = [
+    "print_archs", "print_demo", "print_end_to_end", "print_evaluation", "print_export", "print_fields", "print_parts",
+    "print_profile", "print_record",
+]  # fmt: skip
+
+
+def print_export(result: ExportResult, layers: bool) -> None:
+    """What an export wrote, and how every stage compares with the one before."""
+    rows = [
+        [stage, p.images, p.max_abs, p.relative, f"{p.cosine:.8f}", f"{p.top1_agreement:.1f} %"]
+        for stage, p in result.parity.items()
+    ]
+    print_table(["stage", "images", "max abs", "relative", "cosine", "top-1 agreement"], rows)
+    if result.rounding is not None:
+        r = result.rounding
+        print(f"fp16: {r.subnormal:,} of {r.values:,} weights are subnormal, {r.flushed_to_zero:,} became zero")
+    if result.quantization is not None:
+        q = result.quantization
+        kept = [row.name for row in q.layers if row.kept_float]
+        print(f"int8: recipe {q.recipe}, {q.images} images; kept in float: {', '.join(kept) or 'nothing'}")
+        if layers:
+            print_layers(q.layers)
+    size = result.onnx.stat().st_size / 1e6
+    print(f"{result.onnx}  {size:.1f} MB, {result.arch}, {result.seconds:.1f} s")
+    if result.engine is not None:
+        plan = result.onnx.parent / result.engine.plan.name
+        print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
+
+
+def print_layers(layers: Sequence[LayerRow]) -> None:
+    """One row per quantized layer; signal-to-noise ratios in dB."""
+    columns = ["layer", "scale", "saturated", "weights dB", "activations dB", "output dB", "removed", "kept float"]
+    table = [
+        [
+            row.name,
+            "" if row.scale is None else f"{row.scale:.4g}",
+            "" if row.saturation is None else f"{row.saturation:.3%}",
+            "" if row.weights_db is None else f"{row.weights_db:.1f}",
+            "" if row.activations_db is None else f"{row.activations_db:.1f}",
+            f"{row.output_db:.1f}",
+            row.removed_columns,
+            "yes" if row.kept_float else "",
+        ]
+        for row in layers
+    ]
+    print_table(columns, table)
+
+
+def print_archs(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of cards."""
+    columns = [
+        "arch", "top-1 %", "params M", "deploy M", "FLOPs G", "deploy G", "size px", "groups", "blocks", "widths",
+    ]  # fmt: skip
+    table = [
+        [
+            row["arch"],
+            "–" if row["top1"] is None else f"{row['top1']:.2f}",
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['parameters_deploy'] / 1e6:.2f}",
+            f"{row['flops'] / 1e9:.2f}",
+            f"{row['flops_deploy'] / 1e9:.2f}",
+            row["input_size"],
+            row["groups"],
+            ",".join(map(str, row["blocks"])),
+            ",".join(map(str, row["widths"])),
+        ]
+        for row in rows
+    ]
+    print_table(columns, table)
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """The accuracy of a model."""
+    print_fields(
+        {
+            "model": result.model,
+            "run by": f"{result.backend}, {result.precision}",
+            "images": result.images,
+            "left out": len(result.broken) or None,
+            "top-1": f"{result.top1:.2f} %",
+            "top-5": None if result.top5 is None else f"{result.top5:.2f} %",
+            "speed": f"{result.images_per_sec:,.1f} images/s, decoding included",
+        }
+    )
+
+
+def print_demo(result: DemoResult) -> None:
+    """The forms of the demo model side by side."""
+    rows = [
+        [
+            row.form,
+            f"{row.backend} {row.precision}",
+            f"{row.top1:.2f}",
+            f"{row.images_per_sec:,.0f}",
+            f"{row.ratio:.2f}",
+            "" if row.relative is None else f"{row.relative:.1e}",
+            "" if row.megabytes is None else f"{row.megabytes:.2f}",
+        ]
+        for row in result.rows
+    ]
+    print_table(["form", "run by", "top-1 %", "images/s", "x training", "relative error", "MB"], rows)
+    click.echo(f"{result.images} synthetic images, batch {result.batch}, {result.seconds:.0f} s in all")
+
+
+def print_parts(rows: Sequence[Row]) -> None:
+    """What the parts of a machine can do, and what would make the others work."""
+    words = {True: "yes", False: "no", None: ""}
+    table = [[r.part, r.version, words[r.can_build], words[r.can_run], r.detail, r.missing] for r in rows]
+    print_table(["part", "version", "builds", "runs", "what", "missing"], table)
+    for row in rows:
+        if row.hint:
+            click.echo(f"{row.part}: {row.hint}")
+
+
+def print_record(record: dict[str, Any]) -> None:
+    """The results of a benchmark, the share of the machine's ceilings, and the ratios to the baseline."""
+    results = record["results"]
+    columns = [
+        "model", "form", "backend", "precision", "batch", "images/s", "p50 ms", "p90 ms", "p99 ms", "compute ms",
+        "note",
+    ]  # fmt: skip
+    rows = [
+        [
+            r["model"], r["form"], f"{r['backend']} {r['backend_version']}", r["precision"], r["batch"],
+            _digits(r["images_per_sec"]), *(_digits(r["latency_ms"][p]) for p in ("p50", "p90", "p99")),
+            _digits(r["compute_ms"]), ", ".join(filter(None, [r["mode"], "unstable" if r["unstable"] else ""])),
+        ]
+        for r in results
+    ]  # fmt: skip
+    if len({r.get("input") for r in results}) > 1:
+        columns.insert(4, "input")
+        for row, result in zip(rows, results, strict=True):
+            row.insert(4, result.get("input") or "–")
+    print_table(columns, rows, shorten=("model",))
+    points = [[r["model"], r["batch"], r["precision"], r["roofline"]] for r in results if r["roofline"]]
+    if points:
+        click.echo()
+        columns = ["model", "batch", "precision", "TFLOP/s", "attainable TFLOP/s", "share", "bound by"]
+        rows = [
+            [m, b, p, _digits(x["tflops"]), _digits(x["attainable_tflops"]), f"{x['share']:.0%}", x["bound"]]
+            for m, b, p, x in points
+        ]
+        print_table(columns, rows, shorten=("model",))
+    if record["ratios"]:
+        click.echo()
+        columns = ["model", "form", "baseline", "precision", "batch", "ratio", "95 % interval"]
+        rows = [
+            [
+                r["model"], r["form"],
+                r["baseline"] + (" (training form)" if r["baseline_form"] == "training" else ""),
+                r["precision"], r["batch"], f"{r['ratio']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}",
+            ]
+            for r in record["ratios"]
+        ]  # fmt: skip
+        print_table(columns, rows, shorten=("model",))
+
+
+def print_profile(profile: Profile) -> None:
+    """The time of each layer, and what it does in that time."""
+    columns = ["layer", "operator", "ms", "share", "GFLOP/s", "GB/s"]
+    rows = [
+        [
+            layer.name, layer.operator, _digits(layer.milliseconds), f"{layer.share:.1%}",
+            "–" if layer.cost is None else _digits(layer.cost.flops / layer.milliseconds / 1e6),
+            "–" if layer.cost is None else _digits(layer.cost.bytes / layer.milliseconds / 1e6),
+        ]
+        for layer in profile.layers
+    ]  # fmt: skip
+    print_table(columns, rows, shorten=("layer",))
+
+
+def print_end_to_end(found: Sequence[EndToEnd]) -> None:
+    """Images per second of the whole way from the files, and of each stage by itself."""
+    columns = ["model", "input", "batch", "images/s", "decode", "resize", "prepare", "transfer", "inference", "limit"]
+    rows = [
+        [
+            r.model, r.input_type, r.batch, _digits(r.images_per_sec),
+            *(_digits(r.stages[name]) if name in r.stages else "–" for name in columns[4:-1]), r.limit,
+        ]
+        for r in found
+    ]  # fmt: skip
+    print_table(columns, rows, ("model",), title="images/s of the whole, and of each stage by itself")
+
+
+def _digits(value: float) -> float:
+    """Four significant digits, for a table."""
+    return float(f"{value:.4g}")
