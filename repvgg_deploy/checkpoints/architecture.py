@@ -6,17 +6,19 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from torch import Tensor
-
+from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.layout import KeyMap
+from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec, SqueezeExcite
 
-Parts = Mapping[str, Tensor]
+_MAX_CANDIDATES = 500
+
+Parts = Mapping[str, StoredTensor]
 
 
-def infer_spec(keys: KeyMap, tensors: Mapping[str, Tensor]) -> ArchSpec:
-    """The architecture read from the tensors; no name and no card is asked.
+def infer_spec(keys: KeyMap, tensors: Mapping[str, StoredTensor]) -> ArchSpec:
+    """The architecture read from the blocks' tensors, without a classifier; no name and no card is asked.
 
     Strides leave no trace in a checkpoint. They follow the convention of all layouts: 2 at the first block of each
     stage, 1 elsewhere, except that a block with an identity branch has stride 1.
@@ -37,23 +39,17 @@ def infer_spec(keys: KeyMap, tensors: Mapping[str, Tensor]) -> ArchSpec:
         # A squeeze-excite that one block of a stage has is expected in all of it.
         known = next((block.squeeze_excite for block in blocks_of_stage if block.squeeze_excite), None)
         blocks_of_stage[:] = [replace(b, squeeze_excite=b.squeeze_excite or known) for b in blocks_of_stage]
-    classifier = next((tensors[key] for key, name in keys.names.items() if name == "classifier.weight"), None)
-    if classifier is None:
-        raise CheckpointError(
-            f"1 tensor is missing: {keys.file_key('classifier.weight')}",
-            "a backbone without its classifier cannot be exported as an image classifier",
-        )
-    return ArchSpec(tuple(tuple(stage) for stage in stages), classifier.shape[0])
+    return ArchSpec(tuple(tuple(stage) for stage in stages), 0)
 
 
-def _group_by_block(keys: KeyMap, tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], dict[str, Tensor]]:
+def _group_by_block(keys: KeyMap, tensors: Parts) -> dict[tuple[int, int], dict[str, StoredTensor]]:
     """The tensors of each block by their name inside it, blocks in the order of execution and without a gap."""
-    blocks: dict[tuple[int, int], dict[str, Tensor]] = {}
+    blocks: dict[tuple[int, int], dict[str, StoredTensor]] = {}
     for key, canonical in keys.names.items():
         if canonical.startswith("stages."):
             _, s, b, part = canonical.split(".", 3)
             blocks.setdefault((int(s), int(b)), {})[part] = tensors[key]
-    ordered: dict[tuple[int, int], dict[str, Tensor]] = {}
+    ordered: dict[tuple[int, int], dict[str, StoredTensor]] = {}
     for stage in range(1 + max(stage for stage, _ in blocks)):
         depth = 1 + max((index for number, index in blocks if number == stage), default=0)
         for index in range(depth):
@@ -62,7 +58,7 @@ def _group_by_block(keys: KeyMap, tensors: Mapping[str, Tensor]) -> dict[tuple[i
 
 
 def _infer_block(
-    keys: KeyMap, tensors: Mapping[str, Tensor], stage: int, index: int, parts: Parts, channels: int
+    keys: KeyMap, tensors: Mapping[str, StoredTensor], stage: int, index: int, parts: Parts, channels: int
 ) -> BlockSpec:
     is_fused = "conv.weight" in parts
     name = f"stages.{stage}.{index}.{'conv.weight' if is_fused else 'branch_3x3.conv.weight'}"
@@ -100,8 +96,10 @@ def _infer_block(
 
 def name_nearest(name: str, candidates: Iterable[str]) -> str:
     """`name`, and the one of `candidates` that it may have been mistaken for."""
-    near = difflib.get_close_matches(name, list(candidates), 1, 0.8)
-    return f"{name} (nearest: {near[0]})" if near else name
+    # Comparing takes the product of the lengths; a name so much longer is not the same one misspelt.
+    likely = [c for c in candidates if abs(len(c) - len(name)) <= 8][:_MAX_CANDIDATES]
+    near = difflib.get_close_matches(name, likely, 1, 0.8) if len(name) < 200 else []
+    return f"{printable(name)} (nearest: {printable(near[0])})" if near else printable(name)
 
 
 def _infer_se(keys: KeyMap, parts: Parts) -> SqueezeExcite | None:

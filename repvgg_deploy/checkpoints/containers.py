@@ -1,247 +1,225 @@
-"""Files to tensors: every container a checkpoint comes in, and never a line of code executed from it."""
+"""Files to named tensors: every container a checkpoint comes in, and never a line of code executed from it."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
-import re
-import struct
-import warnings
-import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from repvgg_deploy.checkpoints.archives import Archive, open_archive
+from repvgg_deploy.checkpoints.inert import Inert, attributes_of, printable, to_plain
+from repvgg_deploy.checkpoints.known_globals import StoredArray
+from repvgg_deploy.checkpoints.npz_files import ArrayError, read_npz
+from repvgg_deploy.checkpoints.other_files import describe_archive, describe_other_file
+from repvgg_deploy.checkpoints.safetensors_files import HeaderError, read_safetensors
+from repvgg_deploy.checkpoints.sources import EndsEarlyError, MemorySource, Source, read_bytes
+from repvgg_deploy.checkpoints.stored import Storage, StoredTensor
+from repvgg_deploy.checkpoints.torch_files import Tree, read_pickles, read_torch_archive
 from repvgg_deploy.errors import CheckpointError
 
-_TO_SAFETENSORS = (
-    'where you trust the file, convert it once: python -c "import torch, safetensors.torch as s; '
-    "c = torch.load('FILE', map_location='cpu', weights_only=False); "
-    "c = next((c[k] for k in ('state_dict', 'model', 'model_ema', 'ema') if isinstance(c, dict) and k in c), c); "
-    "c = c if isinstance(c, dict) else c.state_dict(); "
-    "s.save_file({k: v.clone().contiguous() for k, v in c.items() if torch.is_tensor(v)}, 'FILE.safetensors')\""
-)
-_WRAPPERS = frozenset(
-    "module model _orig_mod timm_model backbone net network encoder student online_model".split()  # noqa: SIM905
-)
-_EMA = re.compile(r"(?:^|[._])(?:model_)?ema(?:[._]|$)|^averaged_model|_ema$|^ema")
-
-
-@dataclass(frozen=True)
-class StateDict:
-    """One set of tensors found in a file: where it was, whether it is an EMA copy, names without wrappers.
-
-    `is_main`: who saved the file deploys this one, although it is an EMA copy.
-    """
-
-    place: str
-    is_ema: bool
-    tensors: Mapping[str, Tensor]
-    is_main: bool = False
+_MAX_DEPTH = 40
+_MAX_NAMES = 500_000
+_MAX_LIST = 64
+_MEMBERS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar", ".pkl")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a file holds: its state dicts in the order found, and what it says of the classes."""
+    """All that a file holds.
 
-    state_dicts: tuple[StateDict, ...]
-    class_names: tuple[str, ...] | None
+    Attributes:
+        tensors: by name, where the keys of dicts and the attributes of objects around a tensor are joined by dots.
+        places: the part of each name that is around the dict in which the tensor lies.
+        modules: by name, the records of torch modules, where the file is a pickle of such; `tensors` are theirs.
+        configuration: the rest as plain data, see `Checkpoint`.
+        class_names: what the file says of the classes.
+        notes: what a user should know of the file.
+    """
+
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, Inert] = field(default_factory=dict)
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
-def read_file(path: Path) -> Contents:
-    """Every state dict in a `.pth`, `.pt`, `.pth.tar` or `.safetensors` file, memory-mapped where the format allows.
+def read_contents(source: Source, path: Path) -> Contents:
+    """What a `.pth`, `.pt`, `.pth.tar`, `.ckpt`, `.npz`, `.pkl` or `.safetensors` file holds; no tensor is read yet.
 
-    The format is told by the file's first bytes, not by its name. Tensors that were saved on a GPU come to the CPU.
+    The format is told by the file's first bytes, not by its name. A zip file with one of these in it is read as well.
 
     Raises:
-        CheckpointError: there is no such file, it is empty, truncated, no checkpoint, or wants code executed.
+        CheckpointError: the file is truncated, damaged, or something else.
     """
-    raw, metadata = _read_raw(path)
-    found: list[StateDict] = []
-    _collect(raw, "", found, set())
-    if isinstance(raw, Mapping) and "ema_state_dict" in raw and "mmengine_version" in _meta(raw):
-        # mmengine's EMAHook swaps the two when it saves: `state_dict` is what is averaged and deployed.
-        # https://github.com/open-mmlab/mmengine/blob/main/mmengine/hooks/ema_hook.py
-        swap = {"state_dict": True, "ema_state_dict": False}
-        found = [replace(s, is_ema=swap.get(s.place, s.is_ema), is_main=s.place == "state_dict") for s in found]
-    return Contents(tuple(found), _class_names(raw, metadata))
-
-
-def _meta(raw: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """What OpenMMLab notes beside the weights."""
-    meta = raw.get("meta")
-    return meta if isinstance(meta, Mapping) else {}
-
-
-def _read_raw(path: Path) -> tuple[Any, Mapping[str, str]]:
-    try:
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a directory", "give the checkpoint file inside it")
-        if not path.exists():
-            raise CheckpointError(f"there is no file {path}", "check the path; random weights are never taken instead")
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check the file's permissions") from error
-    if not head:
-        raise CheckpointError(f"{path} is empty", "download or copy it again")
+    shown = printable(str(path))
+    head = read_bytes(source, 0, 512)
     if head[8:9] == b"{":
-        return _read_safetensors(path)
-    if head[:2] == b"PK":
-        return _read_zip(path), {}
-    if head[:1] == b"\x80":
-        return _read_pickle(path, mmap=False), {}
-    what = "a Git LFS pointer, not the file itself" if head.startswith(b"version https:") else "no checkpoint"
-    what = "an ONNX graph or another protobuf" if head[:1] == b"\x08" else what
-    raise CheckpointError(f"{path} is {what}", "a checkpoint is a .pth, .pt, .pth.tar or .safetensors file")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is a truncated or damaged safetensors file ({error})", "download or copy it again"
-        ) from error
-
-
-def _read_zip(path: Path) -> Any:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
-        raise _damaged(path, error) from error
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(
-            f"{path} is a TorchScript archive, not a state dict",
-            "save the state dict of the model it was made from: torch.save(model.state_dict(), 'ckpt.pth')",
-        )
-    if not any(name.endswith("data.pkl") for name in names):
-        raise CheckpointError(
-            f"{path} is a zip archive without a checkpoint in it", "unpack it and give the checkpoint inside"
-        )
-    # torch maps what lies in the file, compressed or not.
-    return _read_pickle(path, mmap=is_stored)
-
-
-def _read_pickle(path: Path, mmap: bool) -> Any:
-    # Plain containers that training scripts save beside the weights; none of them runs code when it is built.
-    with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]), warnings.catch_warnings():
-        # Of unusual pickle protocols and old kinds of storage; what counts is whether the tensors can be read.
-        warnings.simplefilter("ignore")
         try:
-            if path.suffix != ".safetensors":
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            # By that name torch would take the file for what its ending says.
-            with path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            # Torch's own text is not shown: it tells how to switch this protection off.
-            if "eights only load failed" not in str(error):
-                raise _damaged(path, error) from error
-            wanted = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
-            what = (
-                f"{path} wants the code {wanted[1]} executed to be loaded"
-                if wanted is not None
-                else f"{path} is no state dict that torch has saved: a pickle of another kind, or damaged"
-            )
-            raise CheckpointError(what + "; that is refused", _TO_SAFETENSORS.replace("FILE", str(path))) from error
-        except Exception as error:
-            # A damaged pickle is a program gone wrong: there is hardly an exception that it cannot end in.
-            raise _damaged(path, error) from error
+            tensors, metadata = read_safetensors(source)
+        except (HeaderError, EndsEarlyError) as error:
+            raise _damaged(shown, error, "safetensors file") from error
+        return replace(_collect(Tree(tensors, {}), metadata), configuration=dict(metadata))
+    if head[:2] == b"PK":
+        return _read_zip(open_archive(source, shown), shown, path)
+    if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
+        return _read_tree(lambda: read_pickles(source), shown)
+    raise describe_other_file(head, path)
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    return CheckpointError(f"{path} is truncated or damaged ({reason})", "download or copy it again")
+def _read_zip(archive: Archive, shown: str, path: Path) -> Contents:
+    other = describe_archive(archive.names, path)
+    if other is not None:
+        raise other
+    if any(name == "data.pkl" or name.endswith("/data.pkl") for name in archive.names):
+        contents = _read_tree(lambda: read_torch_archive(archive), shown)
+        if not archive.has_checksums:
+            note = "the file was saved without checksums, so damage to its weights cannot be told"
+            contents = replace(contents, notes=(*contents.notes, note))
+        return contents
+    if any(name.endswith(".npy") for name in archive.names):
+        try:
+            return _collect(Tree(read_npz(archive), {}), {})
+        except ArrayError as error:
+            hint = "save the weights alone: numpy.savez('ckpt.npz', **weights)"
+            raise CheckpointError(f"{shown}: {error}", hint) from error
+    members = [name for name in archive.names if name.lower().endswith(_MEMBERS)]
+    if len(members) != 1:
+        found = f"; it holds {', '.join(map(printable, members[:4]))}" if members else ""
+        raise CheckpointError(
+            f"{shown} is a zip archive without a checkpoint in it{found}", "unpack it and give the checkpoint inside"
+        )
+    inner = MemorySource(archive.read(members[0]))
+    if read_bytes(inner, 0, 2) == b"PK" and any(n.lower().endswith(_MEMBERS) for n in open_archive(inner, shown).names):
+        raise CheckpointError(f"{shown} is an archive of an archive", "unpack it and give the checkpoint inside")
+    return read_contents(inner, path / members[0])
 
 
-def _numpy_scalars() -> list[Any]:
-    import numpy as np
-
-    # What numpy itself pickles a scalar with; the module that holds it has moved between versions.
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
-    # Files written by numpy 1 call it numpy.core…, those by numpy 2 numpy._core….
-    return [
-        np.dtype,
-        *kinds,
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-    ]
+def _read_tree(read: Any, shown: str) -> Contents:
+    try:
+        tree: Tree = read()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A damaged pickle is a program gone wrong: there is hardly an exception that it cannot end in.
+        raise _damaged(shown, error, "checkpoint") from error
+    return _collect(tree, {})
 
 
-def _collect(value: Any, place: str, found: list[StateDict], seen: set[int]) -> None:
-    if not isinstance(value, Mapping):
-        return
-    tensors = {key: item for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)}
-    if any("." in key for key in tensors):
-        found += _split_copies(tensors, place)
-        return
-    if id(value) in seen:
-        # A pickle may well contain itself.
-        return
-    seen.add(id(value))
-    for key, item in value.items():
-        if isinstance(key, str) and place.count(".") < 4:
-            _collect(item, f"{place}.{key}" if place else key, found, seen)
+def _damaged(shown: str, error: Exception, kind: str) -> CheckpointError:
+    reason = printable((str(error) or type(error).__name__).splitlines()[0])
+    return CheckpointError(f"{shown} is a truncated or damaged {kind} ({reason})", "download or copy it again")
 
 
-def _split_copies(tensors: Mapping[str, Tensor], place: str) -> list[StateDict]:
-    """The plain weights and the EMA copy in one dict of tensors, each where there is one, under unwrapped names.
+def _collect(tree: Tree, metadata: Mapping[str, str]) -> Contents:
+    """The named tensors of a file, and what it says beside them."""
+    tensors: dict[str, StoredTensor] = {}
+    places: dict[str, str] = {}
+    modules: dict[str, Inert] = {}
+    for place, name, value in _walk(tree.value):
+        if isinstance(value, Inert):
+            modules[name] = value
+        elif name not in tensors:
+            tensors[name], places[name] = value, place
+    plain = to_plain(tree.value, lambda value: isinstance(value, StoredTensor | StoredArray | Storage))
+    configuration = dict(attributes_of(plain))
+    return Contents(
+        tensors, places, modules, configuration, _class_names(configuration, metadata), _unread_notes(tree.unread)
+    )
 
-    Names without `module.`, `model.`, …; a clash of two names keeps both as they are.
-    """
-    copies: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
-    for key, tensor in tensors.items():
-        name, is_ema = _unwrap(key)
-        if "." not in name and tensor.numel() == 1:
-            # What averaging counts beside the weights: `n_averaged` of torch, `steps` of mmengine.
+
+def _unread_notes(unread: Mapping[str, int]) -> tuple[str, ...]:
+    if not unread:
+        return ()
+    names = ", ".join(printable(name, 80) for name in list(unread)[:3]) + (", …" if len(unread) > 3 else "")
+    return (f"what is beside the tensors was not executed, only read as data: {names}",)
+
+
+def _walk(root: Any) -> Iterator[tuple[str, str, StoredTensor | Inert]]:
+    """Place, full name and value of each tensor and each module record in a tree; cycles end, depth is bounded."""
+    # Depth first and in the file's order, without recursion.
+    stack = [_Step(root, "", "", (), False)]
+    for _ in range(_MAX_NAMES):
+        if not stack:
+            return
+        step = stack.pop()
+        item: Any = step.value.tensor if isinstance(step.value, StoredArray) else step.value
+        if isinstance(item, StoredTensor):
+            if step.name:
+                yield step.place, step.name, item
             continue
-        copy = copies[is_ema or bool(_EMA.search(place))]
-        copy[key if name in copy else name] = tensor
-    return [StateDict(place, is_ema, copy) for is_ema, copy in copies.items() if copy]
+        if id(item) in step.around or len(step.around) > _MAX_DEPTH:
+            continue
+        is_module = _is_module(item)
+        # All tensors of a module lie in one place, as in its state dict.
+        place = step.place if is_module and step.in_module else step.name
+        if is_module:
+            yield place, step.name, item
+        around = (*step.around, id(item))
+        stack += reversed(
+            [
+                _Step(child, f"{step.name}.{key}" if step.name else key, place, around, is_module)
+                for key, child in _children(item, is_module)
+            ]
+        )
 
 
-def _unwrap(key: str) -> tuple[str, bool]:
-    """A tensor's name without the wrappers in front of it, and whether one of them is that of an EMA copy."""
-    is_ema = False
-    while True:
-        first, dot, rest = key.partition(".")
-        averaged = _EMA.search(first) is not None
-        is_ema = is_ema or averaged
-        if not dot or not (averaged or first in _WRAPPERS):
-            return key, is_ema
-        key = rest
+@dataclass(frozen=True)
+class _Step:
+    value: Any
+    name: str
+    place: str
+    around: tuple[int, ...]
+    in_module: bool
 
 
-def _class_names(raw: Any, metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    if not isinstance(raw, Mapping):
-        return None
-    dataset = _meta(raw).get("dataset_meta")
-    places = [_parse_metadata(metadata), raw, _meta(raw), dataset if isinstance(dataset, Mapping) else {}]
+def _is_module(record: Any) -> bool:
+    return (
+        isinstance(record, Inert)
+        and isinstance(record.state, Mapping)
+        and "_modules" in record.state
+        and "_parameters" in record.state
+    )
+
+
+def _children(item: Any, is_module: bool) -> list[tuple[str, Any]]:
+    """What a container holds by name, as far as it may lead to tensors."""
+    if is_module:
+        parts = attributes_of(item)
+        temporary = parts.get("_non_persistent_buffers_set")
+        left_out = set(map(str, temporary)) if isinstance(temporary, list) else set()
+        groups = (attributes_of(parts.get(kind)) for kind in ("_parameters", "_buffers", "_modules"))
+        return [(name, child) for group in groups for name, child in group.items() if name not in left_out]
+    if isinstance(item, list | tuple):
+        return [(str(index), child) for index, child in enumerate(item[:_MAX_LIST]) if _may_hold(child)]
+    return [(name, child) for name, child in attributes_of(item).items() if _may_hold(child)]
+
+
+def _may_hold(value: Any) -> bool:
+    return isinstance(value, StoredTensor | StoredArray | Mapping | list | tuple | Inert)
+
+
+def _class_names(configuration: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    meta = attributes_of(configuration.get("meta"))
+    places = [_parse_metadata(metadata), configuration, meta, attributes_of(meta.get("dataset_meta"))]
     for place in places:
         for key in ("class_names", "CLASSES", "classes"):
             names = place.get(key)
-            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+            if isinstance(names, list | tuple) and names and all(_is_text(name) for name in names):
                 return tuple(names)
     return None
+
+
+def _is_text(name: Any) -> bool:
+    """Whether a name can be written to a file: a lone surrogate cannot."""
+    return isinstance(name, str) and not any(0xD800 <= ord(c) < 0xE000 for c in name)
 
 
 def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The class names in the metadata of a safetensors file, if they are JSON; others write there what they like."""
     try:
         return {"class_names": json.loads(metadata.get("class_names", "null"))}
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return {}

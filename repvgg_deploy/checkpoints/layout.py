@@ -7,12 +7,10 @@ form, `classifier.weight`; stage 0 is the stem.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from repvgg_deploy.nets.spec import TRAINING_BRANCHES, Branch
-
-_LEAVES = r"weight|bias|running_mean|running_var|num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -22,13 +20,10 @@ class Segment:
     prefix: str
     stage: int
 
-    def parse(self, key: str) -> tuple[int, str] | None:
-        """The block's index and the rest of the key, if the key lies in this segment."""
-        pattern = re.escape(self.prefix).replace(r"\{b\}", r"(?P<b>0|[1-9]\d{0,3})")
-        match = re.match(pattern + r"\.(?P<rest>.+)", key)
-        if match is None:
-            return None
-        return int(match.groupdict().get("b") or 0), match["rest"]
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The prefix, word by word."""
+        return tuple(self.prefix.split("."))
 
 
 @dataclass(frozen=True)
@@ -55,35 +50,25 @@ class Layout:
             inverse.setdefault(canonical, name)
         object.__setattr__(self, "_by_canonical", inverse)
 
-    def name_keys(self, keys: Iterable[str]) -> KeyMap:
-        """The canonical name of every key that this layout knows."""
-        split = {key: self._split(key) for key in keys}
-        found = {key: parts for key, parts in split.items() if parts is not None}
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """The words that this layout's names of parts consist of."""
+        return frozenset(word for part in self.parts for word in part.split("."))
+
+    def name_keys(self, found: Mapping[str, Match], prefix: str = "") -> KeyMap:
+        """The canonical name of each key in `found`, all of which lie under `prefix`."""
         lengths: dict[int, int] = {}
-        for number, block, _ in found.values():
-            lengths[number] = max(lengths.get(number, 0), block + 1)
+        for match in found.values():
+            lengths[match.segment] = max(lengths.get(match.segment, 0), match.block + 1)
         offsets: dict[int, int] = {}
         for number, segment in enumerate(self.segments):
             before = [n for n in range(number) if self.segments[n].stage == segment.stage]
             offsets[number] = sum(lengths.get(n, 0) for n in before)
         names = {
-            key: f"stages.{self.segments[number].stage}.{block + offsets[number]}.{rest}"
-            for key, (number, block, rest) in found.items()
+            key: f"stages.{self.segments[m.segment].stage}.{m.block + offsets[m.segment]}.{self.parts[m.part]}.{m.leaf}"
+            for key, m in found.items()
         }
-        names |= {
-            f"{self.head}.{leaf}": f"classifier.{leaf}" for leaf in ("weight", "bias") if f"{self.head}.{leaf}" in split
-        }
-        return KeyMap(self, names, {n: (offsets[n], lengths.get(n, 0)) for n in offsets})
-
-    def _split(self, key: str) -> tuple[int, int, str] | None:
-        for number, segment in enumerate(self.segments):
-            parsed = segment.parse(key)
-            if parsed is None:
-                continue
-            part, _, leaf = parsed[1].rpartition(".")
-            if part in self.parts and re.fullmatch(_LEAVES, leaf):
-                return number, parsed[0], f"{self.parts[part]}.{leaf}"
-        return None
+        return KeyMap(self, names, {n: (offsets[n], lengths.get(n, 0)) for n in offsets}, prefix)
 
     def is_ignored(self, key: str) -> bool:
         """Whether inference has no use for the tensor `key`."""
@@ -91,17 +76,36 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Match:
+    """Where in a layout a key belongs: its segment and block, the part of the block, the tensor of the part.
+
+    `wrappers` are words of the key that are none of the layout's, as `_fsdp_wrapped_module` is.
+    """
+
+    segment: int
+    block: int
+    part: str
+    leaf: str
+    wrappers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class KeyMap:
-    """The keys of one file under a layout: `names` maps file key to canonical key."""
+    """The keys of one net under a layout: `names` maps the file's key to the canonical one.
+
+    `prefix`: what the layout's own names have in front of them, with a dot at its end; or nothing.
+    """
 
     layout: Layout
     names: Mapping[str, str]
     spans: Mapping[int, tuple[int, int]]
+    prefix: str = ""
 
     def file_key(self, canonical: str) -> str:
         """What the file calls, or should call, the tensor of this canonical name."""
         if canonical.startswith("classifier."):
-            return canonical.replace("classifier", self.layout.head, 1)
+            # OpenMMLab's head is beside the backbone, not in it.
+            return f"{self.prefix.removesuffix('backbone.')}{canonical.replace('classifier', self.layout.head, 1)}"
         _, stage, block, rest = canonical.split(".", 3)
         part, _, leaf = rest.rpartition(".")
         name = self.layout._by_canonical.get(part, part)
@@ -109,7 +113,7 @@ class KeyMap:
         # The last segment of the stage that begins at or before this block.
         number = max((n for n in numbers if self.spans[n][0] <= int(block)), default=numbers[0])
         prefix = self.layout.segments[number].prefix.replace("{b}", str(int(block) - self.spans[number][0]))
-        return f"{prefix}.{name}.{leaf}"
+        return f"{self.prefix}{prefix}.{name}.{leaf}"
 
 
 def numbered_stages(prefix: str, first: int = 1, last: int = 9) -> tuple[Segment, ...]:

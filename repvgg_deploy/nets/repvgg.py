@@ -110,8 +110,8 @@ def _squeeze_excite(spec: BlockSpec, position: str) -> nn.Module:
 class RepVGG(nn.Module):
     """A RepVGG of any form: blocks by stage, global average pool, linear classifier.
 
-    Input (N, in_channels, H, W), output logits (N, classes). `spec` says what it consists of; a block without
-    branches is a `FusedBlock`, the others are `TrainingBlock`s.
+    Input (N, in_channels, H, W), output logits (N, classes); with 0 classes the pooled features (N, C). `spec` says
+    what it consists of; a block without branches is a `FusedBlock`, the others are `TrainingBlock`s.
     """
 
     def __init__(self, spec: ArchSpec) -> None:
@@ -120,7 +120,9 @@ class RepVGG(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(*(_make_block(block, spec.bn_eps) for block in stage)) for stage in spec.stages
         )
-        self.classifier = nn.Linear(spec.features, spec.classes)
+        # Without a classifier the pooled features are the output.
+        has_classes = spec.classes > 0
+        self.classifier = nn.Linear(spec.features, spec.classes) if has_classes else cast(nn.Linear, nn.Identity())
 
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks in the order of execution."""

@@ -16,7 +16,7 @@ from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
 @torch.no_grad()
 def run_in_float64(net: RepVGG, images: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Logits (N, classes) of `net` in float64 arithmetic, whatever its own type; `net` is not changed.
+    """Logits (N, classes) of `net`, or features, in float64 arithmetic, whatever its own type; `net` is not changed.
 
     No kernel is in float64 as a whole, so this takes little more memory than `net` itself.
     """
@@ -26,8 +26,10 @@ def run_in_float64(net: RepVGG, images: NDArray[np.floating[Any]]) -> NDArray[np
         # deepcopy takes what it finds in the memo for the copy: so the kernels are not copied.
         memo: dict[int, object] = {id(m): _Float64Conv(m, wide) for m in block.modules() if isinstance(m, nn.Conv2d)}
         x = copy.deepcopy(block, memo).double()(x)
-    logits = nn.functional.linear(x.mean((2, 3)), net.classifier.weight.double(), net.classifier.bias.double())
-    return cast("NDArray[np.float64]", logits.numpy())
+    output = x.mean((2, 3))
+    if net.spec.classes:
+        output = nn.functional.linear(output, net.classifier.weight.double(), net.classifier.bias.double())
+    return cast("NDArray[np.float64]", output.numpy())
 
 
 class _Float64Conv(nn.Module):

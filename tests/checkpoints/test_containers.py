@@ -6,8 +6,6 @@ import contextlib
 import io
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -135,34 +133,25 @@ def test_pickled_code_is_never_run(zipped: bool, name: str, state: State, tmp_pa
     path = tmp_path / name
     with path.open("wb") as file:
         torch.save({"state_dict": state, "x": Payload(marker)}, file, _use_new_zipfile_serialization=zipped)
-    error = refused(path, "wants the code .*mkdir executed")
-    assert "safetensors" in error.hint
+    checkpoint = load_checkpoint(path)
     assert not marker.exists()
+    assert any("mkdir" in note and "not executed" in note for note in checkpoint.notes)
 
 
 def test_bare_pickle_with_code_is_never_run(tmp_path: Path) -> None:
     marker = tmp_path / "was_here"
     path = tmp_path / "a.pth"
     path.write_bytes(pickle.dumps(Payload(marker), protocol=2))
-    refused(path, r"wants the code|truncated or damaged")
+    refused(path, "holds no tensors by name")
     assert not marker.exists()
     pickle.loads(path.read_bytes())
     assert marker.exists(), "the payload does nothing, so it proves nothing"
 
 
-def test_whole_pickled_module_is_refused(tmp_path: Path) -> None:
+def test_whole_pickled_module_of_another_net_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), path)
-    refused(path, r"wants the code torch\.nn\.modules\.container\.Sequential executed")
-
-
-def test_the_hint_for_an_unsafe_file_works(state: State, tmp_path: Path) -> None:
-    marker = tmp_path / "was_here"
-    path = tmp_path / "unsafe.pth"
-    torch.save({"state_dict": state, "x": Payload(marker)}, path)
-    command = refused(path, "wants the code").hint.split("python -c ")[1].strip('"')
-    subprocess.run([sys.executable, "-c", command], check=True, cwd=tmp_path)
-    assert load_checkpoint(tmp_path / "unsafe.pth.safetensors").layout == "official"
+    refused(path, "holds no RepVGG")
 
 
 def _contents(zipped: bool | None) -> bytes:

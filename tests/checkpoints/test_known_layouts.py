@@ -205,4 +205,5 @@ def test_timm_d2se_has_its_squeeze_excites_in_every_block(timm: ModuleType, save
     with torch.device("meta"):
         names = timm.create_model("repvgg_d2se", num_classes=3).state_dict()
     path = save({key: torch.zeros(()).expand(tensor.shape) for key, tensor in names.items()})
-    assert load_checkpoint(path).arch == "RepVGG-D2se"
+    with pytest.raises(CheckpointError, match=r"holds RepVGG-D2se, not RepVGG-A0"):
+        load_checkpoint(path, arch="A0")

@@ -1,0 +1,124 @@
+"""Zip archives: a directory that is held against the entries it describes, and entries with their checksums."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from dataclasses import dataclass
+from typing import Final
+
+from repvgg_deploy.checkpoints.inert import printable
+from repvgg_deploy.checkpoints.sources import EndsEarlyError, Source, open_stream, read_bytes
+from repvgg_deploy.checkpoints.stored import Blob, Deferred, Span
+from repvgg_deploy.errors import CheckpointError
+
+_LOCAL: Final = struct.Struct("<4s5H3I2H")
+_ENCRYPTED, _SIZES_BEHIND, _UTF8 = 0x1, 0x8, 0x800
+_MAX_EXPANSION = 20
+_EXPANSION_FREE_BYTES = 256 << 20
+"""Compressed entries may hold this much, and 20 times the file's size beyond it: weights hardly shrink at all."""
+
+
+class ArchiveError(Exception):
+    """A zip file that contradicts itself."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    info: zipfile.ZipInfo
+    start: int
+
+
+class Archive:
+    """A zip file whose entries are stored or deflated, do not overlap, and are what its directory says."""
+
+    def __init__(self, source: Source) -> None:
+        """Read the directory of `source`.
+
+        Raises:
+            ArchiveError, zipfile.BadZipFile, …: the file is damaged.
+        """
+        self._source = source
+        self._zip = zipfile.ZipFile(open_stream(source))
+        infos = self._zip.infolist()
+        self._entries = {info.filename: entry for info, entry in zip(infos, self._check(infos), strict=True)}
+        if len(self._entries) != len(infos):
+            raise ArchiveError("two entries have the same name")
+        unpacked = sum(info.file_size for info in infos if info.compress_type != zipfile.ZIP_STORED)
+        if unpacked > _EXPANSION_FREE_BYTES + _MAX_EXPANSION * source.size:
+            raise ArchiveError(f"its {source.size} bytes claim to unpack to {unpacked}")
+        # What torch writes where its user has switched checksums off.
+        self.has_checksums = not infos or any(info.CRC for info in infos if info.file_size)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The entries' names, in the directory's order."""
+        return tuple(self._entries)
+
+    def size_of(self, name: str) -> int:
+        """The bytes of an entry, unpacked."""
+        return self._entries[name].info.file_size
+
+    def read(self, name: str) -> bytes:
+        """An entry's bytes, unpacked; the checksum has been compared."""
+        if self.has_checksums:
+            return self._zip.read(name)
+        return bytes(self.blob(name).load().numpy())
+
+    def blob(self, name: str) -> Blob:
+        """An entry's bytes, read when they are asked for."""
+        entry = self._entries[name]
+        info = entry.info
+        if info.compress_type == zipfile.ZIP_STORED:
+            crc = info.CRC if self.has_checksums else None
+            return Span(f"{printable(name)} in the file", self._source, entry.start, info.file_size, crc)
+        return Deferred(info.file_size, lambda: self._zip.read(name))
+
+    def _check(self, infos: list[zipfile.ZipInfo]) -> list[_Entry]:
+        """Where each entry's data begins; raise ArchiveError if the entries are not what the directory says."""
+        starts = [self._check_entry(info) for info in infos]
+        ends = [start + info.compress_size for info, start in zip(infos, starts, strict=True)]
+        spans = sorted(zip((info.header_offset for info in infos), ends, strict=True))
+        limits = [begin for begin, _ in spans[1:]] + [self._zip.start_dir]
+        if any(end > limit for (_, end), limit in zip(spans, limits, strict=True)):
+            raise ArchiveError("two of its entries overlap")
+        return [_Entry(info, start) for info, start in zip(infos, starts, strict=True)]
+
+    def _check_entry(self, info: zipfile.ZipInfo) -> int:
+        shown = printable(info.filename)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ArchiveError(f"{shown} is compressed in a way that is not known here")
+        if info.flag_bits & _ENCRYPTED:
+            raise ArchiveError(f"{shown} is encrypted")
+        if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
+            raise ArchiveError(f"{shown} has two sizes")
+        name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        try:
+            header = read_bytes(self._source, info.header_offset, _LOCAL.size + len(name))
+            magic, _, flags, method, _, _, crc, packed, unpacked, length, extra = _LOCAL.unpack_from(header)
+        except (struct.error, EndsEarlyError, ValueError) as error:
+            raise ArchiveError(f"{shown} lies outside the file") from error
+        same_sizes = flags & _SIZES_BEHIND or 0xFFFFFFFF in (packed, unpacked)
+        if (
+            magic != b"PK\3\4"
+            or header[_LOCAL.size :] != name
+            or length != len(name)
+            or method != info.compress_type
+            or (flags ^ info.flag_bits) & (_ENCRYPTED | _SIZES_BEHIND)
+            or not (same_sizes or (crc, packed, unpacked) == (info.CRC, info.compress_size, info.file_size))
+        ):
+            raise ArchiveError(f"{shown} is another entry than the directory says")
+        return int(info.header_offset + _LOCAL.size + length + extra)
+
+
+def open_archive(source: Source, shown: str) -> Archive:
+    """The zip file `source`.
+
+    Raises:
+        CheckpointError: it is truncated or damaged.
+    """
+    try:
+        return Archive(source)
+    except (ArchiveError, zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
+        reason = printable(str(error) or type(error).__name__)
+        raise CheckpointError(f"{shown} is truncated or damaged ({reason})", "download or copy it again") from error

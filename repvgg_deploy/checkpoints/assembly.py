@@ -1,0 +1,229 @@
+"""A net's tensors read and checked: every one that its architecture has, none that it has not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from repvgg_deploy.checkpoints.architecture import name_nearest
+from repvgg_deploy.checkpoints.heads import Head, find_head, fold_linear_chain, is_beside_the_net
+from repvgg_deploy.checkpoints.inert import printable
+from repvgg_deploy.checkpoints.layout import KeyMap, Layout
+from repvgg_deploy.checkpoints.matching import FoundNet
+from repvgg_deploy.checkpoints.stored import StoredTensor
+from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.nets.cards import describe
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.spec import ArchSpec
+
+_FREE_BYTES = 64 << 20
+_MAX_EXPANSION = 24
+"""Tensors may take this many times the file's size, beyond the first 64 MiB: shared and repeated numbers are rare."""
+_MAX_IN_CHANNELS = 256
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The tensors under canonical names, the architecture with its classes, and what a user should know of them."""
+
+    spec: ArchSpec
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def assemble(spec: ArchSpec, net: FoundNet, tensors: Mapping[str, StoredTensor], file_size: int) -> Assembled:
+    """The net of `spec`, the blocks' architecture, from `tensors`, which are all in its place.
+
+    Raises:
+        CheckpointError: tensors are missing or surplus, shapes contradict each other, values are not finite, a variance
+            is negative, a tensor is damaged, or what the tensors claim is beyond all measure for the file's size.
+    """
+    keys = net.keys
+    left = {key: t for key, t in tensors.items() if key not in keys.names and not _is_ignored(net, key)}
+    head = find_head(net, spec.features, left)
+    _require_head(head, tensors, keys.layout)
+    spec = replace(spec, classes=head.classes)
+    beside = _require_complete(spec, net, tensors, {k: t for k, t in left.items() if k not in head.keys})
+    used = {canonical: key for key, canonical in keys.names.items() if not keys.layout.is_ignored(key)}
+    _require_modest(spec, [tensors[key] for key in (*used.values(), *head.keys)], file_size)
+    wide = _common_type(tensors, [*used.values(), *head.keys])
+    loaded = {name: tensors[key].load(printable(key)).to(wide) for name, key in used.items()}
+    if head.parts:
+        loaded |= _load_head(head, tensors, wide)
+    _check_values(loaded, keys, head)
+    return Assembled(spec, loaded, (*_training_notes(net, tensors), *_head_notes(head, net), *_beside_notes(beside)))
+
+
+def _load_head(head: Head, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    def load(key: str) -> Tensor:
+        return tensors[key].load(printable(key))
+
+    first = head.parts[0]
+    if len(head.parts) == 1 and "bias" in first.keys:
+        weight, bias = load(first.keys["weight"]).flatten(1), load(first.keys["bias"])
+    else:
+        weight, bias = fold_linear_chain(head.parts, load)
+    return {"classifier.weight": weight.to(dtype), "classifier.bias": bias.to(dtype)}
+
+
+def _is_ignored(net: FoundNet, key: str) -> bool:
+    return net.keys.layout.is_ignored(key.removeprefix(net.keys.prefix))
+
+
+def require_arrays(keys: KeyMap, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError unless each tensor of the net is an array of numbers."""
+    for key in keys.names:
+        _require_array(key, tensors[key], keys.layout)
+
+
+def _require_array(key: str, tensor: StoredTensor, layout: Layout) -> None:
+    shown = printable(key)
+    if tensor.problem is not None:
+        raise CheckpointError(f"{shown} {tensor.problem}", "save the weights as plain tensors, before quantization")
+    if not layout.is_ignored(key) and (tensor.ndim == 0 or tensor.numel() == 0):
+        raise CheckpointError(f"{shown} is empty: its shape is {tensor.shape}", "the file is damaged")
+
+
+def _require_head(head: Head, tensors: Mapping[str, StoredTensor], layout: Layout) -> None:
+    """Raise CheckpointError unless each tensor of the head is an array of floats as long as its layer is wide."""
+    for part in head.parts:
+        for leaf, key in part.keys.items():
+            if leaf == "num_batches_tracked":
+                continue
+            tensor = tensors[key]
+            _require_array(key, tensor, layout)
+            if tensor.dtype not in _FLOATS:
+                raise CheckpointError(
+                    f"{printable(key)} is no floating-point tensor", "give the checkpoint before quantization"
+                )
+            if (leaf != "weight" or part.kind == "bn") and tensor.shape != (part.outputs,):
+                raise CheckpointError(
+                    f"shapes contradict each other: {printable(key)} is {tensor.shape}, expected ({part.outputs},)",
+                    "the file is damaged, or holds another net",
+                )
+
+
+def _require_complete(
+    spec: ArchSpec, net: FoundNet, found: Mapping[str, StoredTensor], left: Mapping[str, StoredTensor]
+) -> list[str]:
+    """The names of what is beside the net, if the tensors of its blocks are just those that `spec` consists of."""
+    keys = net.keys
+    with torch.device("meta"):
+        expected = {k: v for k, v in RepVGG(spec).state_dict().items() if not k.endswith("num_batches_tracked")}
+    expected = {name: like for name, like in expected.items() if not name.startswith("classifier.")}
+    tensors = {canonical: found[key] for key, canonical in keys.names.items() if not keys.layout.is_ignored(key)}
+    missing = [keys.file_key(name) for name in expected if name not in tensors]
+    beside = [key for key in left if _is_beside(key, net, left)]
+    surplus = [keys.file_key(name) for name in tensors if name not in expected]
+    surplus += sorted(left.keys() - set(beside), key=list(left).index) if len(beside) < len(left) else []
+    if missing:
+        are = "tensor is" if len(missing) == 1 else "tensors are"
+        raise CheckpointError(f"{len(missing)} {are} missing: {_some(missing, surplus)}", _incomplete(spec))
+    if surplus:
+        do = "tensor does" if len(surplus) == 1 else "tensors do"
+        raise CheckpointError(
+            f"{len(surplus)} {do} not belong to the net: {_some(surplus, [keys.file_key(n) for n in expected])}",
+            "they would be lost; remove them from the file if they are not needed",
+        )
+    wrong = [
+        f"{printable(keys.file_key(name))} is {tensors[name].shape}, expected {tuple(like.shape)}"
+        for name, like in expected.items()
+        if tensors[name].shape != tuple(like.shape)
+    ]
+    if wrong:
+        raise CheckpointError(f"shapes contradict each other: {'; '.join(wrong[:3])}", _incomplete(spec))
+    strange = [keys.file_key(name) for name, t in tensors.items() if t.dtype not in _FLOATS]
+    if strange:
+        raise CheckpointError(
+            f"{printable(strange[0])} is no floating-point tensor", "give the checkpoint before quantization"
+        )
+    return beside
+
+
+def _is_beside(key: str, net: FoundNet, left: Mapping[str, StoredTensor]) -> bool:
+    """Whether a tensor that is neither a block's nor the head's can be left out without the net missing it."""
+    prefix = net.keys.prefix
+    if prefix and not key.startswith(prefix):
+        return True
+    inner = key.removeprefix(prefix)
+    words = inner.split(".")
+    if words[0] in {segment.words[0] for segment in net.keys.layout.segments}:
+        return False
+    if is_beside_the_net(inner):
+        return True
+    module, _, leaf = key.rpartition(".")
+    if leaf not in ("weight", "bias", "running_mean", "running_var"):
+        # A buffer, or a parameter without a module of its own.
+        return net.keys.layout.vocabulary.isdisjoint(words)
+    has_statistics = f"{module}.running_var" in left
+    return not has_statistics and max(left[k].ndim for k in (f"{module}.weight", key) if k in left) <= 1
+
+
+def _require_modest(spec: ArchSpec, tensors: Iterable[StoredTensor], file_size: int) -> None:
+    claimed = sum(tensor.numel() * max(tensor.dtype.itemsize, 4) for tensor in tensors)
+    if claimed > _FREE_BYTES + _MAX_EXPANSION * file_size:
+        raise CheckpointError(
+            f"the tensors claim {claimed} bytes, and the file has {file_size}",
+            "save the weights as plain tensors, each number once",
+        )
+    if spec.in_channels > _MAX_IN_CHANNELS:
+        raise CheckpointError(
+            f"the net takes {spec.in_channels} channels, and an image has at most {_MAX_IN_CHANNELS} here",
+            "the file is damaged, or is not an image classifier",
+        )
+
+
+def _common_type(tensors: Mapping[str, StoredTensor], keys: Iterable[str]) -> torch.dtype:
+    return torch.float64 if any(tensors[key].dtype == torch.float64 for key in keys) else torch.float32
+
+
+def _incomplete(spec: ArchSpec) -> str:
+    return f"by its tensors the file is {describe(spec)} with {spec.classes} classes; it may be incomplete"
+
+
+def _some(names: list[str], candidates: list[str]) -> str:
+    return ", ".join(name_nearest(name, candidates) for name in names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _training_notes(net: FoundNet, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    dropped = [k for k in tensors if _is_ignored(net, k) and not k.endswith(".num_batches_tracked")]
+    if not dropped:
+        return []
+    return [f"{len(dropped)} tensors that only training needs were left out ({printable(dropped[0])}, …)"]
+
+
+def _beside_notes(beside: list[str]) -> list[str]:
+    if not beside:
+        return []
+    names = ", ".join(printable(key) for key in beside[:3]) + (", …" if len(beside) > 3 else "")
+    tensors = "1 tensor beside the net was" if len(beside) == 1 else f"{len(beside)} tensors beside the net were"
+    return [f"{tensors} left out: {names}"]
+
+
+def _head_notes(head: Head, net: FoundNet) -> list[str]:
+    if not head.parts:
+        return ["the net has no classifier: its output is the pooled features"]
+    names = [part.name for part in head.parts]
+    if len(names) == 1 and (names[0] == net.keys.layout.head or names[0].endswith(f".{net.keys.layout.head}")):
+        return []
+    return [f"the classifier is {', '.join(map(printable, names))}"]
+
+
+def _check_values(tensors: Mapping[str, Tensor], keys: KeyMap, head: Head) -> None:
+    for name, tensor in tensors.items():
+        low, high = (value.item() for value in torch.aminmax(tensor))
+        if -float("inf") < low <= high < float("inf") and not (name.endswith("running_var") and low < 0):
+            continue
+        leaf = name.rpartition(".")[2]
+        shown = head.parts[-1].keys.get(leaf, name) if name.startswith("classifier.") else keys.file_key(name)
+        if name.endswith("running_var") and low < 0:
+            raise CheckpointError(
+                f"{printable(shown)} has a negative variance ({low:g})", "the file is damaged, or was averaged wrongly"
+            )
+        raise CheckpointError(
+            f"{printable(shown)} holds NaN or Inf", "the training diverged; take an earlier checkpoint"
+        )
