@@ -84,9 +84,12 @@ graph_options = option_group(
 
 int8_options = option_group(
     "INT8",
-    click.option("--calib", type=PATH, metavar="DIR", help="Calibration images: a folder, or a file that lists them."),
+    click.option("--calib", type=PATH, metavar="DIR|none",
+                 help="Calibration images: a folder, or a file that lists them; none: made from BN statistics."),
     click.option("--calib-count", type=click.IntRange(min=1), metavar="N",
                  help="Number of calibration images.  [default: the recipe's]"),
+    click.option("--calib-seconds", type=FiniteRange(min=0, min_open=True), metavar="S",
+                 help="Limit on the time that making pictures takes, with --calib none."),
     click.option("--calib-cache", type=PATH, metavar="FILE", help="Where to keep the statistics for the next run."),
     click.option("--calib-device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to quantize."),
     click.option("--recipe", type=RECIPE, default="accurate", metavar="NAME|FILE",
@@ -165,7 +168,8 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
     from repvgg_deploy.workflows.export_request import Int8Request
 
     names = {
-        "calib": "images", "calib_count": "count", "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
+        "calib": "images", "calib_count": "count", "calib_seconds": "seconds",
+        "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
         "rest": "rest", "keep_float": "keep_float", "activation_type": "activation_type", "val": "validation",
         "max_drop": "max_drop",
     }  # fmt: skip
@@ -176,7 +180,13 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
                 raise click.UsageError(f"{flag(option)} is for --int8.")
         return None
     if request["images"] is None:
-        raise click.UsageError("--int8 needs --calib DIR: a few hundred typical images, never random data.")
+        raise click.UsageError(
+            "--int8 needs --calib DIR, a few hundred typical images; --calib none makes pictures where there are none."
+        )
+    if request["images"] == Path("none"):
+        request["images"] = None
+    elif request["seconds"] is not None:
+        raise click.UsageError("--calib-seconds is for --calib none.")
     if (request["max_drop"] is None) != (request["validation"] is None):
         raise click.UsageError("--max-drop and --val DIR belong together.")
     return Int8Request(**{**request, "rest": Precision(request["rest"])})

@@ -37,7 +37,7 @@ def print_export(result: ExportResult, layers: bool) -> None:
     if result.quantization is not None:
         q = result.quantization
         kept = [row.name for row in q.layers if row.kept_float]
-        print(f"int8: recipe {q.recipe}, {q.images} images; kept in float: {', '.join(kept) or 'nothing'}")
+        print(f"int8: recipe {q.recipe}, {q.calibrated_on}; kept in float: {', '.join(kept) or 'nothing'}")
         if layers:
             print_layers(q.layers)
     size = result.onnx.stat().st_size / 1e6

@@ -18,17 +18,23 @@ from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LABELS: dict[BackendName, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+# INT8 graphs have uint8 zero-points behind a ReLU. The ONNX parser refused them up to 10.1, and from 10.10 on it reads
+# those that are 0 as int8 in strongly typed networks: 10.13 is safely behind that.
 OLDEST: dict[BackendName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 7)}
 
 # Attributes that not every supported release has; `has` is the only way to them.
 OPTIONAL = frozenset(
     {
+        "BuilderFlag.REQUIRE_USER_ALLOCATION",
         "ComputeCapability",
         "DynamicShapesKernelSpecializationStrategy",
         "IBuilderConfig.num_compute_capabilities",
         "IBuilderConfig.set_compute_capability",
         "IExecutionContext.is_stream_capturable",
+        "IRuntimeCache",
+        "IRuntimeConfig.create_runtime_cache",
         "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeConfig.set_runtime_cache",
         "SerializationFlag.INCLUDE_REFIT",
     }
 )

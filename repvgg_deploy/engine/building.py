@@ -160,6 +160,9 @@ def _configure(backend: Backend, parsed: ParsedNetwork, options: BuildOptions) -
     }
     for flag in (flag for flag, wanted in flags.items() if wanted):
         config.set_flag(flag)
+    if has(trt, "BuilderFlag.REQUIRE_USER_ALLOCATION"):
+        # TensorRT-RTX from 1.2 on: without it an engine may allocate while it is enqueued, which no capture allows.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     _set_targets(trt, config, options)
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from repvgg_deploy.engine.backends import has
+from repvgg_deploy.engine.context_settings import ContextSettings
 from repvgg_deploy.engine.loading import LoadedEngine
 from repvgg_deploy.engine.log import collect_messages, explain_failure, naming_gpu
 from repvgg_deploy.engine.network import Tensor
+from repvgg_deploy.engine.timing_cache import runtime_cache_path
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.hardware.gpus import find_gpus
+
+ALIGNMENT = 256
+"""Of the addresses of inputs and outputs, in bytes (NVIDIA's guide, "setTensorAddress")."""
 
 
 def batch_shape(tensor: Tensor, batch: int) -> tuple[int, ...]:
@@ -28,36 +33,50 @@ class Scratch:
 def create_context(loaded: LoadedEngine, scratch: Scratch | None = None) -> Any:
     """An execution context on `scratch`, of the engine's `device_memory_size_v2` bytes, or with memory of its own.
 
+    It names no layers to profilers by itself: with the detailed names that the plan holds, that slows every run down.
+
     Raises:
         DeployError: the GPU has too little memory.
     """
     strategies = loaded.backend.module.ExecutionContextAllocationStrategy
     strategy = strategies.STATIC if scratch is None else strategies.USER_MANAGED
     with collect_messages(loaded.backend) as messages:
-        context = loaded.engine.create_execution_context(_configure_context(loaded, strategy))
+        context = loaded.engine.create_execution_context(_create_from(loaded, strategy))
         if context is None:
             raise explain_failure(loaded.backend, f"preparing {loaded.plan}", messages)
+    context.nvtx_verbosity = loaded.backend.module.ProfilingVerbosity.NONE
     if scratch is not None:
         context.set_device_memory(scratch.pointer, scratch.size)
     return context
 
 
-def _configure_context(loaded: LoadedEngine, strategy: Any) -> Any:
-    """What a context is created from: the strategy for its memory, or TensorRT-RTX's configuration with it.
-
-    TensorRT-RTX would compile the kernels of a shape in the background and run a slow substitute meanwhile, which a
-    graph would hold for good. EAGER compiles them in the first run.
-    """
-    trt = loaded.backend.module
-    if not (
-        has(trt, "DynamicShapesKernelSpecializationStrategy")
-        and has(trt, "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy")
-    ):
+def _create_from(loaded: LoadedEngine, strategy: Any) -> Any:
+    """What a context is created from: the strategy for its memory, or TensorRT-RTX's configuration with it."""
+    if not ContextSettings.has_any(loaded.backend):
         return strategy
-    config = loaded.engine.create_runtime_config()
-    config.set_execution_context_allocation_strategy(strategy)
-    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    return config
+    if loaded.settings is None:
+        found = find_gpus()
+        gpu = found.gpus[0] if found.gpus else None
+        path = runtime_cache_path(loaded.backend, gpu, loaded.sha256)
+        loaded.settings = ContextSettings(loaded.backend, loaded.engine, path)
+    return loaded.settings.config(strategy)
+
+
+def set_address(loaded: LoadedEngine, context: Any, name: str, pointer: int) -> None:
+    """Tell a context where one of its tensors is in GPU memory.
+
+    Raises:
+        DeployError: the address is not a multiple of 256, which the library's kernels rely on, or it refuses.
+    """
+    if pointer % ALIGNMENT:
+        raise DeployError(
+            f"the memory of {name} starts {pointer % ALIGNMENT} bytes after a multiple of {ALIGNMENT}; "
+            f"{loaded.backend.label} needs it to start at one",
+            "give a whole array, not a part of one: torch's `.clone()`",
+        )
+    with collect_messages(loaded.backend) as messages:
+        if not context.set_tensor_address(name, pointer):
+            raise explain_failure(loaded.backend, f"giving {loaded.plan} the memory of {name}", messages)
 
 
 def set_batch(loaded: LoadedEngine, context: Any, batch: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from repvgg_deploy.engine.backends import MODULES, Backend, BackendName, Unavailable, import_backend
 from repvgg_deploy.engine.cleanup import give_back
+from repvgg_deploy.engine.context_settings import ContextSettings
 from repvgg_deploy.engine.cuda.interface import Cuda, open_cuda
 from repvgg_deploy.engine.log import collect_messages, construct, explain_failure, get_logger
 from repvgg_deploy.engine.network import DTYPES, Tensor
@@ -34,6 +36,9 @@ class LoadedEngine:
         side: what the side file says; None for a trusted plan without one.
         inputs, outputs: its tensors; -1 for a dynamic batch.
         profile: smallest, best and largest batch.
+        sha256: of the plan.
+        warnings: the library's, at loading.
+        settings: what the contexts are created from; made with the first of them.
     """
 
     plan: Path
@@ -45,9 +50,16 @@ class LoadedEngine:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     profile: tuple[int, int, int]
+    sha256: str = ""
+    warnings: tuple[str, ...] = ()
+    settings: ContextSettings | None = None
 
     def close(self) -> None:
         """Give the engine's memory back, whoever still holds this object; its contexts must be gone before."""
+        if self.settings is not None:
+            # It outlives the contexts, and goes before the engine that it was made by.
+            self.settings.close()
+            self.settings = None
         self.engine = None
         self.runtime = None
         self.cuda.close()
@@ -92,11 +104,14 @@ def load_plan(
         found = find_gpus()
         if side is not None and found.gpus:
             require_same_gpu(plan, side, found.gpus[0], library)
-        runtime, engine = _deserialize(library, plan, content, side)
+        runtime, engine, warnings = _deserialize(library, plan, content, side)
         inputs, outputs = _read_tensors(library, engine)
         profile = _read_profile(plan, engine, inputs)
         cleanup.pop_all()
-    return LoadedEngine(plan, library, opened, runtime, engine, side, inputs, outputs, profile)
+    sha256 = side.sha256 if side is not None else hashlib.sha256(content).hexdigest()
+    return LoadedEngine(
+        plan, library, opened, runtime, engine, side, inputs, outputs, profile, sha256=sha256, warnings=warnings
+    )
 
 
 def _choose_library(plan: Path, side: SideFile | None, name: str | None) -> Backend:
@@ -115,7 +130,10 @@ def _choose_library(plan: Path, side: SideFile | None, name: str | None) -> Back
     raise DeployError("; ".join(reason.reason for reason in reasons) + built, reasons[0].hint)
 
 
-def _deserialize(backend: Backend, plan: Path, content: bytes, side: SideFile | None) -> tuple[Any, Any]:
+def _deserialize(
+    backend: Backend, plan: Path, content: bytes, side: SideFile | None
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """The library's runtime, the engine, and what the library warns of."""
     trt = backend.module
     with collect_messages(backend) as messages:
         runtime = construct(backend, f"loading {plan}", messages, lambda: trt.Runtime(get_logger(backend)))
@@ -125,7 +143,7 @@ def _deserialize(backend: Backend, plan: Path, content: bytes, side: SideFile | 
         engine = run_cancellable(lambda: runtime.deserialize_cuda_engine(content))
         if engine is None:
             raise explain_failure(backend, f"loading {plan}", messages)
-    return runtime, engine
+        return runtime, engine, tuple(dict.fromkeys(messages.warnings))
 
 
 def _read_tensors(backend: Backend, engine: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Array, Provenance
 from repvgg_deploy.engine.cleanup import give_back
-from repvgg_deploy.engine.context import batch_shape, create_context, execute, require_batch, set_batch
+from repvgg_deploy.engine.context import batch_shape, create_context, execute, require_batch, set_address, set_batch
 from repvgg_deploy.engine.cuda.interface import DeviceArray, stream_handle
 from repvgg_deploy.engine.loading import LoadedEngine, load_plan
 from repvgg_deploy.engine.log import naming_gpu
@@ -33,6 +33,7 @@ class EngineRunner:
         profile: smallest, best and largest batch.
         provenance: of the checkpoint; None where the side file does not say.
         options: of the build; None where there is no side file.
+        warnings: of the library, when it loaded the plan.
     """
 
     def __init__(self, loaded: LoadedEngine, streams: int = 1, graphs: bool = True) -> None:
@@ -46,6 +47,7 @@ class EngineRunner:
         self.input: Tensor = loaded.inputs[0]
         self.outputs: tuple[Tensor, ...] = loaded.outputs
         self.profile = loaded.profile
+        self.warnings = loaded.warnings
         self.cuda = loaded.cuda
         self.lanes: list[Lane] = []
         self._borrowing: Any = None
@@ -59,6 +61,7 @@ class EngineRunner:
                 self.lanes.append(Lane(loaded, graphs))
                 give_back(cleanup, self.lanes[-1].close)
             give_back(cleanup, self._let_go)
+            give_back(cleanup, self._finish_borrowed_runs)
             self._cleanup = cleanup.pop_all()
 
     @property
@@ -142,9 +145,9 @@ class EngineRunner:
         context, batch = self._borrowing, borrowed.shape[0]
         set_batch(self._loaded, context, batch)
         results = {t.name: self._output_array(t, batch, (outputs or {}).get(t.name)) for t in self.outputs}
-        context.set_tensor_address(self.input.name, borrowed.pointer)
+        set_address(self._loaded, context, self.input.name, borrowed.pointer)
         for name, array in results.items():
-            context.set_tensor_address(name, array.pointer)
+            set_address(self._loaded, context, name, array.pointer)
         if stream is not None:
             self._execute_after_the_last(context, stream_handle(stream))
             return results
@@ -194,6 +197,13 @@ class EngineRunner:
             DeployError: the first failure, where there was one.
         """
         self._cleanup.close()
+
+    def _finish_borrowed_runs(self) -> None:
+        """Wait for what was enqueued in streams of others: its context and its memory go next."""
+        self._closed = True
+        if self._borrowed is not None:
+            with naming_gpu(self._loaded.backend):
+                self.cuda.synchronize_device()
 
     def _let_go(self) -> None:
         self._closed = True

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from repvgg_deploy.engine.backends import has
 from repvgg_deploy.engine.cleanup import give_back
-from repvgg_deploy.engine.context import Scratch, batch_shape, create_context, execute, set_batch, wait_for
+from repvgg_deploy.engine.context import Scratch, batch_shape, create_context, execute, set_address, set_batch, wait_for
 from repvgg_deploy.engine.loading import LoadedEngine
 from repvgg_deploy.engine.log import naming_gpu
 from repvgg_deploy.engine.network import Tensor
@@ -90,7 +90,7 @@ class Lane:
         """A context on this lane's buffers."""
         context = create_context(self._loaded, self._scratch)
         for name, pointer in self._pointers.items():
-            context.set_tensor_address(name, pointer)
+            set_address(self._loaded, context, name, pointer)
         return context
 
     def upload(self, batch: int) -> None:

@@ -28,9 +28,17 @@ def cache_folder() -> Path:
 
 def cache_path(backend: Backend, gpu: Gpu | None) -> Path:
     """The cache of one library, version and GPU: kernel times hold for nothing else."""
+    return cache_folder() / f"{_key(backend, gpu)}.timing"
+
+
+def runtime_cache_path(backend: Backend, gpu: Gpu | None, plan_sha256: str) -> Path:
+    """Where the kernels that a library compiles when it runs one engine are kept: beside the timing cache."""
+    return cache_folder() / f"{_key(backend, gpu)}-{plan_sha256[:16]}.runtime"
+
+
+def _key(backend: Backend, gpu: Gpu | None) -> str:
     device = f"{gpu.name}-sm{gpu.compute_capability}" if gpu is not None else "no-gpu"
-    key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{backend.name}-{backend.version}-{device}")
-    return cache_folder() / f"{key}.timing"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", f"{backend.name}-{backend.version}-{device}")
 
 
 @contextmanager

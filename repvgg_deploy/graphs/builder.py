@@ -62,6 +62,13 @@ class OnnxGraph:
         ops = [node.op_type for node in self.model.graph.node]
         return {op: ops.count(op) for op in sorted(set(ops))}
 
+    def without_values(self) -> onnx.ModelProto:
+        """The graph with its weights declared as inputs: tools that need types and shapes alone see a small one."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        model.graph.input.extend(_as_inputs(self.weights))
+        return model
+
     def to_proto(self) -> onnx.ModelProto:
         """The whole graph as one protobuf in memory, for graphs below 2 GiB."""
         model = onnx.ModelProto()
@@ -81,46 +88,31 @@ def make_graph(
     metadata: Mapping[str, str],
     producer: tuple[str, str],
 ) -> OnnxGraph:
-    """The nodes and weights of `builder` as a graph, simplified by onnxsim and fully checked.
+    """The nodes and weights of `builder` as a graph, fully checked; `SimplificationCheck` says if it can be simpler.
 
     Raises:
         GraphError: the graph is not valid ONNX.
     """
-    graph = helper.make_graph(builder.nodes, "repvgg", [*inputs, *_as_inputs(builder.weights)], outputs)
+    graph = helper.make_graph(builder.nodes, "repvgg", inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     # The lowest IR version that has the opset is what the most runtimes can read.
     model.ir_version = helper.find_min_ir_version_for(list(model.opset_import))
-    simplified = _simplify(model)
+    model.producer_name, model.producer_version = producer
+    helper.set_model_props(model, dict(sorted(metadata.items())))
+    made = OnnxGraph(model, dict(builder.weights))
     try:
-        onnx.checker.check_model(simplified, full_check=True)
+        onnx.checker.check_model(made.without_values(), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise GraphError(f"the graph is not valid ONNX: {error}", "try another --opset") from error
-    weights = {item.name: builder.weights[item.name] for item in simplified.graph.input if item.name in builder.weights}
-    weights |= {item.name: onnx.numpy_helper.to_array(item) for item in simplified.graph.initializer}
-    for kept in [item for item in simplified.graph.input if item.name in weights]:
-        simplified.graph.input.remove(kept)
-    del simplified.graph.initializer[:]
-    del simplified.graph.value_info[:]
-    simplified.producer_name, simplified.producer_version = producer
-    helper.set_model_props(simplified, dict(sorted(metadata.items())))
-    return OnnxGraph(simplified, weights)
+    return made
 
 
 def _as_inputs(weights: Mapping[str, Array]) -> list[onnx.ValueInfoProto]:
-    """Declarations of the weights as inputs: onnxsim and the checker see types and shapes, and need no values."""
+    """Declarations of the weights, by type and shape."""
     return [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in weights.items()
     ]
-
-
-def _simplify(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnxsim
-
-    ir_version = model.ir_version
-    simplified: onnx.ModelProto = onnxsim.simplify(model, check_n=0)[0]
-    simplified.ir_version = ir_version
-    return simplified
 
 
 def write_graph(

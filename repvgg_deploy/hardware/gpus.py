@@ -1,11 +1,12 @@
-"""The GPUs of this machine and their driver: asked from cuda.bindings, else from nvidia-smi."""
+"""The GPUs of this machine and their driver, as NVIDIA's management library (NVML) tells, in CUDA's order."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 
@@ -20,81 +21,131 @@ class Gpu:
 
 @dataclass(frozen=True)
 class FoundGpus:
-    """The GPUs that CUDA sees, in its order; `reason` says why there is none.
+    """The GPUs that CUDA uses, in its order; `reason` says why there is none.
 
-    `driver` is the driver's own version, `cuda` the newest CUDA that it supports; empty where unknown.
+    `driver` is the driver's own version, `cuda` the newest CUDA that it supports; empty where unknown. `uuids` name the
+    GPUs to NVML, whose own numbers are not CUDA's.
     """
 
     gpus: tuple[Gpu, ...]
     reason: str = ""
     driver: str = ""
     cuda: str = ""
+    uuids: tuple[str, ...] = ()
 
 
 @cache
 def find_gpus() -> FoundGpus:
     """The GPUs of this machine; never fails."""
-    smi = _ask_nvidia_smi()
-    found = _ask_cuda(smi.gpus)
-    if found is None:
-        return smi
-    return FoundGpus(found.gpus, found.reason, smi.driver, found.cuda)
+    nvml, reason = open_nvml()
+    if nvml is None:
+        return FoundGpus((), reason)
+    try:
+        return _list_gpus(nvml)
+    except nvml.NVMLError as error:
+        return FoundGpus((), f"NVML does not list the GPUs ({error})")
 
 
-def _ask_cuda(listed: tuple[Gpu, ...]) -> FoundGpus | None:
-    """What the CUDA runtime sees; None where its Python bindings are not installed.
+@cache
+def open_nvml() -> tuple[Any, str]:
+    """The module pynvml, initialized for the life of the process; or None, and why there is none."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, "nvidia-ml-py, which lists the GPUs, is not installed"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        if Path("/proc/driver/nvidia/version").exists():
+            # A container whose NVIDIA_DRIVER_CAPABILITIES lack `utility` has the driver without this library.
+            return None, "the NVIDIA driver is here without libnvidia-ml.so.1 (containers: capability `utility`)"
+        return None, "no NVIDIA driver is installed"
+    except pynvml.NVMLError as error:
+        return None, f"the NVIDIA driver does not answer ({error})"
+    return pynvml, ""
 
-    Where the bindings are for a newer CUDA than the driver's they see nothing, and `listed` is what there is: TensorRT
-    and pycuda may well fit that driver.
+
+def ask_nvml(nvml: Any, function: str, *arguments: Any) -> Any:
+    """What an NVML function says; None where this GPU, driver or release does not answer it."""
+    try:
+        answer = getattr(nvml, function)(*arguments)
+    except (nvml.NVMLError, AttributeError):
+        return None
+    # Releases of nvidia-ml-py before 11.515 give bytes.
+    return answer.decode(errors="replace") if isinstance(answer, bytes) else answer
+
+
+def _list_gpus(nvml: Any) -> FoundGpus:
+    driver = ask_nvml(nvml, "nvmlSystemGetDriverVersion") or ""
+    version = ask_nvml(nvml, "nvmlSystemGetCudaDriverVersion_v2") or 0
+    cuda = f"{version // 1000}.{version % 1000 // 10}" if version else ""
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    uuids = tuple(str(ask_nvml(nvml, "nvmlDeviceGetUUID", handle)) for handle in handles)
+    if not uuids:
+        return FoundGpus((), "NVML lists no GPU", driver, cuda)
+    seen, reason = _ask_cuda(uuids)
+    gpus = tuple(_describe(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)) for uuid in seen)
+    return FoundGpus(gpus, reason, driver, cuda, seen)
+
+
+def _describe(nvml: Any, handle: Any) -> Gpu:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = ask_nvml(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    name = str(ask_nvml(nvml, "nvmlDeviceGetName", handle))
+    return Gpu(name, f"{major}.{minor}", 0 if memory is None else int(memory.total))
+
+
+def _ask_cuda(listed: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """The UUIDs of the GPUs that CUDA uses, in its order, or why it uses none.
+
+    CUDA numbers by speed, NVML by bus; what is hidden from this process NVML lists as well. Where CUDA's bindings are
+    not installed, or are for a newer CUDA than the driver's, the environment decides, as it does for CUDA.
     """
     try:
         from cuda.bindings import runtime
     except ImportError:
-        return None
-    _, version = runtime.cudaDriverGetVersion()
-    cuda = f"{version // 1000}.{version % 1000 // 10}" if version else ""
+        return choose_visible(listed, os.environ.get("CUDA_VISIBLE_DEVICES"))
     status, count = runtime.cudaGetDeviceCount()
-    if status == runtime.cudaError_t.cudaErrorInsufficientDriver and version and listed:
-        return FoundGpus(listed, cuda=cuda)
+    if status == runtime.cudaError_t.cudaErrorInsufficientDriver:
+        return choose_visible(listed, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if status != runtime.cudaError_t.cudaSuccess:
-        return FoundGpus((), _explain(runtime, status, version), cuda=cuda)
-    gpus = []
+        return (), _explain(runtime, status)
+    seen = []
     for index in range(count):
         status, properties = runtime.cudaGetDeviceProperties(index)
-        if properties is None:
-            return FoundGpus((), _explain(runtime, status, version), cuda=cuda)
-        name = properties.name.split(b"\0")[0].decode(errors="replace")
-        gpus.append(Gpu(name, f"{properties.major}.{properties.minor}", int(properties.totalGlobalMem)))
-    return FoundGpus(tuple(gpus), "" if gpus else "CUDA sees no GPU", cuda=cuda)
+        if status != runtime.cudaError_t.cudaSuccess:
+            return (), _explain(runtime, status)
+        seen.append(_write_uuid(bytes(properties.uuid.bytes), listed))
+    return tuple(seen), "" if seen else "CUDA sees no GPU"
 
 
-def _explain(runtime: Any, status: Any, driver_version: int) -> str:
-    if driver_version == 0:
-        return "no NVIDIA driver is installed"
-    if status == runtime.cudaError_t.cudaErrorInsufficientDriver:
-        _, needed = runtime.cudaRuntimeGetVersion()
-        return (
-            f"the NVIDIA driver is too old: it supports CUDA {driver_version // 1000}.{driver_version % 1000 // 10}, "
-            f"cuda.bindings is for {needed // 1000}.{needed % 1000 // 10}"
-        )
+def _explain(runtime: Any, status: Any) -> str:
     _, text = runtime.cudaGetErrorString(status)
     return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
 
 
-def _ask_nvidia_smi() -> FoundGpus:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return FoundGpus((), "no NVIDIA driver is installed")
-    query = "--query-gpu=name,compute_cap,memory.total,driver_version"
-    try:
-        asked = subprocess.run(
-            [tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return FoundGpus((), f"nvidia-smi does not answer ({type(error).__name__})")
-    if asked.returncode != 0:
-        said = (asked.stdout + asked.stderr).strip().splitlines()
-        return FoundGpus((), f"nvidia-smi: {said[0] if said else f'exit status {asked.returncode}'}")
-    rows = [[cell.strip() for cell in line.split(",")] for line in asked.stdout.splitlines() if line.count(",") >= 3]
-    gpus = tuple(Gpu(row[0], row[1], int(row[2]) << 20 if row[2].isdigit() else 0) for row in rows)
-    return FoundGpus(gpus, "" if gpus else "nvidia-smi lists no GPU", rows[0][3] if rows else "")
+def _write_uuid(raw: bytes, listed: Sequence[str]) -> str:
+    """Sixteen bytes as NVML writes them; a part of a GPU (MIG), which it does not list, has a prefix of its own."""
+    digits = raw[:16].hex()
+    text = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    return f"GPU-{text}" if f"GPU-{text}" in listed else f"MIG-{text}"
+
+
+def choose_visible(listed: tuple[str, ...], visible: str | None) -> tuple[tuple[str, ...], str]:
+    """The UUIDs that `visible`, the value of CUDA_VISIBLE_DEVICES, lets a process see; or why there are none.
+
+    As CUDA reads it: an entry is a number or the start of a UUID, and what follows one that names no GPU does not
+    count.
+    """
+    if visible is None:
+        return listed, ""
+    seen: list[str] = []
+    for entry in visible.split(","):
+        word = entry.strip()
+        found = [listed[int(word)]] if word.isdecimal() and int(word) < len(listed) else []
+        if word.startswith(("GPU-", "MIG-")):
+            found = [uuid for uuid in listed if uuid.startswith(word)] or ([word] if word.startswith("MIG-") else [])
+        if len(found) != 1 or found[0] in seen:
+            break
+        seen.append(found[0])
+    return tuple(seen), "" if seen else f"CUDA_VISIBLE_DEVICES={visible} hides every GPU"

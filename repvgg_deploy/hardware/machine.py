@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import repvgg_deploy
 from repvgg_deploy.hardware.cpu import read_cpu
+from repvgg_deploy.hardware.gpus import ask_nvml, find_gpus, open_nvml
 
 # What decides how fast a CPU multiplies; the whole list is a page long and says no more.
 _TELLING_FLAGS = (
@@ -69,8 +69,8 @@ def record_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(),
         "tool": {"version": repvgg_deploy.__version__, "commit": _commit()},
-        "gpus": [asdict(state) for state in read_gpus()] or _name_gpus(),
-        "driver": _driver(),
+        "gpus": [asdict(state) for state in read_gpus()],
+        "driver": find_gpus().driver or None,
     }
 
 
@@ -98,8 +98,7 @@ def describe_identity(machine: dict[str, Any]) -> dict[str, str]:
 class GpuLoad:
     """The state of the GPUs at moments at which they have just been at work: clocks read when they idle say nothing."""
 
-    def __init__(self, nvml: Any = None) -> None:
-        self._nvml = nvml or _open_nvml()
+    def __init__(self) -> None:
         self._states: list[list[GpuState]] = []
 
     def clear(self) -> None:
@@ -108,8 +107,9 @@ class GpuLoad:
 
     def read(self) -> None:
         """Look once."""
-        if self._nvml is not None:
-            self._states.append(read_gpus(self._nvml))
+        states = read_gpus()
+        if states:
+            self._states.append(states)
 
     def summary(self) -> list[dict[str, Any]]:
         """One object a GPU: the lowest and the median SM clock, the most power and heat, every throttle reason."""
@@ -127,14 +127,6 @@ def _summarize(states: Sequence[GpuState]) -> dict[str, Any]:
         "temperature_c": max((s.temperature_c for s in states if s.temperature_c is not None), default=None),
         "throttle_reasons": sorted(reasons),
     }
-
-
-def _name_gpus() -> list[dict[str, Any]]:
-    """The GPUs without NVML: their names and memory, as CUDA tells them."""
-    from repvgg_deploy.hardware.gpus import find_gpus
-
-    unknown = dict.fromkeys(field.name for field in fields(GpuState))
-    return [{**unknown, "name": gpu.name, "memory_total_bytes": gpu.memory_bytes} for gpu in find_gpus().gpus]
 
 
 def _describe_cpu() -> dict[str, Any]:
@@ -208,58 +200,29 @@ def _commit() -> str | None:
     return head.strip() + ("+" if changes.strip() else "")
 
 
-def _open_nvml() -> Any:
-    """NVIDIA's management library, initialized; None where it or a GPU is not here."""
-    try:
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception:
-        # Not installed, no driver library, or no GPU: pynvml has an exception class for each.
-        return None
-    return nvml
-
-
-def _driver() -> str | None:
-    nvml = _open_nvml()
-    if nvml is None:
-        return None
-    version: Any = _ask(nvml, "nvmlSystemGetDriverVersion")
-    return version.decode() if isinstance(version, bytes) else version
-
-
-def read_gpus(nvml: Any = None) -> list[GpuState]:
-    """The state of every GPU, from NVML (`pip install nvidia-ml-py`); empty where there is none."""
-    nvml = nvml or _open_nvml()
-    if nvml is None:
-        return []
-    return [_read_gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount())]
+def read_gpus() -> list[GpuState]:
+    """The state of every GPU that CUDA uses, in its order; empty where there is none."""
+    nvml, _ = open_nvml()
+    return [_read_gpu(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)) for uuid in find_gpus().uuids]
 
 
 def _read_gpu(nvml: Any, gpu: Any) -> GpuState:
-    name = nvml.nvmlDeviceGetName(gpu)
-    power, limit = _ask(nvml, "nvmlDeviceGetPowerUsage", gpu), _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", gpu)
-    answers = (_ask(nvml, function, gpu) for function in _REASON_FUNCTIONS)
+    power = ask_nvml(nvml, "nvmlDeviceGetPowerUsage", gpu)
+    limit = ask_nvml(nvml, "nvmlDeviceGetEnforcedPowerLimit", gpu)
+    answers = (ask_nvml(nvml, function, gpu) for function in _REASON_FUNCTIONS)
     reasons = next((answer for answer in answers if answer is not None), None)
-    memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", gpu)
+    memory = ask_nvml(nvml, "nvmlDeviceGetMemoryInfo", gpu)
     return GpuState(
-        name=name.decode() if isinstance(name, bytes) else name,
-        sm_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
-        max_sm_clock_mhz=_ask(nvml, "nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_SM),
+        name=str(ask_nvml(nvml, "nvmlDeviceGetName", gpu)),
+        sm_clock_mhz=ask_nvml(nvml, "nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
+        max_sm_clock_mhz=ask_nvml(nvml, "nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_SM),
         # NVML counts in milliwatts.
         power_w=None if power is None else power / 1e3,
         power_limit_w=None if limit is None else limit / 1e3,
-        temperature_c=_ask(nvml, "nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU),
+        temperature_c=ask_nvml(nvml, "nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU),
         throttle_reasons=None
         if reasons is None
         else tuple(text for bit, text in _THROTTLE_REASONS.items() if reasons & bit),
         memory_used_bytes=None if memory is None else int(memory.used),
         memory_total_bytes=None if memory is None else int(memory.total),
     )
-
-
-def _ask(nvml: Any, function: str, *arguments: Any) -> Any:
-    """What an NVML function says; None where this GPU or driver does not answer it."""
-    try:
-        return getattr(nvml, function)(*arguments)
-    except (nvml.NVMLError, AttributeError):
-        return None

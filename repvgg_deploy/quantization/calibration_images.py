@@ -34,6 +34,9 @@ class CalibrationImages:
     broken: BrokenImages
     _kept: list[Pixels] | None = None
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         for pixels in self._kept if self._kept is not None else self._read():
             yield normalize(pixels, self.preprocessing)

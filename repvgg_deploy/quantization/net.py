@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.data_free import PictureSummary
 from repvgg_deploy.quantization.layer_report import LayerRow
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
 from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
@@ -27,13 +28,25 @@ from repvgg_deploy.quantization.target import (
 
 @dataclass(frozen=True)
 class QuantizationSummary:
-    """How a net was quantized: the recipe's name, the calibration images, and one row a layer."""
+    """How a net was quantized: the recipe's name, the calibration images, and one row per layer.
+
+    Without images `images` is 0, and `pictures` says what was made in their place.
+    """
 
     recipe: str
     images: int
     images_sha256: str
     seed: int
     layers: tuple[LayerRow, ...]
+    pictures: PictureSummary | None = None
+
+    @property
+    def calibrated_on(self) -> str:
+        """The calibration images in a few words."""
+        made = self.pictures
+        if made is None:
+            return f"{self.images} images"
+        return f"no images ({made.pictures} pictures of {made.height}x{made.width} made from BN statistics)"
 
 
 class IntegerLayer(nn.Module):
@@ -52,7 +65,10 @@ class IntegerLayer(nn.Module):
         self.geometry = geometry(layer) if isinstance(layer, nn.Conv2d) else None
         self.register_buffer("weight", integers.weight.clone())
         self.register_buffer("weight_scale", integers.weight_scale.clone())
-        self.register_buffer("input_scale", torch.tensor(integers.input_scale, dtype=torch.float32))
+        # Beside the weights: a GPU divides by a scale that is on the CPU by multiplying with its reciprocal, which
+        # rounds another way.
+        scale = torch.tensor(integers.input_scale, dtype=torch.float32, device=integers.weight.device)
+        self.register_buffer("input_scale", scale)
         # An integer convolution holds its bias in units of its sums; a float one then computes the same.
         self.register_buffer("bias", (integers.bias / self.scale).round() * self.scale)
 
@@ -116,7 +132,8 @@ class QuantizedNet(nn.Module):
                 self.layers[_key(name)] = IntegerLayer(block.conv, result.layers[name])
         if CLASSIFIER in result.layers:
             self.layers[CLASSIFIER] = IntegerLayer(float_net.classifier, result.layers[CLASSIFIER])
-        scale = None if result.pool_scale is None else torch.tensor(result.pool_scale, dtype=torch.float32)
+        device = float_net.classifier.weight.device
+        scale = None if result.pool_scale is None else torch.tensor(result.pool_scale, device=device)
         self.pool_scale: Tensor | None
         self.register_buffer("pool_scale", scale)
         self.requires_grad_(False)

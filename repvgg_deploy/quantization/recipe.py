@@ -53,6 +53,25 @@ class LearningOptions:
 
 
 @dataclass(frozen=True)
+class PictureOptions:
+    """How calibration pictures are made from BN statistics, where there are no images.
+
+    Attributes:
+        count: pictures to make; fewer where the net is so large that they would exceed `multiply_adds`.
+        batch: pictures that are optimized together; the statistics are those of a batch.
+        steps: of Adam, for each batch.
+        rate: of Adam at the start, in units of normalized images.
+        multiply_adds: what all steps together may take, in 10¹²; it bounds the size and the number of the pictures.
+    """
+
+    count: int = 128
+    batch: int = 64
+    steps: int = 150
+    rate: float = 0.05
+    multiply_adds: float = 20.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The options of one quantization.
 
@@ -75,6 +94,7 @@ class Recipe:
     scales: ScaleOptions = field(default_factory=ScaleOptions)
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     learning: LearningOptions = field(default_factory=LearningOptions)
+    pictures: PictureOptions = field(default_factory=PictureOptions)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -99,7 +119,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return recipe
 
 
-_TABLES = {"scales": ScaleOptions, "rounding": RoundingOptions, "learning": LearningOptions}
+_TABLES = {"scales": ScaleOptions, "rounding": RoundingOptions, "learning": LearningOptions, "pictures": PictureOptions}
 
 
 def _read(kind: type[Any], values: dict[str, Any], path: Path) -> Any:
@@ -124,6 +144,9 @@ def _check(recipe: Recipe, path: Path) -> None:
         ("rounding.damping", recipe.rounding.damping, recipe.rounding.damping > 0),
         ("augmentations", recipe.augmentations, recipe.augmentations in range(1, MOST_AUGMENTATIONS + 1)),
         ("count", recipe.count, recipe.count > 0),
+        ("pictures.count", recipe.pictures.count, recipe.pictures.count > 0),
+        ("pictures.batch", recipe.pictures.batch, recipe.pictures.batch > 0),
+        ("pictures.steps", recipe.pictures.steps, recipe.pictures.steps > 0),
         ("equalize", recipe.equalize, recipe.equalize is None or 0 <= recipe.equalize <= 1),
     ]
     for key, value, right in wrong:

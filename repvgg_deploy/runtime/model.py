@@ -177,7 +177,7 @@ def _open_engine(path: Path, options: PreprocessingOptions, arch: str | None, tr
         require_arch(path, engine.provenance, arch)
         model = _describe(path, engine, signature, engine.provenance, options)
         cleanup.pop_all()
-    return model
+    return replace(model, notes=tuple(f"{engine.backend} warns: {warning}" for warning in engine.warnings))
 
 
 def require_arch(path: Path, provenance: Provenance | None, arch: str | None) -> None:

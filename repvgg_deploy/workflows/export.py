@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ from repvgg_deploy.files import flush_files, hash_file, stage_files
 from repvgg_deploy.fusion.fuse import Fusion, begin_fusion
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
 from repvgg_deploy.graphs.repvgg import FP16_MAX, FloatLayers, Fp16Rounding, GraphOptions, make_metadata, to_onnx
+from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
@@ -59,15 +61,27 @@ class _Product:
     quantization: QuantizationSummary | None = None
 
 
-def export(request: ExportRequest, progress: Progress = SILENT) -> ExportResult:
+def export(
+    request: ExportRequest, progress: Progress = SILENT, simplification: SimplificationCheck | None = None
+) -> ExportResult:
     """Write the verified ONNX graph of a checkpoint to `request.output`, and an engine where one is asked for.
 
     The files are `<checkpoint stem>.<precision>.onnx`, `.plan` and `.plan.json`; they appear only when every stage has
     agreed with the one before.
 
+    Args:
+        request: what to export, and how.
+        progress: receives the stages and their notes.
+        simplification: a check that was started ahead, since it takes a second to load; by default it starts here.
+
     Raises:
         DeployError: whatever the user can mend; nothing is written then.
     """
+    with simplification or SimplificationCheck() as check:
+        return _export(request, progress, check)
+
+
+def _export(request: ExportRequest, progress: Progress, simplification: SimplificationCheck) -> ExportResult:
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
@@ -83,9 +97,10 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> ExportResult:
     with start_workers(1) as reference:
         # Fusing takes one core; what it will be held against is computed on the other.
         trained = reference.submit(run_in_float64, net, normalize(inputs.small, preprocessing))
-        stage = _Stage(
-            request, checkpoint.without_tensors(), begin_fusion(net, torch.float32), trained, preprocessing, inputs
-        )
+        known = checkpoint.without_tensors()
+        # Only pictures made from its BN statistics need the training form beyond this.
+        training = net if request.int8 is not None and request.int8.images is None else None
+        stage = _Stage(request, known, begin_fusion(net, torch.float32), trained, preprocessing, inputs, training)
         del checkpoint, net, trained
         parity: dict[str, Parity] = {}
         progress.note(f"making the {request.precision} graph")
@@ -93,6 +108,7 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> ExportResult:
             product = _make_int8_graph(stage, parity, backend is not None, progress)
         else:
             product = _make_float_graph(stage, parity)
+        simplification.submit(product.graph.without_values())
         result = ExportResult(
             onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
             engine=None,
@@ -121,6 +137,7 @@ def export(request: ExportRequest, progress: Progress = SILENT) -> ExportResult:
             flushed = pool.submit(flush_files, staging)
             outputs = _run_and_compare(staged, inputs, preprocessing, expected, request, parity)
             flushed.result()
+            simplification.require()
             engine = None
             if backend is not None:
                 engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, progress)
@@ -163,7 +180,8 @@ def _find_backend(request: ExportRequest, progress: Progress) -> Any:
 class _Stage:
     """A net between fusing and its graph: the fused form, what the training form gives, and on what.
 
-    `trained`: the logits of the training form in float64 on `inputs.small`.
+    `trained`: the logits of the training form in float64 on `inputs.small`; `training`: that form itself, where it is
+    needed still.
     """
 
     request: ExportRequest
@@ -172,6 +190,7 @@ class _Stage:
     trained: Future[NDArray[np.float64]]
     preprocessing: Preprocessing
     inputs: VerificationInputs
+    training: RepVGG | None = None
 
     @property
     def unfinished(self) -> RepVGG:
@@ -218,7 +237,7 @@ def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
 def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool, progress: Progress) -> _Product:
     from repvgg_deploy.quantization.pair_sums import largest_pair_sum
     from repvgg_deploy.quantization.qdq import to_qdq_onnx, with_fp16_scales
-    from repvgg_deploy.workflows.int8 import quantize_for_export
+    from repvgg_deploy.workflows.int8 import Int8Source, quantize_for_export
 
     request = stage.request.int8
     if request is None:
@@ -226,8 +245,8 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool,
     # Before the calibration, which takes longer than all the rest.
     fused = stage.fused
     reference, _ = stage.run(parity)
-    sha256 = stage.checkpoint.sha256
-    quantized, summary = quantize_for_export(fused, request, stage.preprocessing, sha256, for_engine, progress)
+    source = Int8Source(fused, stage.training, stage.preprocessing, stage.checkpoint.sha256)
+    quantized, summary = quantize_for_export(source, request, for_engine, progress)
     if request.rest is Precision.FP16:
         quantized = with_fp16_scales(quantized)
     with torch.inference_mode():
@@ -239,6 +258,8 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool,
         "recipe": summary.recipe,
         "images": summary.images,
         "images_sha256": summary.images_sha256,
+        "calibrated_on": summary.calibrated_on,
+        **({} if summary.pictures is None else {"pictures": summary.pictures.to_dict()}),
         "seed": summary.seed,
         "kept_float": list(quantized.float_layers()),
         "activation_type": request.activation_type,
@@ -371,9 +392,8 @@ def file_stem(checkpoint: Path) -> str:
 
 def tool_versions() -> dict[str, str]:
     """The versions of the libraries that shape a graph."""
-    import onnxsim
-
-    return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxsim": onnxsim.__version__}
+    # Importing onnxsim takes nearly as long as importing torch.
+    return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxsim": version("onnxsim")}
 
 
 def peak_bytes() -> int:

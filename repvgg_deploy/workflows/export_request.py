@@ -21,8 +21,9 @@ class Int8Request:
     """How an INT8 export is calibrated.
 
     Attributes:
-        images: a folder of images, or a text file that lists them.
-        count: images to take; the recipe's number by default.
+        images: a folder of images, or a text file that lists them; None to make pictures from the BN statistics of a
+            checkpoint in training form.
+        count: images to take, or pictures to make; the recipe's number by default.
         recipe: a name in `calibration/`, or a TOML file.
         cache: a file that keeps the statistics of a calibration for the next one.
         device: where to quantize, `cpu` or `cuda`.
@@ -31,9 +32,10 @@ class Int8Request:
         activation_type: of the zero-points behind a ReLU. `int8` is for TensorRT before 10.10 alone.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
+        seconds: the time that making pictures may take; None for no limit.
     """
 
-    images: Path
+    images: Path | None
     count: int | None = None
     recipe: str | Path = "accurate"
     cache: Path | None = None
@@ -43,6 +45,7 @@ class Int8Request:
     activation_type: Literal["uint8", "int8"] = "uint8"
     validation: Path | None = None
     max_drop: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ def summary_to_dict(summary: QuantizationSummary) -> dict[str, Any]:
         "recipe": summary.recipe,
         "images": summary.images,
         "images_sha256": summary.images_sha256,
+        "calibrated_on": summary.calibrated_on,
+        **({} if summary.pictures is None else {"pictures": summary.pictures.to_dict()}),
         "seed": summary.seed,
         "kept_float": [row.name for row in summary.layers if row.kept_float],
         "layers": layers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from repvgg_deploy.quantization import (
     quantize,
 )
 from repvgg_deploy.quantization.calibration_images import CalibrationImages, choose_images
+from repvgg_deploy.quantization.data_free import MadePictures, make_pictures
 from repvgg_deploy.quantization.mixed_precision import quantize_within
 from repvgg_deploy.quantization.qdq import with_fp16_scales
 from repvgg_deploy.runtime.model import Model
@@ -36,15 +37,23 @@ if TYPE_CHECKING:
     from repvgg_deploy.quantization.net import QuantizationSummary
 
 
+@dataclass(frozen=True)
+class Int8Source:
+    """What is quantized: `fused`, of a checkpoint with this `sha256`, for images prepared by `preprocessing`.
+
+    `training` is the net in training form, where pictures are made from its BN statistics.
+    """
+
+    fused: RepVGG
+    training: RepVGG | None
+    preprocessing: Preprocessing
+    sha256: str
+
+
 def quantize_for_export(
-    fused: RepVGG,
-    request: Int8Request,
-    preprocessing: Preprocessing,
-    sha256: str,
-    for_engine: bool,
-    progress: Progress,
+    source: Int8Source, request: Int8Request, for_engine: bool, progress: Progress
 ) -> tuple[QuantizedNet, QuantizationSummary]:
-    """`fused` in INT8 as `request` says; `sha256` is the checkpoint's, which a calibration cache belongs to.
+    """The fused net in INT8 as `request` says; a calibration cache belongs to its checkpoint.
 
     Where layers are kept float for a given drop, that is measured as an engine computes, or else as ONNX Runtime does.
 
@@ -54,39 +63,60 @@ def quantize_for_export(
     if request.device == "cuda" and not torch.cuda.is_available():
         raise DeployError("torch sees no CUDA GPU here", "leave out --calib-device, or install torch for CUDA")
     recipe = load_recipe(request.recipe)
-    if request.count is not None:
-        recipe = replace(recipe, count=request.count)
-    images = choose_images(request.images, recipe.count, recipe.seed, preprocessing, progress)
-    if request.device != "cpu":
-        # The caller's net stays where it is.
-        fused = copy.deepcopy(fused).to(request.device)
-
+    images = _find_images(source, request, recipe, progress)
+    # The caller's net stays where it is.
+    fused = source.fused if request.device == "cpu" else copy.deepcopy(source.fused).to(request.device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        statistics = _statistics(fused, images, recipe.augmentations, request.cache, sha256, progress)
+        statistics = _statistics(fused, images, recipe.augmentations, request.cache, source.sha256, progress)
         if request.max_drop is None or request.validation is None:
             quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
         else:
             quantized = _quantize_within(
-                fused, images, recipe, statistics, request, request.validation, request.max_drop, for_engine, progress
+                fused, images, recipe, statistics, request, source.preprocessing, for_engine, progress
             )
     for warning in caught:
         progress.note(f"warning: {warning.message}")
-    for reason in images.broken.reasons.values():
-        progress.note(f"left out: {reason}")
+    if isinstance(images, CalibrationImages):
+        for reason in images.broken.reasons.values():
+            progress.note(f"left out: {reason}")
     if quantized.summary is None:
         raise AssertionError("quantize() gives a summary")
+    if isinstance(images, MadePictures):
+        quantized.summary = replace(quantized.summary, images=0, pictures=images.summary)
     return quantized.cpu(), quantized.summary
+
+
+def _find_images(
+    source: Int8Source, request: Int8Request, recipe: Recipe, progress: Progress
+) -> CalibrationImages | MadePictures:
+    """The calibration images that the user has, or pictures made now."""
+    if request.images is not None:
+        return choose_images(request.images, request.count or recipe.count, recipe.seed, source.preprocessing, progress)
+    if source.training is None:
+        raise DeployError("no calibration images are given", "--calib DIR, a folder of a few hundred typical images")
+    options = recipe.pictures if request.count is None else replace(recipe.pictures, count=request.count)
+    progress.note("no calibration images: making pictures from the BN statistics")
+    net = copy.deepcopy(source.training).to(request.device)
+    made = make_pictures(net, source.preprocessing, options, recipe.seed, request.seconds, progress)
+    about = made.summary
+    size = f"{about.height}x{about.width} pixels"
+    change = f"distance {about.distance:.3g}, from {about.start_distance:.3g}"
+    progress.note(f"made {about.pictures} pictures of {size}: {change}")
+    if about.cut_short:
+        progress.note(
+            f"warning: the time was up after {about.steps} of {options.steps} steps; the pictures may be poor"
+        )
+    return made
 
 
 def _quantize_within(
     fused: RepVGG,
-    images: CalibrationImages,
+    images: CalibrationImages | MadePictures,
     recipe: Recipe,
     statistics: CalibrationStatistics,
     request: Int8Request,
-    validation: Path,
-    max_drop: float,
+    preprocessing: Preprocessing,
     for_engine: bool,
     progress: Progress,
 ) -> QuantizedNet:
@@ -95,13 +125,16 @@ def _quantize_within(
     Raises:
         VerificationError: no candidate loses less; see `quantize_within`.
     """
+    validation, max_drop = request.validation, request.max_drop
+    if validation is None or max_drop is None:
+        raise AssertionError("a drop is measured on labelled images")
     device = fused.classifier.weight.device.type
     options = None if device == "cpu" else TorchOptions(device)
 
     def top1(net: nn.Module) -> float:
         spec = fused.spec
         runner = TorchRunner(net, options)
-        model = Model(validation, runner, images.preprocessing, None, spec.classes, spec.in_channels)
+        model = Model(validation, runner, preprocessing, None, spec.classes, spec.in_channels)
         return evaluate(model, validation).top1
 
     exact = top1(fused)
@@ -128,7 +161,7 @@ def _quantize_within(
 
 def _statistics(
     fused: RepVGG,
-    images: CalibrationImages,
+    images: CalibrationImages | MadePictures,
     augmentations: int,
     cache: Path | None,
     sha256: str,
@@ -138,10 +171,11 @@ def _statistics(
     try:
         if cache is not None and cache.exists():
             return CalibrationStatistics.load(cache, sha256, images)
-        statistics = collect_statistics(fused, images, sha256, augmentations, progress, len(images.paths))
+        statistics = collect_statistics(fused, images, sha256, augmentations, progress, len(images))
     except DeployError:
-        if images.broken.reasons and len(images.broken.reasons) == len(images.paths):
-            reason = next(iter(images.broken.reasons.values()))
+        reasons = images.broken.reasons if isinstance(images, CalibrationImages) else {}
+        if reasons and len(reasons) == len(images):
+            reason = next(iter(reasons.values()))
             raise ImageError(f"none of the calibration images can be read: {reason}", "give another folder") from None
         raise
     if cache is not None:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 from helpers.engine_graphs import provenance, rtx_backend, small_onnx
+from helpers.progress import Heard
 from helpers.sidecars import make_side
 
 from repvgg_deploy.artifacts import Precision
@@ -26,6 +27,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.hardware.gpus import Gpu, find_gpus
+from repvgg_deploy.progress import SILENT
 from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_request import ExportRequest
 from repvgg_deploy.workflows.refit import _check_refitted, export_for_refit
@@ -180,7 +182,7 @@ def test_a_checkpoint_becomes_the_graph_that_fits_the_engine(tmp_path: Path) -> 
     first = export(request).onnx
     engine = build_engine(first, rtx_backend(), NO_CACHE, tmp_path)
     folder = tmp_path / "again"
-    again = export_for_refit(engine.side, demo, folder, print)
+    again = export_for_refit(engine.side, demo, folder, SILENT)
     assert again.read_bytes() == first.read_bytes()
 
 
@@ -194,12 +196,12 @@ def test_a_refitted_engine_is_compared_with_its_graph_or_said_to_be_unverified(
 ) -> None:
     onnx = small_onnx(tmp_path, options=options)
     engine = build_engine(onnx, rtx_backend(), NO_CACHE, tmp_path)
-    said: list[str] = []
-    _check_refitted(engine, onnx, said.append)
-    assert said == [f"note: the engine was built, and not run: {find_gpus().reason}"]
+    heard = Heard()
+    _check_refitted(engine, onnx, heard)
+    assert heard.notes == [f"note: the engine was built, and not run: {find_gpus().reason}"]
 
 
 def test_an_int8_engine_takes_no_float_checkpoint(tmp_path: Path) -> None:
     side = side_of(tmp_path, Precision.INT8, GraphOptions(32, 32))
     with pytest.raises(DeployError, match="come from a calibration"):
-        export_for_refit(side, tmp_path / "new.pth", tmp_path, print)
+        export_for_refit(side, tmp_path / "new.pth", tmp_path, SILENT)

@@ -20,6 +20,7 @@ from helpers.progress import Heard
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, build_engine
+from repvgg_deploy.engine.building import _configure
 from repvgg_deploy.engine.network import parse_onnx, read_convolution_precisions
 from repvgg_deploy.engine.sidecar import read_side_file
 from repvgg_deploy.errors import DeployError, GraphError
@@ -55,6 +56,14 @@ def test_every_card_builds_in_every_precision(card: str, variant: str, tmp_path:
     assert side.profile == ((4, 4, 4) if options.batch else (1, 32, 256))
     assert side.inputs[0].shape == ((4, PIXELS, PIXELS, 3) if options.uint8_input else (-1, 3, PIXELS, PIXELS))
     assert [output.name for output in side.outputs] == (["scores", "classes"] if options.topk else ["logits"])
+
+
+def test_an_engine_of_tensorrt_rtx_leaves_its_memory_to_the_caller(tmp_path: Path) -> None:
+    """Without it a run may allocate memory, and then no CUDA graph can hold it."""
+    backend = rtx_backend()
+    parsed = parse_onnx(backend, small_onnx(tmp_path))
+    config, _ = _configure(backend, parsed, NO_CACHE)
+    assert config.get_flag(backend.module.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 @pytest.mark.parametrize(("card", "precision"), [("A0", Precision.FP32), ("B1g4", Precision.FP16)])

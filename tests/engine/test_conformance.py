@@ -21,7 +21,7 @@ LISTS = Path(__file__).resolve().parents[3] / "shared" / "tensorrt_api"
 SOURCES = sorted(Path(repvgg_deploy.engine.__file__).parent.glob("*.py"))
 
 # What the module is called where it is used, and the classes of the objects: by expression, in a file or function.
-MODULE = {"trt", "module", "backend.module", "loaded.backend.module", "self._loaded.backend.module"}
+MODULE = {"trt", "module", "backend.module", "loaded.backend.module", "self._loaded.backend.module", "self._trt"}
 OBJECTS = {
     "network": {
         "builder": "Builder",
@@ -40,7 +40,8 @@ OBJECTS = {
     },
     "timing_cache": {"config": "IBuilderConfig", "cache": "ITimingCache"},
     "loading": {"runtime": "Runtime", "engine": "ICudaEngine"},
-    "context": {"context": "IExecutionContext", "config": "IRuntimeConfig", "loaded.engine": "ICudaEngine"},
+    "context": {"context": "IExecutionContext", "loaded.engine": "ICudaEngine"},
+    "context_settings": {"config": "IRuntimeConfig", "cache": "IRuntimeCache", "self._engine": "ICudaEngine"},
     "stream": {
         "context": "IExecutionContext",
         "self.context": "IExecutionContext",
@@ -135,6 +136,7 @@ def test_the_collector_sees_the_adapters_calls() -> None:
         "ICudaEngine.device_memory_size_v2",
         "ICudaEngine.get_tensor_profile_shape",
         "IExecutionContext.set_device_memory",
+        "IRuntimeCache.deserialize",
         "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
         "IExecutionContext.execute_async_v3",
         "IProgressMonitor",

@@ -283,6 +283,16 @@ def test_a_model_that_does_not_fit_its_options_keeps_no_engine(
     assert cuda.closed == 1
 
 
+def test_what_the_library_warns_of_at_loading_is_told(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = simulate(backend)
+    loaded.warnings = ("using an engine plan file across different models of devices",)
+    monkeypatch.setattr(engine_runner, "open_engine", lambda *_: EngineRunner(loaded))
+    (tmp_path / "net.plan").touch()
+    assert open_model(tmp_path / "net.plan").notes == (f"{backend.name} warns: {loaded.warnings[0]}",)
+
+
 def test_a_batch_beyond_the_profile_is_refused(backend: Backend) -> None:
     loaded = simulate(backend)
     with EngineRunner(loaded) as runner:
@@ -396,3 +406,84 @@ def test_the_layers_of_a_dynamic_batch_are_those_of_the_best_one(backend: Backen
         backend.module.LayerInformationFormat = rtx_backend().module.LayerInformationFormat
     loaded.engine.create_engine_inspector = Inspector
     assert [layer.precision for layer in read_layers(loaded)] == ["fp16"]
+
+
+def test_the_kernels_of_a_batch_are_compiled_once_for_all_contexts_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = []
+    for _ in range(2):
+        loaded = simulate(rtx_backend())
+        _, engine = parts(loaded)
+        with EngineRunner(loaded, streams=2) as runner:
+            runner.run(draw(8 + 8 + 3))
+            runner.run_on_device(on_device(loaded, draw(3)))
+        compiled.append(engine.compiled)
+    assert compiled == [[8, 3], []]
+    (cache,) = tmp_path.rglob("*.runtime")
+    # One that does not fit is replaced.
+    cache.write_bytes(b"of another driver")
+    loaded = simulate(rtx_backend())
+    with EngineRunner(loaded) as runner:
+        runner.run(draw(2))
+    assert cache.read_bytes() == b"kernels of \x02"
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "repvgg-deploy").write_text("a file", encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with EngineRunner(simulate(rtx_backend())) as runner:
+        np.testing.assert_array_equal(runner.run(draw(2))["logits"], expected(draw(2)))
+
+
+def test_contexts_name_no_layers_to_profilers(backend: Backend) -> None:
+    with EngineRunner(simulate(backend)) as runner:
+        assert runner.lanes[0].context.nvtx_verbosity.name == "NONE"
+
+
+@pytest.mark.parametrize("given", ["images", "logits"])
+def test_memory_that_does_not_start_where_kernels_want_it_is_refused(backend: Backend, given: str) -> None:
+    loaded = simulate(backend)
+    cuda, _ = parts(loaded)
+    with EngineRunner(loaded) as runner:
+        images = on_device(loaded, draw(2))
+        outputs = {"logits": DeviceArray(cuda.allocate(4096), (2, CLASSES), np.dtype(np.float32))}
+        runner.run_on_device(images, outputs)
+        array = images if given == "images" else outputs["logits"]
+        array.pointer += 64
+        with pytest.raises(DeployError, match=f"memory of {given} starts 64 bytes after a multiple of 256") as raised:
+            runner.run_on_device(images, outputs)
+        assert "clone" in raised.value.hint
+
+
+def test_an_address_that_the_library_refuses_is_an_error(backend: Backend) -> None:
+    loaded = simulate(backend)
+    _, engine = parts(loaded)
+    engine.refuses_addresses_of = ("logits",)
+    with pytest.raises(DeployError, match=r"giving simulated\.plan the memory of logits failed"):
+        EngineRunner(loaded)
+
+
+@pytest.mark.parametrize("stream", [77, None])
+def test_a_context_stays_until_its_run_in_another_stream_is_done(backend: Backend, stream: int | None) -> None:
+    loaded = simulate(backend)
+    cuda, engine = parts(loaded)
+    runner = EngineRunner(loaded)
+    runner.run_on_device(on_device(loaded, draw(2)), stream=stream)
+    assert bool(cuda.busy) is (stream is not None)
+    runner.close()
+    gc.collect()
+    assert not engine.faults
+    assert not cuda.busy
+
+
+def test_the_simulation_knows_the_fault_of_a_context_that_goes_too_early(backend: Backend) -> None:
+    loaded = simulate(backend)
+    _, engine = parts(loaded)
+    runner = EngineRunner(loaded)
+    runner.run_on_device(on_device(loaded, draw(2)), stream=77)
+    runner._borrowing = None
+    gc.collect()
+    assert engine.faults == ["a context went while its run was in flight"]
+    runner.close()

@@ -16,6 +16,7 @@ from repvgg_deploy.engine.backends import Backend, Capabilities
 from repvgg_deploy.engine.network import create_builder
 from repvgg_deploy.engine.timing_cache import cache_folder, cache_path, use_timing_cache
 from repvgg_deploy.hardware.gpus import Gpu, find_gpus
+from repvgg_deploy.progress import SILENT
 
 L40 = Gpu("NVIDIA L40S", "8.9", 48 << 30)
 
@@ -55,7 +56,7 @@ def test_a_build_keeps_its_cache_for_the_next_one(tmp_path: Path) -> None:
     build_engine(onnx, backend, BuildOptions(), tmp_path)
     assert path.stat().st_size > 0
     config = create_builder(backend).create_builder_config()
-    with use_timing_cache(backend, config, this_gpu(), print) as was_there:
+    with use_timing_cache(backend, config, this_gpu(), SILENT) as was_there:
         assert was_there
 
 

@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from helpers.nvml import UUIDS, install_nvml, make_nvml
 
 from repvgg_deploy.hardware.machine import GpuLoad, describe_identity, finish_machine, read_gpus, record_machine
 
@@ -20,76 +21,54 @@ def test_the_record_is_json_and_names_the_cpu_and_the_versions() -> None:
     assert machine["after"].keys() == {"load_average", "gpus"}
 
 
-class _NvmlError(Exception):
-    pass
-
-
-def _nvml(**answers: object) -> SimpleNamespace:
-    """As much of NVML as one GPU without the functions that are not in `answers`, as an old driver is."""
-
-    def refuse(*_: object) -> None:
-        raise _NvmlError
-
-    names = [
-        "nvmlDeviceGetPowerUsage", "nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetCurrentClocksThrottleReasons",
-        "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetClockInfo", "nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetTemperature",
-    ]  # fmt: skip
-    functions = {name: (lambda *_, value=answers[name]: value) if name in answers else refuse for name in names}
-    return SimpleNamespace(
-        NVMLError=_NvmlError,
-        NVML_CLOCK_SM=1,
-        NVML_TEMPERATURE_GPU=0,
-        nvmlDeviceGetCount=lambda: 1,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetName=lambda _: b"GPU",
-        **functions,
+def test_a_gpus_answers_come_in_units_of_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = make_nvml(
+        nvmlDeviceGetPowerUsage=350_000,
+        nvmlDeviceGetCurrentClocksThrottleReasons=0x4 | 0x40,
+        nvmlDeviceGetMemoryInfo=SimpleNamespace(used=5, total=10),
     )
-
-
-def test_a_gpus_answers_come_in_units_of_people() -> None:
-    (state,) = read_gpus(
-        _nvml(
-            nvmlDeviceGetPowerUsage=350_000,
-            nvmlDeviceGetCurrentClocksThrottleReasons=0x4 | 0x40,
-            nvmlDeviceGetMemoryInfo=SimpleNamespace(used=5, total=10),
-        )
-    )
+    install_nvml(monkeypatch, nvml)
+    (state,) = read_gpus()
     assert (state.name, state.power_w) == ("GPU", 350.0)
     assert state.throttle_reasons == ("power cap", "hardware thermal slowdown")
     assert (state.memory_used_bytes, state.memory_total_bytes) == (5, 10)
 
 
-def test_what_a_gpu_does_not_answer_is_none() -> None:
-    (state,) = read_gpus(_nvml())
+def test_what_a_gpu_does_not_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml(monkeypatch, make_nvml())
+    (state,) = read_gpus()
     assert state.sm_clock_mhz is state.power_w is state.temperature_c is None
     assert state.throttle_reasons is None
 
 
-def test_the_names_of_nvml_are_the_librarys() -> None:
-    pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
-    for name in vars(_nvml()):
-        assert hasattr(pynvml, name)
-
-
-def test_what_the_driver_does_not_tell_is_not_no_throttling() -> None:
-    (state,) = read_gpus(_nvml())
+def test_what_the_driver_does_not_tell_is_not_no_throttling(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml(monkeypatch, make_nvml())
+    (state,) = read_gpus()
     assert state.throttle_reasons is None
-    (free,) = read_gpus(_nvml(nvmlDeviceGetCurrentClocksThrottleReasons=1))
+    install_nvml(monkeypatch, make_nvml(nvmlDeviceGetCurrentClocksThrottleReasons=1))
+    (free,) = read_gpus()
     assert free.throttle_reasons == ()
 
 
-def test_the_load_is_the_lowest_clock_and_every_reason() -> None:
+def test_the_gpus_of_a_record_are_those_that_cuda_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml(monkeypatch, make_nvml("slow", "fast"), UUIDS[1:])
+    assert [state.name for state in read_gpus()] == ["fast"]
+
+
+def test_the_load_is_the_lowest_clock_and_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks, reasons = iter((1980, 1500, 1755)), iter((0x1, 0x4, 0x20))
-    nvml = _nvml(nvmlDeviceGetPowerUsage=690_000)
+    nvml = make_nvml(nvmlDeviceGetPowerUsage=690_000)
     nvml.nvmlDeviceGetClockInfo = lambda *_: next(clocks)
     nvml.nvmlDeviceGetCurrentClocksEventReasons = lambda *_: next(reasons)
-    load = GpuLoad(nvml)
+    install_nvml(monkeypatch, nvml)
+    load = GpuLoad()
     for _ in range(3):
         load.read()
     (gpu,) = load.summary()
     assert gpu["sm_clock_mhz"] == {"min": 1500, "median": 1755}
     assert gpu["throttle_reasons"] == ["power cap", "software thermal slowdown"]
     assert (gpu["readings"], gpu["power_w"]) == (3, 690.0)
+    install_nvml(monkeypatch, make_nvml())
     machine = finish_machine(finish_machine(record_machine(), "a", [gpu]), "b", [gpu])
     assert machine["under_load"] == {"a": [gpu], "b": [gpu]}
     load.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.errors import DeployError
 
 SCRATCH = 4096
+ALIGNMENT = 256
 IMAGES = Tensor("images", "float32", (-1, 3, PIXELS, PIXELS))
 LOGITS = Tensor("logits", "float32", (-1, CLASSES))
 
@@ -74,7 +76,9 @@ class SimulatedCuda:
 
     def allocate(self, size: int) -> int:
         self._begin("allocate")
-        array = np.zeros(max(size, 1), np.uint8)
+        # As cudaMalloc: at a multiple of 256.
+        array = np.zeros(max(size, 1) + ALIGNMENT, np.uint8)
+        array = array[-array.ctypes.data % ALIGNMENT :][: max(size, 1)]
         self.memory[array.ctypes.data] = array
         return array.ctypes.data
 
@@ -149,21 +153,48 @@ class SimulatedCuda:
         self.graphs.remove(graph)
 
 
+class SimulatedCache:
+    """An IRuntimeCache: the batches whose kernels were compiled."""
+
+    def __init__(self) -> None:
+        self.batches: set[int] = set()
+
+    def serialize(self) -> bytes:
+        return b"kernels of " + bytes(sorted(self.batches)) if self.batches else b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        fits = blob.startswith(b"kernels of ")
+        if fits:
+            self.batches = set(blob.removeprefix(b"kernels of "))
+        return fits
+
+
 class SimulatedConfig:
     """An IRuntimeConfig of TensorRT-RTX."""
 
     dynamic_shapes_kernel_specialization_strategy: Any = None
     strategy: Any = None
+    cache: SimulatedCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy
+
+    def create_runtime_cache(self) -> SimulatedCache:
+        return SimulatedCache()
+
+    def set_runtime_cache(self, cache: SimulatedCache) -> bool:
+        self.cache = cache
+        return True
 
 
 class SimulatedContext:
     """Computes twice the first values of every image."""
 
-    def __init__(self, engine: SimulatedEngine, strategy: Any, is_eager: bool) -> None:
-        self.engine, self.is_eager = engine, is_eager
+    nvtx_verbosity: Any = None
+
+    def __init__(self, engine: SimulatedEngine, strategy: Any, config: SimulatedConfig | None) -> None:
+        self.engine = engine
+        self._config = None if config is None else weakref.ref(config)
         self.shape: tuple[int, ...] = ()
         self.addresses: dict[str, int] = {}
         self.scratch: int | None = None
@@ -175,9 +206,16 @@ class SimulatedContext:
         self.shape = tuple(shape)
         return True
 
+    def __del__(self) -> None:
+        # A failure cannot be raised here.
+        if self._stream in self.engine.cuda.busy:
+            self.engine.faults.append("a context went while its run was in flight")
+
     def set_tensor_address(self, name: str, pointer: int) -> bool:
+        if pointer % ALIGNMENT:
+            raise Undefined(f"the address of {name} is no multiple of {ALIGNMENT}")
         self.addresses[name] = pointer
-        return True
+        return name not in self.engine.refuses_addresses_of
 
     def set_device_memory(self, pointer: int, size: int) -> None:
         assert size >= self.engine.device_memory_size_v2
@@ -191,6 +229,7 @@ class SimulatedContext:
         cuda = self.engine.cuda
         if self._needs_scratch and self.scratch not in cuda.memory:
             raise Undefined("a context ran without its memory")
+        self._compile()
         if stream not in cuda.capturing:
             last, self._stream = self._stream, stream
             if last != stream and last in cuda.busy:
@@ -202,6 +241,17 @@ class SimulatedContext:
             raise self.engine.interrupt
         cuda.capturing[stream] = SimulatedGraph(self, self.shape)
         return self.engine.can_be_captured
+
+    def _compile(self) -> None:
+        if self._config is None:
+            return
+        config = self._config()
+        if config is None:
+            raise Undefined("a context ran after its configuration went")
+        assert config.cache is not None
+        if self.shape[0] not in config.cache.batches:
+            self.engine.compiled.append(self.shape[0])
+            config.cache.batches.add(self.shape[0])
 
     def compute(self) -> None:
         batch = self.shape[0]
@@ -223,6 +273,9 @@ class SimulatedEngine:
     interrupt: BaseException | None = None
     asked_whether_capturable: int = 0
     eager: list[bool] = field(default_factory=list)
+    compiled: list[int] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    refuses_addresses_of: tuple[str, ...] = ()
 
     def create_runtime_config(self) -> SimulatedConfig:
         assert self.takes_config
@@ -230,19 +283,19 @@ class SimulatedEngine:
 
     def create_execution_context(self, given: Any) -> SimulatedContext:
         assert isinstance(given, SimulatedConfig) is self.takes_config
-        is_eager = False
+        is_eager, strategy, config = False, given, None
         if isinstance(given, SimulatedConfig):
             is_eager = given.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
-            given = given.strategy
+            strategy, config = given.strategy, given
         self.eager.append(is_eager)
-        return SimulatedContext(self, given, is_eager)
+        return SimulatedContext(self, strategy, config)
 
 
 def tensorrt_like() -> Backend:
     """A backend whose module has what TensorRT-RTX shares with TensorRT, as far as running goes."""
     rtx = rtx_backend().module
     module = ModuleType("tensorrt_like")
-    for name in ("ILogger", "ExecutionContextAllocationStrategy"):
+    for name in ("ILogger", "ExecutionContextAllocationStrategy", "ProfilingVerbosity"):
         setattr(module, name, getattr(rtx, name))
     return Backend("tensorrt", "10.13.0", module, Capabilities(False, True, True, False, None))
 

@@ -17,6 +17,7 @@ from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineInte
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.graphs.simplification import find_simplification
 from repvgg_deploy.nets.baselines import find_baseline, fold_batch_norms, load_baselines, require_baseline
 from repvgg_deploy.nets.resnet import ResNet, ResNetSpec
 from repvgg_deploy.nets.seeding import seed_weights
@@ -116,7 +117,9 @@ def test_the_graph_gives_the_nets_logits(
     half = precision is Precision.FP16
     path = tmp_path / "net.onnx"
     floats = BaselineFloats(np.dtype(np.float16 if half else np.float32))
-    write_graph(to_baseline_onnx(net, floats, GraphOptions(64, 64), {}), path)
+    graph = to_baseline_onnx(net, floats, GraphOptions(64, 64), {})
+    assert find_simplification(graph.without_values()) is None
+    write_graph(graph, path)
     logits = torch.from_numpy(OnnxRunner(path).run(pictures)["logits"])
     limit = 1e-2 if half else 2 * error_of_float32_sums(fold_batch_norms(net).double(), images)
     assert relative(logits, logits_of(net, images)) <= limit
@@ -129,6 +132,7 @@ def test_the_int8_graph_is_near_and_all_its_convolutions_are_int8(
 ) -> None:
     net = make(spec)
     graph = to_baseline_onnx(net, BaselineIntegers(find_ranges(net, pictures), for_engine), GraphOptions(64, 64), {})
+    assert find_simplification(graph.without_values()) is None
     made_by = {node.output[0]: node.op_type for node in graph.model.graph.node}
     convolutions = [node for node in graph.model.graph.node if node.op_type in ("Conv", "Gemm")]
     assert convolutions

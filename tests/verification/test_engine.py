@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.engine_graphs import rtx_backend, small_onnx
+from helpers.progress import Heard
 
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.errors import VerificationError
@@ -46,6 +47,6 @@ def test_real_outputs_pass(scores: np.ndarray) -> None:
 @pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
 def test_an_engine_that_cannot_run_here_is_said_to_be_unverified(tmp_path: Path) -> None:
     engine = build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
-    said: list[str] = []
-    assert check_where_possible(engine, np.zeros((1, 3, 32, 32), np.float32), dict, said.append) is None
-    assert said == [f"note: the engine was built, and not run: {find_gpus().reason}"]
+    heard = Heard()
+    assert check_where_possible(engine, np.zeros((1, 3, 32, 32), np.float32), dict, heard) is None
+    assert heard.notes == [f"note: the engine was built, and not run: {find_gpus().reason}"]

@@ -164,6 +164,8 @@ def test_the_layer_table_has_a_row_a_layer(images, tmp_path) -> None:
         ("--layers",),
         ("--fp16", "--int8", "--calib", "x"),
         ("--int8", "--calib", "x", "--max-drop", "1"),
+        ("--int8", "--calib", "x", "--calib-seconds", "9"),
+        ("--calib", "none"),
     ],
     ids=" ".join,
 )
@@ -286,3 +288,59 @@ def test_quantizing_on_a_gpu_needs_one(images, tmp_path) -> None:
 def test_where_to_quantize_is_for_int8(tmp_path) -> None:
     result = export(DEMO, "--calib-device", "cuda", "-o", tmp_path, code=2)
     assert "--calib-device is for --int8" in result.output
+
+
+@pytest.fixture
+def quick_pictures(tmp_path) -> Path:
+    """The recipe `fast` with fewer steps for each picture."""
+    text = (data_folder("calibration") / "fast.toml").read_text(encoding="utf-8")
+    path = tmp_path / "quick.toml"
+    path.write_text(f"{text}\n[pictures]\ncount = 32\nsteps = 30\n", encoding="utf-8")
+    return path
+
+
+def without_images(recipe: Path, out: Path, *more: str | Path, checkpoint: str | Path = DEMO, code: int = 0):
+    arguments = ("--int8", "--calib", "none", "--recipe", recipe, "--engine", "none", "-o", out)
+    return export(checkpoint, *arguments, *more, code=code)
+
+
+def test_int8_without_images_says_so_everywhere(quick_pictures, tmp_path) -> None:
+    result = without_images(quick_pictures, tmp_path / "a")
+    words = "no images (32 pictures of 64x64 made from BN statistics)"
+    assert words in result.stdout
+    assert "no calibration images: making pictures from the BN statistics" in result.stderr
+    properties = {p.key: p.value for p in onnx.load(tmp_path / "a" / "demo.int8.onnx").metadata_props}
+    about = json.loads(properties["repvgg_deploy.quantization"])
+    assert about["calibrated_on"] == words
+    assert about["images"] == 0
+    assert about["pictures"]["steps"] == 30
+    values = json.loads(without_images(quick_pictures, tmp_path / "b", "--json").stdout)
+    assert values["quantization"]["images"] == 0
+    assert values["quantization"]["calibrated_on"] == words
+    # The same command gives the same file.
+    assert (tmp_path / "a" / "demo.int8.onnx").read_bytes() == (tmp_path / "b" / "demo.int8.onnx").read_bytes()
+
+
+def test_a_deploy_form_needs_images(quick_pictures, tmp_path) -> None:
+    CliRunner().invoke(main, ["fuse", DEMO, "-o", str(tmp_path / "fused.pth")])
+    result = without_images(quick_pictures, tmp_path / "out", checkpoint=tmp_path / "fused.pth", code=1)
+    assert "error: the checkpoint is in deploy form: it has no BN statistics" in result.stderr
+    assert "hint: give --calib DIR" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_time_for_pictures_can_be_limited(quick_pictures, tmp_path) -> None:
+    result = without_images(quick_pictures, tmp_path, "--calib-seconds", "0.5", "--calib-count", "128")
+    assert "warning: the time was up after" in result.stderr
+    assert "of 30 steps" in result.stderr
+
+
+@pytest.mark.slow
+def test_without_images_the_demo_model_loses_half_a_point_at_most(tmp_path) -> None:
+    without_images(Path("accurate"), tmp_path, "--calib-count", "64")
+    write_image_folder(tmp_path / "val", 1200, seed=12, size=64)
+    accuracy = []
+    for model in (DEMO, tmp_path / "demo.int8.onnx"):
+        result = CliRunner().invoke(main, ["eval", str(model), "--data", str(tmp_path / "val"), "--json"])
+        accuracy.append(json.loads(result.stdout)["top1"])
+    assert accuracy[1] >= accuracy[0] - 0.5

@@ -132,51 +132,6 @@ echo "NVIDIA H200, 9.0, 143771, 550.54.15"
 """
 
 
-@pytest.fixture
-def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One H200, as nvidia-smi tells it."""
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(SMI, encoding="utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-
-
-def answer(monkeypatch: pytest.MonkeyPatch, driver: int, count: tuple[Any, int], properties: Any = None) -> Any:
-    """Let the CUDA runtime give these answers."""
-    runtime = cuda_bindings()
-    monkeypatch.setattr(runtime, "cudaDriverGetVersion", lambda: (runtime.cudaError_t.cudaSuccess, driver))
-    monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: count)
-    monkeypatch.setattr(runtime, "cudaGetDeviceProperties", lambda _: properties)
-
-
-@pytest.mark.usefixtures("nvidia_smi")
-def test_a_driver_that_is_too_old_for_the_bindings_hides_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = cuda_bindings().cudaError_t
-    answer(monkeypatch, 12040, (error.cudaErrorInsufficientDriver, 0))
-    found = find_gpus.__wrapped__()
-    assert [(gpu.name, gpu.compute_capability) for gpu in found.gpus] == [("NVIDIA H200", "9.0")]
-    assert (found.driver, found.cuda) == ("550.54.15", "12.4")
-
-
-@pytest.mark.usefixtures("nvidia_smi")
-def test_a_gpu_that_cuda_may_not_use_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As with an empty CUDA_VISIBLE_DEVICES, of which nvidia-smi knows nothing.
-    error = cuda_bindings().cudaError_t
-    answer(monkeypatch, 13000, (error.cudaErrorNoDevice, 0))
-    found = find_gpus.__wrapped__()
-    assert not found.gpus
-    assert "no CUDA-capable device" in found.reason
-
-
-@pytest.mark.usefixtures("nvidia_smi")
-def test_a_gpu_that_does_not_answer_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = cuda_bindings().cudaError_t
-    answer(monkeypatch, 13000, (error.cudaSuccess, 1), (error.cudaErrorECCUncorrectable, None))
-    found = find_gpus.__wrapped__()
-    assert not found.gpus
-    assert "ECC" in found.reason
-
-
 def test_an_unknown_cuda_library_is_refused() -> None:
     with pytest.raises(DeployError, match="no CUDA library is called 'opencl'") as raised:
         open_cuda("opencl")

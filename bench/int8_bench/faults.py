@@ -1,4 +1,4 @@
-"""Faults planted into fused nets without groups and squeeze-excites, by name: `CASES`. No script of its own.
+"""Faults planted into fused nets without groups and squeeze-excites, by name: `CASES`.
 
 The planted nets compute what the net computed up to rounding, with `HEAVY` tails nearly: a case is to measure
 quantization and not another net. `DAMAGED` is another net, and not among the `USUAL_CASES`.

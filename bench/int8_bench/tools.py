@@ -1,4 +1,4 @@
-"""The tools that make the INT8 files of int8_peers.py, and the settings each is measured with. No script of its own.
+"""The tools that make the INT8 files of `peers`, and the settings each is measured with.
 
 A tool that is not installed is left out with a note on stderr:
 
@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from int8_setup import PIXELS, Floats, in_batches, quantize_ours, write_as_tensorrt_reads
 
 import repvgg_deploy
+from int8_bench.setup import PIXELS, Floats, in_batches, quantize_ours, write_as_tensorrt_reads
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
 from repvgg_deploy.nets.repvgg import RepVGG

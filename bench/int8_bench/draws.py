@@ -1,23 +1,23 @@
 """How much the INT8 figures depend on which calibration images were drawn: the recipes on further draws.
 
-    python bench/int8_draws.py --checkpoint CKPT --calib DIR --val DIR --seeds 11 12 13 -o bench/results
+    python bench/int8.py draws --checkpoint CKPT --calib DIR --val DIR --seed 11 --seed 12 --seed 13 -o bench/results
 
-Settings were chosen with other draws, but for the augmentations of an image, for which seed 11 was looked at too; other
-`--seeds` give draws that no setting was chosen with. Every graph runs in ONNX Runtime on the CPU, with every
-convolution and the classifier in INT8: the files of `export --int8`, as they are and as TensorRT reads them.
+Every graph runs in ONNX Runtime on the CPU, with every convolution and the classifier in INT8: the files of
+`export --int8`, as they are and as TensorRT reads them.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from typing import Any
 
-from int8_setup import (
-    add_data_options,
+import click
+
+from int8_bench.options import Data, data_options, recipes_option
+from int8_bench.setup import (
     compare,
     load_fused,
     read_calibration,
@@ -49,20 +49,25 @@ def summarize(rows: Sequence[dict[str, Any]], recipe: str, runs_on: str) -> dict
     }
 
 
-def main() -> None:
-    """Quantize with every draw, evaluate, print and record rows and summaries."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_data_options(parser)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
-    parser.add_argument("--recipes", nargs="+", default=["fast", "accurate", "thorough"])
-    parser.add_argument("--name", default="int8-draws", help="of the record")
-    arguments = parser.parse_args()
-    fused = load_fused(arguments.checkpoint)
-    images, labels = read_validation(arguments.val)
+@click.command()
+@data_options
+@click.option(
+    "--seed", "seeds", type=int, multiple=True, default=(11, 12, 13), show_default=True, help="A draw; repeatable."
+)
+@recipes_option("fast", "accurate", "thorough")
+@click.option("--name", default="int8-draws", show_default=True, help="Name of the record.")
+def draws(data: Data, seeds: Sequence[int], recipes: Sequence[str], name: str) -> None:
+    """The recipes on several draws of calibration images.
+
+    Settings were chosen with other draws, but for the augmentations of an image, for which seed 11 was looked at too;
+    other seeds give draws that no setting was chosen with.
+    """
+    fused = load_fused(data.checkpoint)
+    images, labels = read_validation(data.val)
     exact = run_torch(fused, images)
     rows: list[dict[str, Any]] = []
-    for seed, recipe in product(arguments.seeds, arguments.recipes):
-        calibration = read_calibration(arguments.calib, arguments.count, seed)
+    for seed, recipe in product(seeds, recipes):
+        calibration = read_calibration(data.calib, data.count, seed)
         logits, seconds = run_ours(fused, recipe, calibration, images)
         for runs_on, values in logits.items():
             row = {"recipe": recipe, "runs_on": runs_on, "seed": seed, "seconds": seconds}
@@ -71,11 +76,6 @@ def main() -> None:
         # After each draw: one that is stopped leaves what it has.
         ways = dict.fromkeys((row["recipe"], row["runs_on"]) for row in rows)
         summary = [summarize(rows, *way) for way in ways]
-        count = arguments.count
-        path = write_record(arguments.output, arguments.name, rows, calibration_images=count, summary=summary)
+        path = write_record(data.output, name, rows, calibration_images=data.count, summary=summary)
     print(*summary, sep="\n")
     print(f"written {path}")
-
-
-if __name__ == "__main__":
-    main()

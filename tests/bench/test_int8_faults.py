@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.quantized_nets import SHAPES, draw_images, fused_net
 from helpers.small_nets import logits_of, relative
-from int8_plants import CASES, HEAVY, SPARE, USUAL_CASES, plant_damage, plant_heavy_tails
+from int8_bench.faults import CASES, HEAVY, SPARE, USUAL_CASES, plant_damage, plant_heavy_tails
 
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.points import fused_blocks, walk

@@ -1,22 +1,26 @@
 """Speed of the INT8 graphs in ONNX Runtime on the CPU: fp32, ONNX Runtime's own Q/DQ, ours; interleaved rounds.
 
-python bench/int8_speed.py --arch A0 --size 64 -o bench/results
-python bench/int8_speed.py --arch resnet50 --size 64 -o bench/results     # is the baseline held back?
+Is the baseline held back? The second command tells.
+
+    python bench/int8.py speed --arch A0 --size 64 -o bench/results
+    python bench/int8.py speed --arch resnet50 --size 64 -o bench/results
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 import onnxruntime as ort
-from int8_setup import fuse_seeded, open_session, write_record
-from int8_tools import quantize_onnxruntime
 
+from int8_bench.options import COUNT, cpu_note_option, output_option
+from int8_bench.setup import fuse_seeded, open_session, write_record
+from int8_bench.tools import quantize_onnxruntime
 from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
@@ -61,37 +65,43 @@ def time_once(session: ort.InferenceSession, images: np.ndarray, runs: int) -> f
     return (time.perf_counter() - start) * 1000 / runs
 
 
-def main() -> None:
-    """Time the graphs in turn; print and record medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", default="A0")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cpu-note", help="what the CPU's name does not tell, for the record")
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
-    arguments = parser.parse_args()
+def compare_times(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """The median milliseconds of each graph, and how many times as fast as fp32 it is.
+
+    The latter is the median of the ratios of the rounds: both of a round meet the same moment of the machine.
+    """
+    ratios = {
+        name: [fp32 / own for fp32, own in zip(times["fp32"], values, strict=True)] for name, values in times.items()
+    }
+    return {
+        "ms": {name: round(statistics.median(values), 3) for name, values in times.items()},
+        "x": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
+    }
+
+
+@click.command()
+@click.option("--arch", default="A0", show_default=True, help="A card, or a net to compare with.")
+@click.option("--size", type=COUNT, default=64, show_default=True, metavar="PX", help="Size of the images.")
+@click.option("--batch", "batches", type=COUNT, multiple=True, default=(1, 16), show_default=True, help="Repeatable.")
+@click.option("--rounds", type=COUNT, default=15, show_default=True, help="Measured rounds; two more warm up.")
+@cpu_note_option
+@output_option
+def speed(arch: str, size: int, batches: Sequence[int], rounds: int, cpu_note: str | None, output: Path) -> None:
+    """Speed of the INT8 graphs in ONNX Runtime on the CPU, in turn with fp32."""
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        paths = write_models(arguments.arch, arguments.size, Path(scratch))
+        paths = write_models(arch, size, Path(scratch))
         sessions = {name: open_session(str(path)) for name, path in paths.items()}
-        for batch in arguments.batches:
-            shape = (batch, 3, arguments.size, arguments.size)
-            images = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        for batch in batches:
+            images = np.random.default_rng(1).standard_normal((batch, 3, size, size)).astype(np.float32)
             times: dict[str, list[float]] = {name: [] for name in sessions}
-            for number in range(arguments.rounds + 2):
+            for number in range(rounds + 2):
                 for name, session in sessions.items():
                     elapsed = time_once(session, images, max(1, 16 // batch))
                     # The first two rounds warm up.
                     times[name] += [elapsed] if number >= 2 else []
-            row = {name: round(statistics.median(values), 3) for name, values in times.items()}
-            speedup = {name: round(row["fp32"] / value, 2) for name, value in row.items()}
-            results.append({"arch": arguments.arch, "size": arguments.size, "batch": batch, "ms": row, "x": speedup})
+            results.append({"arch": arch, "size": size, "batch": batch, **compare_times(times)})
             print(results[-1], flush=True)
-    what = f"int8-speed-{arguments.arch}-{arguments.size}{'-without-vnni' if saturates_here() else ''}"
-    path = write_record(arguments.output, what, results, cpu_note=arguments.cpu_note, rounds=arguments.rounds)
+    what = f"int8-speed-{arch}-{size}{'-without-vnni' if saturates_here() else ''}"
+    path = write_record(output, what, results, cpu_note=cpu_note, rounds=rounds)
     print(f"written {path}")
-
-
-if __name__ == "__main__":
-    main()

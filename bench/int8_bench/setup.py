@@ -1,8 +1,7 @@
-"""What the INT8 benchmarks share: the net, the images, the figures, the records. No script of its own."""
+"""What the INT8 benchmarks share: the net, the images, the figures, the records."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -200,15 +199,6 @@ def _describe_machine() -> dict[str, Any]:
         "integer_instructions": cpu.integer_instructions,
         "saturates": saturates_here(),
     }
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """The net, its images and where the record goes."""
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--calib", type=Path, required=True, help="a folder of calibration images")
-    parser.add_argument("--val", type=Path, required=True, help="labelled images: DIR/<class>/*")
-    parser.add_argument("--count", type=int, default=512, help="of calibration images")
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -1,6 +1,6 @@
 """INT8 on other nets, no setting changed: the demo model, planted faults in it, small nets of every kind, checkpoints.
 
-    python bench/int8_nets.py --checkpoints FOLDER -o bench/results
+    python bench/int8.py nets --checkpoints FOLDER -o bench/results
 
 Calibration and evaluation images are drawn (`repvgg_deploy.images.synthetic`) with seeds that no net was trained or
 measured on. The small nets are trained here first, as the demo model was but not as long. Each net is held against its
@@ -10,11 +10,10 @@ Top-1 means nothing for the checkpoints, which have never seen these classes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -22,10 +21,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
-from int8_plants import CASES, USUAL_CASES
-from int8_setup import (
+
+from int8_bench.faults import CASES, USUAL_CASES
+from int8_bench.options import COUNT, FOLDER, count_option, output_option, recipes_option
+from int8_bench.setup import (
     PIXELS,
     PREPROCESSING,
     Floats,
@@ -37,8 +39,7 @@ from int8_setup import (
     timed,
     write_record,
 )
-from int8_tools import quantize_onnxruntime
-
+from int8_bench.tools import quantize_onnxruntime
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
@@ -135,34 +136,33 @@ def describe(exact: Floats) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Quantize every net with every recipe; print and record the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--checkpoints", type=Path, help="a folder of further checkpoints")
-    parser.add_argument("--count", type=int, default=512, help="calibration images")
-    parser.add_argument("--only", nargs="*", help="parts of the names of the nets to measure")
-    parser.add_argument("--images", type=int, default=2000, help="evaluation images")
-    parser.add_argument("--recipes", nargs="+", default=["fast", "accurate", "onnxruntime"])
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
-    arguments = parser.parse_args()
-    calibration = normalize(draw_images(arguments.count, CALIBRATION_SEED)[0], PREPROCESSING)
-    pixels, labels = draw_images(arguments.images, EVALUATION_SEED)
+@click.command()
+@click.option("--checkpoints", type=FOLDER, metavar="DIR", help="A folder of further checkpoints.")
+@count_option
+@click.option("--only", multiple=True, metavar="PART", help="Part of the names of the nets to measure; repeatable.")
+@click.option(
+    "--images", "image_count", type=COUNT, default=2000, show_default=True, metavar="N", help="Evaluation images."
+)
+@recipes_option("fast", "accurate", "onnxruntime")
+@output_option
+def nets(
+    checkpoints: Path | None, count: int, only: Sequence[str], image_count: int, recipes: Sequence[str], output: Path
+) -> None:
+    """The recipes and ONNX Runtime's own quantizer on other nets."""
+    calibration = normalize(draw_images(count, CALIBRATION_SEED)[0], PREPROCESSING)
+    pixels, labels = draw_images(image_count, EVALUATION_SEED)
     images = normalize(pixels, PREPROCESSING)
     results = []
-    for name, make in collect_nets(arguments.checkpoints, calibration).items():
-        if arguments.only and not any(part in name for part in arguments.only):
+    for name, make in collect_nets(checkpoints, calibration).items():
+        if only and not any(part in name for part in only):
             continue
         net = make()
         exact = run_torch(net, images)
-        for recipe in arguments.recipes:
+        for recipe in recipes:
             logits, seconds = timed(partial(run_recipe, net, recipe, calibration, images))
             row = {"net": name, "recipe": recipe, "seconds": seconds}
             results.append({**row, **asdict(compare(logits, exact, labels)), **describe(exact)})
             print(results[-1], flush=True)
     seeds = {"calibration": CALIBRATION_SEED, "evaluation": EVALUATION_SEED, "training of small nets": TRAINING_SEED}
-    path = write_record(arguments.output, "int8-nets", results, calibration_images=arguments.count, drawn_seeds=seeds)
+    path = write_record(output, "int8-nets", results, calibration_images=count, drawn_seeds=seeds)
     print(f"written {path}")
-
-
-if __name__ == "__main__":
-    main()

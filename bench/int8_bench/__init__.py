@@ -1,0 +1,1 @@
+"""The parts of `bench/int8.py`: one module per command, and what they share."""
