@@ -34,6 +34,7 @@ from int8_bench.setup import (
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.quantization.mixed_precision import RANKING_IMAGES, LayerSensitivity, layers_within, rank_layers
+from repvgg_deploy.quantization.quantize import quantize_apart
 from repvgg_deploy.quantization.recipe import Recipe
 from repvgg_deploy.quantization.statistics import collect_statistics
 
@@ -94,7 +95,7 @@ class Candidates:
         self._fused, self._recipe, self._batches = fused, recipe, in_batches(calibration)
         self._statistics = collect_statistics(fused, self._batches, augmentations=recipe.augmentations)
         step = max(1, len(calibration) // RANKING_IMAGES)
-        apart = quantize(fused, self._batches, recipe, self._statistics, chained=False)
+        apart = quantize_apart(fused, self._batches, recipe, self._statistics)
         self.ranking = rank_layers(apart, torch.from_numpy(calibration[::step]))
 
     def quantize(self, shares: Sequence[float], seeds: Sequence[int]) -> Iterator[tuple[dict[str, Any], nn.Module]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.net import QuantizedNet
 from repvgg_deploy.quantization.points import BATCH, CLASSIFIER, Images, fused_blocks
-from repvgg_deploy.quantization.quantize import quantize
+from repvgg_deploy.quantization.quantize import quantize, quantize_apart
 from repvgg_deploy.quantization.recipe import Recipe
 from repvgg_deploy.quantization.reconstruct import Reconstruction, take_images
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
@@ -43,7 +43,7 @@ def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ..
     """The quantized layers of `net`, the one worth most to keep float first, measured on `images` (N, C, H, W).
 
     Args:
-        net: from `quantize` with `chained=False`: a layer that makes up for the error of others is wrong without them.
+        net: from `quantize_apart`: a layer that makes up for the error of others is wrong without them.
         images: a hundred or so, of all kinds.
     """
     macs = count_macs(net.float_net, images[:1])
@@ -100,6 +100,14 @@ def layers_within(ranking: tuple[LayerSensitivity, ...], share: float) -> tuple[
 
 
 @dataclass(frozen=True)
+class DropLimit:
+    """The most that a candidate may lose: `measure` gives what it loses, in the unit of `most` (points of top-1)."""
+
+    measure: Callable[[QuantizedNet], float]
+    most: float
+
+
+@dataclass(frozen=True)
 class MixedPrecision:
     """A quantized net within a limit: what stays float, its share of the MACs, and the drop that was measured."""
 
@@ -113,12 +121,11 @@ def quantize_within(
     fused: RepVGG,
     images: Images,
     recipe: Recipe,
-    measure_drop: Callable[[QuantizedNet], float],
-    max_drop: float,
+    limit: DropLimit,
     statistics: CalibrationStatistics | None = None,
     keep_float: Collection[str] = (),
 ) -> MixedPrecision:
-    """The net with the fewest float layers, taken in the order of `rank_layers`, whose drop is at most `max_drop`.
+    """The net with the fewest float layers, taken in the order of `rank_layers`, whose drop is within `limit`.
 
     The number of layers is found by bisection, and each candidate is quantized anew with its float layers; at least one
     layer stays int8. If no candidate is good enough the best one that was seen comes back; compare its `drop`.
@@ -127,8 +134,7 @@ def quantize_within(
         fused: see `quantize`.
         images: see `quantize`.
         recipe: see `quantize`.
-        measure_drop: what a candidate loses, in the caller's unit (points of top-1).
-        max_drop: in the same unit.
+        limit: how the drop is measured, and the most of it.
         statistics: see `quantize`.
         keep_float: names of layers that are not quantized in any candidate.
     """
@@ -140,21 +146,21 @@ def quantize_within(
     def attempt(names: tuple[str, ...]) -> MixedPrecision:
         net = quantize(fused, images, recipe, statistics, names)
         share = sum(macs[name] for name in names) / sum(macs.values())
-        return MixedPrecision(net, names, share, measure_drop(net))
+        return MixedPrecision(net, names, share, limit.measure(net))
 
     always = tuple(dict.fromkeys(keep_float))
     best = attempt(always)
-    if best.drop <= max_drop:
+    if best.drop <= limit.most:
         return best
-    apart = quantize(fused, images, recipe, statistics, always, chained=False)
+    apart = quantize_apart(fused, images, recipe, statistics, always)
     ranking = rank_layers(apart, sample)
     low, high = 0, len(ranking)
     while high - low > 1:
         middle = (low + high) // 2
         mixed = attempt((*always, *(layer.name for layer in ranking[:middle])))
-        if mixed.drop <= max_drop:
+        if mixed.drop <= limit.most:
             high, best = middle, mixed
         else:
             low = middle
-            best = min(best, mixed, key=lambda found: found.drop) if best.drop > max_drop else best
+            best = min(best, mixed, key=lambda found: found.drop) if best.drop > limit.most else best
     return best

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
@@ -20,11 +22,28 @@ from repvgg_deploy.quantization.learned_rounding import learn
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
 from repvgg_deploy.quantization.points import Images, point_names, rebatch
 from repvgg_deploy.quantization.recipe import Recipe
-from repvgg_deploy.quantization.reconstruct import reconstruct
+from repvgg_deploy.quantization.reconstruct import Reconstruction, reconstruct, take_images
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 from repvgg_deploy.torch_precision import float32
 
 FEW_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A net whose layers can be rounded one after another.
+
+    Attributes:
+        net: a copy of the fused net, its dead inputs removed and its channels equalized.
+        chosen: the images (N, C, H, W) that rounding sees, with their augmentations.
+        statistics: of the fused net on the calibration images.
+        removed: the dead inputs of each layer.
+    """
+
+    net: RepVGG
+    chosen: Tensor
+    statistics: CalibrationStatistics
+    removed: dict[str, RemovedInputs]
 
 
 # Learned rounding needs gradients, whatever the caller has switched off: this switches them on.
@@ -37,7 +56,6 @@ def quantize(
     statistics: CalibrationStatistics | None = None,
     keep_float: Collection[str] = (),
     progress: Progress = SILENT,
-    chained: bool = True,
 ) -> QuantizedNet:
     """`fused` with int8 weights and activations, as `recipe` says; `fused` itself is not changed.
 
@@ -50,13 +68,42 @@ def quantize(
         recipe: see `load_recipe`.
         statistics: of `fused` on `images`, where they are known already.
         keep_float: names of layers (`stages.S.B`, `classifier`) that are not quantized.
-        progress: gets the steps `calibrating` (images), `rounding` (layers) and `learning` (iterations).
-        chained: without it no layer makes up for the error of those before, so that each can be looked at by itself.
+        progress: receives the steps `calibrating` (images), `rounding` (layers) and `learning` (iterations).
 
     Raises:
-        DeployError: there are no images, an image is not finite, a name in `keep_float` is no layer's, or `statistics`
-            are of other augmentations than the recipe's.
+        DeployError: there are no images, an image is not finite, a name in `keep_float` is not a layer's, or
+            `statistics` are of other augmentations than the recipe's.
     """
+    prepared = _prepare(fused, images, recipe, statistics, keep_float, progress)
+    result = reconstruct(prepared.net, prepared.chosen, recipe, keep_float, progress)
+    if recipe.learning.steps:
+        result = learn(prepared.net, result, images, recipe, progress)
+    return _finish(prepared, result, images, recipe)
+
+
+@torch.inference_mode(False)
+@float32(deterministic=True)
+def quantize_apart(
+    fused: RepVGG,
+    images: Images,
+    recipe: Recipe,
+    statistics: CalibrationStatistics | None = None,
+    keep_float: Collection[str] = (),
+) -> QuantizedNet:
+    """As `quantize`, but no layer makes up for the error of those before: each can be looked at by itself."""
+    prepared = _prepare(fused, images, recipe, statistics, keep_float, SILENT)
+    result = reconstruct(prepared.net, prepared.chosen, recipe, keep_float, chained=False)
+    return _finish(prepared, result, images, recipe)
+
+
+def _prepare(
+    fused: RepVGG,
+    images: Images,
+    recipe: Recipe,
+    statistics: CalibrationStatistics | None,
+    keep_float: Collection[str],
+    progress: Progress,
+) -> _Prepared:
     _check_names(fused, keep_float)
     net = copy.deepcopy(fused).eval().requires_grad_(False)
     if statistics is None:
@@ -69,19 +116,21 @@ def quantize(
         )
     if statistics.images < FEW_IMAGES:
         warnings.warn(
-            f"{statistics.images} calibration images are few; take at least {FEW_IMAGES}, better 512", stacklevel=2
+            f"{statistics.images} calibration images are few; take at least {FEW_IMAGES}, better 512", stacklevel=3
         )
     removed = prepare(net, statistics, recipe)
-    augmentations = AugmentedImages(images, recipe.augmentations)
     count = statistics.images * statistics.augmentations
-    result = reconstruct(net, augmentations, count, recipe, keep_float, progress, chained)
-    if recipe.learning.steps and chained:
-        result = learn(net, result, images, recipe, progress)
+    chosen = take_images(net, AugmentedImages(images, recipe.augmentations), count, recipe.rounding.images)
+    return _Prepared(net, chosen, statistics, removed)
+
+
+def _finish(prepared: _Prepared, result: Reconstruction, images: Images, recipe: Recipe) -> QuantizedNet:
     result = make_room_for_biases(result)
-    sample = next(rebatch(images, net.classifier.weight.device))
-    rows = report_layers(net, result, removed, sample)
-    summary = QuantizationSummary(recipe.name, statistics.images, statistics.images_sha256, recipe.seed, rows)
-    return QuantizedNet(net, result, summary)
+    sample = next(rebatch(images, prepared.net.classifier.weight.device))
+    rows = report_layers(prepared.net, result, prepared.removed, sample)
+    about = prepared.statistics
+    summary = QuantizationSummary(recipe.name, about.images, about.images_sha256, recipe.seed, rows)
+    return QuantizedNet(prepared.net, result, summary)
 
 
 def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> dict[str, RemovedInputs]:

@@ -69,8 +69,7 @@ class Reconstruction:
 @torch.no_grad()
 def reconstruct(
     net: RepVGG,
-    images: Images,
-    count: int,
+    images: Tensor,
     recipe: Recipe,
     keep_float: Collection[str] = (),
     progress: Progress = SILENT,
@@ -80,15 +79,13 @@ def reconstruct(
 
     Args:
         net: fused and equalized; it is not changed.
-        images: the calibration images, in all their augmentations; those kept are spaced evenly over them.
-        count: how many there are.
+        images: those to reconstruct on (N, C, H, W), of `take_images`.
         recipe: its `scales` and `rounding` are used.
         keep_float: names of layers that are not quantized.
         progress: gets the step `rounding`, in layers.
         chained: without it each layer is quantized as if all the others were float.
     """
-    chosen = take_images(net, images, count, recipe.rounding.images)
-    streams = Streams(chosen, chosen)
+    streams = Streams(images, images)
     layers: dict[str, LayerIntegers] = {}
     blocks = list(fused_blocks(net))
     for index, (name, block) in enumerate(blocks):

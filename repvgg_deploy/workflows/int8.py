@@ -26,7 +26,7 @@ from repvgg_deploy.quantization import (
 )
 from repvgg_deploy.quantization.calibration_images import CalibrationImages, choose_images
 from repvgg_deploy.quantization.data_free import MadePictures, make_pictures
-from repvgg_deploy.quantization.mixed_precision import quantize_within
+from repvgg_deploy.quantization.mixed_precision import DropLimit, quantize_within
 from repvgg_deploy.quantization.qdq import with_fp16_scales
 from repvgg_deploy.runtime.model import Model
 from repvgg_deploy.runtime.torch import TorchOptions, TorchRunner
@@ -147,7 +147,7 @@ def _quantize_within(
         progress.note(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
         return drop
 
-    mixed = quantize_within(fused, images, recipe, measure_drop, max_drop, statistics, request.keep_float)
+    mixed = quantize_within(fused, images, recipe, DropLimit(measure_drop, max_drop), statistics, request.keep_float)
     if mixed.drop > max_drop:
         raise VerificationError(
             f"top-1 drops by {mixed.drop:.2f} points, more than {max_drop:g}",

@@ -17,6 +17,7 @@ from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.quantization import Recipe, quantize
 from repvgg_deploy.quantization.layer_report import signal_to_noise_db
 from repvgg_deploy.quantization.mixed_precision import rank_layers
+from repvgg_deploy.quantization.quantize import quantize_apart
 from repvgg_deploy.quantization.recipe import LearningOptions, RoundingOptions
 
 # Of torch's own: TF32 switches that are to be renamed.
@@ -46,8 +47,8 @@ def test_a_gpu_quantizes_as_well_as_the_cpu(cuda_torch: Any, steps: int) -> None
 def test_layers_are_ranked_on_a_gpu(cuda_torch: Any) -> None:
     del cuda_torch
     net, images = fused_net(), draw_images(64)
-    here = rank_layers(quantize(net, [images], QUICK, chained=False), images)
-    there = rank_layers(quantize(net.cuda(), [images], QUICK, chained=False), images.cuda())
+    here = rank_layers(quantize_apart(net, [images], QUICK), images)
+    there = rank_layers(quantize_apart(net.cuda(), [images], QUICK), images.cuda())
     errors = [{layer.name: layer.error for layer in ranking} for ranking in (here, there)]
     assert errors[0] == pytest.approx(errors[1], rel=0.3)
 

@@ -14,7 +14,8 @@ from helpers.small_nets import make_net
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization import quantize
-from repvgg_deploy.quantization.mixed_precision import quantize_within, rank_layers
+from repvgg_deploy.quantization.mixed_precision import DropLimit, quantize_within, rank_layers
+from repvgg_deploy.quantization.quantize import quantize_apart
 from repvgg_deploy.quantization.recipe import LearningOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,9 +55,9 @@ def test_layers_are_ranked_and_kept_float_on_another_device() -> None:
     drops = iter([5.0, 0.5, 0.5])
     with second_device():
         moved = to_second(copy.deepcopy(net))
-        apart = quantize(moved, [images], QUICK, chained=False)
+        apart = quantize_apart(moved, [images], QUICK)
         ranking = rank_layers(apart, images.to(SECOND))
-        mixed = quantize_within(moved, [images], QUICK, lambda _: next(drops), 1.0)
-    expected = rank_layers(quantize(net, [images], QUICK, chained=False), images)
+        mixed = quantize_within(moved, [images], QUICK, DropLimit(lambda _: next(drops), 1.0))
+    expected = rank_layers(quantize_apart(net, [images], QUICK), images)
     assert ranking == expected
     assert mixed.kept_float

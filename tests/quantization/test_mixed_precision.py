@@ -9,17 +9,19 @@ from helpers.quantized_nets import QUICK, draw_images, fused_net
 from repvgg_deploy.quantization import QuantizedNet, quantize
 from repvgg_deploy.quantization.layer_report import signal_to_noise_db
 from repvgg_deploy.quantization.mixed_precision import (
+    DropLimit,
     LayerSensitivity,
     layers_within,
     lead_at_risk,
     quantize_within,
     rank_layers,
 )
+from repvgg_deploy.quantization.quantize import quantize_apart
 
 
 def test_the_ranking_holds_every_layer_once_by_error_per_mac() -> None:
     net, images = fused_net(), draw_images(64)
-    quantized = quantize(net, [images], QUICK, chained=False)
+    quantized = quantize_apart(net, [images], QUICK)
     ranking = rank_layers(quantized, images)
     assert {layer.name for layer in ranking} == set(quantized.integers())
     assert [layer.gain for layer in ranking] == sorted((layer.gain for layer in ranking), reverse=True)
@@ -30,7 +32,7 @@ def test_the_ranking_holds_every_layer_once_by_error_per_mac() -> None:
 def test_a_layer_by_itself_errs_less_than_the_net() -> None:
     """Each is quantized as if the others were float; were it to make up for their error, alone it would err more."""
     net, images = fused_net(), draw_images(64)
-    ranking = rank_layers(quantize(net, [images], QUICK, chained=False), images)
+    ranking = rank_layers(quantize_apart(net, [images], QUICK), images)
     whole = lead_at_risk(net(images), quantize(net, [images], QUICK)(images))
     assert max(layer.error for layer in ranking) < whole
 
@@ -48,7 +50,7 @@ def test_the_lead_at_risk_is_that_of_the_doubtful_images() -> None:
 
 def test_a_layer_with_a_bad_scale_has_the_largest_error() -> None:
     net, images = fused_net(), draw_images(64)
-    quantized = quantize(net, [images], QUICK, chained=False)
+    quantized = quantize_apart(net, [images], QUICK)
     name = "stages.2.1"
     layer = quantized.integer_layer(name)
     assert layer is not None
@@ -64,7 +66,7 @@ def test_layers_are_taken_until_the_share_is_used_up() -> None:
 
 
 def test_a_limit_that_int8_keeps_leaves_nothing_float() -> None:
-    found = quantize_within(fused_net(), [draw_images(32)], QUICK, lambda _: 0.1, 0.5)
+    found = quantize_within(fused_net(), [draw_images(32)], QUICK, DropLimit(lambda _: 0.1, 0.5))
     assert found.kept_float == ()
     assert found.macs_share == 0.0
 
@@ -77,7 +79,7 @@ def test_the_smallest_set_within_the_limit_is_kept_float() -> None:
         return -signal_to_noise_db(exact, candidate(images))
 
     everything = noise(quantize(net, [images], QUICK))
-    found = quantize_within(net, [images], QUICK, noise, everything - 2.0)
+    found = quantize_within(net, [images], QUICK, DropLimit(noise, everything - 2.0))
     assert found.drop <= everything - 2.0
     assert 0 < len(found.kept_float) < len(found.net.integers()) + len(found.kept_float)
     assert found.net.float_layers() == tuple(n for n in _order(found.net) if n in found.kept_float)
@@ -93,7 +95,7 @@ def test_layers_that_stay_float_do_so_in_every_candidate() -> None:
         return 1.0
 
     named = ("stages.2.1", "stages.1.0", "stages.2.1")
-    found = quantize_within(fused_net(), [draw_images(32)], QUICK, never_enough, 0.5, keep_float=named)
+    found = quantize_within(fused_net(), [draw_images(32)], QUICK, DropLimit(never_enough, 0.5), keep_float=named)
     assert len(seen) > 3
     assert all({*named} <= {*layers} for layers in seen)
     assert len(found.kept_float) == len({*found.kept_float})
