@@ -24,7 +24,6 @@ from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.nets.baselines import find_baseline, fold_batch_norms
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
-from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.seeding import seeded_baseline, seeded_inputs, seeded_repvgg
 from repvgg_deploy.runtime.model import is_engine, is_onnx
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, OnnxRunner, import_onnxruntime
@@ -137,7 +136,7 @@ def _find_net(entry: Entry) -> NamedNet:
         name, net = card.name, seeded_repvgg(card)
         size, top1 = entry.size or card.preprocessing.height, card.published.top1
     if entry.form == "deploy":
-        net = cast(RepVGG, fuse(net, torch.float32))
+        net = fuse(net, torch.float32)
     elif net.spec.form == "deploy":
         raise DeployError(f"{entry.model} is fused already, its training form is gone", "leave --form out")
     return NamedNet(name, net, size, top1)

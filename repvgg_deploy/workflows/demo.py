@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -26,7 +26,6 @@ from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
-from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.model import Model, open_model
@@ -120,7 +119,7 @@ def _make_forms(
     checkpoint = load_checkpoint(path)
     preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
     net = build(checkpoint)
-    fused = cast(RepVGG, fuse(net))
+    fused = fuse(net)
 
     def model(runner: Runner, source: Path) -> Model:
         return Model(source, runner, preprocessing, checkpoint.class_names, checkpoint.spec.classes)

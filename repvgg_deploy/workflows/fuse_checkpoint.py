@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -17,7 +16,6 @@ from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
-from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.verification.inputs import choose_small_pixels
 from repvgg_deploy.verification.parity import compare, require_parity
 from repvgg_deploy.verification.reference import run_fused, run_in_float64
@@ -66,7 +64,7 @@ def write_fused(
     checkpoint = load_checkpoint(source, arch, ema, bn_eps)
     chosen = layout or ("timm" if checkpoint.layout == "timm" else "official")
     net = build(checkpoint)
-    fused = cast(RepVGG, fuse(net, torch.float32))
+    fused = fuse(net, torch.float32)
     preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
     images = normalize(choose_small_pixels(checkpoint.spec, preprocessing), preprocessing)
     reference = run_in_float64(net, images)
