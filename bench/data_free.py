@@ -162,7 +162,7 @@ def run_plot(arguments: argparse.Namespace) -> None:
 def load_both(path: Path) -> tuple[RepVGG, RepVGG]:
     """The training form of a checkpoint and its fused float32 net."""
     net = build(load_checkpoint(path))
-    return net, cast(RepVGG, fuse(net, torch.float32)).eval().requires_grad_(False)
+    return net, fuse(net, torch.float32).eval().requires_grad_(False)
 
 
 def draw_noise(count: int) -> list[Floats]:
