@@ -25,12 +25,16 @@ if TYPE_CHECKING:
     from repvgg_deploy.quantization.recipe import load_recipe as load_recipe
     from repvgg_deploy.runtime.model import Model as Model
     from repvgg_deploy.runtime.model import open_model as open_model
+    from repvgg_deploy.serving.predictor import Prediction as Prediction
+    from repvgg_deploy.serving.predictor import PredictOptions as PredictOptions
+    from repvgg_deploy.serving.predictor import Predictor as Predictor
     from repvgg_deploy.verification.models import verify_models as verify_models
     from repvgg_deploy.workflows.evaluate import evaluate as evaluate
     from repvgg_deploy.workflows.export import export as export
     from repvgg_deploy.workflows.export_request import ExportRequest as ExportRequest
     from repvgg_deploy.workflows.export_request import ExportResult as ExportResult
     from repvgg_deploy.workflows.export_request import Int8Request as Int8Request
+    from repvgg_deploy.workflows.predict import predict as predict
 
 __version__ = "0.1.0"
 
@@ -42,6 +46,9 @@ _HOMES = {
     "Int8Request": "workflows.export_request",
     "Model": "runtime.model",
     "Precision": "artifacts",
+    "PredictOptions": "serving.predictor",
+    "Prediction": "serving.predictor",
+    "Predictor": "serving.predictor",
     "Preprocessing": "artifacts",
     "QuantizedNet": "quantization.net",
     "build": "checkpoints.loading",
@@ -53,6 +60,7 @@ _HOMES = {
     "load_engine": "engine.runner",
     "load_recipe": "quantization.recipe",
     "open_model": "runtime.model",
+    "predict": "workflows.predict",
     "quantize": "quantization.quantize",
     "run_benchmark": "benchmark.run",
     "verify_models": "verification.models",

@@ -13,6 +13,7 @@ VERSIONS = {
     "export": 1,
     "fuse": 1,
     "inspect": 1,
+    "predict": 1,
     "profile": 1,
     "refit": 1,
     "report": 1,

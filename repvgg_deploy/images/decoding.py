@@ -61,14 +61,18 @@ def decode_image(source: ImageSource | bytes, options: DecodingOptions = _DEFAUL
         return _decode(image, name)
 
 
-def read_pixels(
-    source: ImageSource | bytes, preprocessing: Preprocessing, options: DecodingOptions = _DEFAULTS
-) -> Pixels:
-    """The cropped image of a file, uint8 (H, W, 3).
+ImageData = ImageSource | bytes | Pixels
+"""An image file, its bytes, or pixels (H, W), (H, W, 1) or (H, W, 3)."""
+
+
+def read_pixels(source: ImageData, preprocessing: Preprocessing, options: DecodingOptions = _DEFAULTS) -> Pixels:
+    """The cropped image, uint8 (H, W, 3).
 
     Raises:
-        ImageError: as `decode_image`.
+        ImageError: as `decode_image`, or pixels have another type or shape.
     """
+    if isinstance(source, np.ndarray):
+        return _crop_array(source, preprocessing, options)
     data, name = _read(source, options)
     with _open(data, name, options) as image:
         if options.decoder == "auto":
@@ -77,6 +81,20 @@ def read_pixels(
                 if decoded is not None:
                     return crop_pixels(decoded, preprocessing)
         return np.asarray(crop_image(_decode(image, name), preprocessing), dtype=np.uint8)
+
+
+def _crop_array(pixels: Pixels, preprocessing: Preprocessing, options: DecodingOptions) -> Pixels:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
+        raise ImageError(
+            f"pixels of shape {pixels.shape} and type {pixels.dtype} are no image",
+            "give uint8 of shape height, width, 3",
+        )
+    rgb: Pixels = np.array(pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2))
+    if options.library == "simplejpeg":
+        return crop_pixels(rgb, preprocessing)
+    return np.asarray(crop_image(Image.fromarray(rgb), preprocessing), dtype=np.uint8)
 
 
 def _read(source: ImageSource | bytes, options: DecodingOptions) -> tuple[bytes, str]:

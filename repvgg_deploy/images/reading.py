@@ -14,7 +14,7 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
-from repvgg_deploy.images.decoding import DecodingOptions, Pixels, read_pixels
+from repvgg_deploy.images.decoding import DecodingOptions, ImageData, Pixels, read_pixels
 from repvgg_deploy.images.sources import ImageSource
 from repvgg_deploy.threads import start_workers
 
@@ -55,7 +55,7 @@ def read_batches(
 
 
 def decode_ahead(
-    sources: Iterable[ImageSource | bytes],
+    sources: Iterable[ImageData],
     preprocessing: Preprocessing,
     ahead: int,
     options: DecodingOptions | None = None,
@@ -67,7 +67,7 @@ def decode_ahead(
     """
     options = options or DecodingOptions()
 
-    def decode(source: ImageSource | bytes) -> Pixels | ImageError:
+    def decode(source: ImageData) -> Pixels | ImageError:
         try:
             return read_pixels(source, preprocessing, options)
         except ImageError as error:

@@ -1,0 +1,248 @@
+"""Files of predictions that appear when they are whole, and the journal that an interrupted run goes on from."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files import stage_files
+from repvgg_deploy.serving.tables import as_text, import_pyarrow, make_table, prediction_schema
+
+Row = Mapping[str, Any]
+_ROW_GROUP = 4096
+
+
+def encode_row(row: Row) -> bytes:
+    """A row as a line of JSON Lines; a file's name that is not UTF-8 has escapes for what is not."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+class Journal:
+    """The finished rows of a run, one JSON object per line, in `FILE.partial` until FILE is whole.
+
+    Its first line says what the run is; each row is written by one call after its batch is finished. A line that a
+    killed process left half-written is removed when the journal is opened again.
+    """
+
+    def __init__(self, output: Path, identity: Mapping[str, Any], resume: bool) -> None:
+        """Open the journal of `output`: with `resume` as it is, else empty.
+
+        Raises:
+            DeployError: it cannot be written, belongs to another model or to other options, or is in use.
+        """
+        self.path = output.with_name(f"{output.name}.partial")
+        self._places: dict[str, tuple[int, int]] = {}
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise DeployError(f"cannot write {self.path}: {error.strerror}", "choose another -o") from error
+        self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
+        try:
+            self._lock()
+            header = encode_row({"run": dict(identity)})
+            if resume:
+                self._recover(header)
+            else:
+                self._file.truncate(0)
+            if self._file.seek(0, os.SEEK_END) == 0:
+                self._write(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DeployError(f"another process is writing {self.path}", "wait for it, or choose another -o") from error
+
+    def _recover(self, header: bytes) -> None:
+        """Find the whole rows, and cut off what is behind the last of them."""
+        with self.path.open("rb") as file:
+            first = file.readline()
+            if first and first != header and first.endswith(b"\n"):
+                raise DeployError(
+                    f"{self.path} is of another model or of other options",
+                    "leave --resume out to begin anew, or choose another -o",
+                )
+            end = len(first) if first == header else 0
+            for line in file if end else ():
+                if (name := _name_of(line)) is None:
+                    break
+                self._places.setdefault(name, (end, len(line)))
+                end += len(line)
+        self._file.truncate(end)
+
+    @property
+    def done(self) -> int:
+        """How many rows there are."""
+        return len(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows whose names are not there yet.
+
+        Raises:
+            DeployError: the disk is full, or failed.
+        """
+        place, parts = self._file.seek(0, os.SEEK_END), []
+        for row in rows:
+            if row["path"] in self._places:
+                continue
+            line = encode_row(row)
+            self._places[row["path"]] = (place, len(line))
+            place += len(line)
+            parts.append(line)
+        self._write(b"".join(parts))
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise DeployError(
+                f"cannot write {self.path}: {error.strerror}", "free some space and go on with --resume"
+            ) from error
+
+    def lines(self, names: Iterable[str]) -> Iterator[bytes]:
+        """The rows of `names`, in their order."""
+        with self.path.open("rb") as file:
+            for name in names:
+                place, size = self._places[name]
+                file.seek(place)
+                yield file.read(size)
+
+    def close(self) -> None:
+        """Release the journal, for another run to go on from."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Delete the journal: its rows are in the output."""
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+        self._file.close()
+
+
+def _name_of(line: bytes) -> str | None:
+    """The name in a whole row; None for anything else."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    name = row.get("path") if isinstance(row, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def write_predictions(output: Path, lines: Callable[[], Iterator[bytes]]) -> None:
+    """Write rows, given as lines of JSON, in the format that the ending of `output` says; all of them or nothing.
+
+    Raises:
+        DeployError: the folder cannot be written to, or pyarrow is missing.
+    """
+    with stage_files(output.parent) as staging:
+        _WRITERS[output.suffix.lower()](staging / output.name, lines)
+
+
+def check_format(output: Path) -> None:
+    """Raise DeployError if the ending of `output` is not that of a format that can be written here."""
+    if output.suffix.lower() not in _WRITERS:
+        raise DeployError(f"{output} has no known ending", f"one of {', '.join(_WRITERS)}")
+    if output.suffix.lower() == ".parquet":
+        import_pyarrow()
+    if output.is_dir():
+        raise DeployError(f"{output} is a directory, so no file can take its place", "choose another -o")
+
+
+def _write_jsonl(path: Path, lines: Callable[[], Iterator[bytes]]) -> None:
+    with path.open("wb") as file:
+        file.writelines(lines())
+
+
+def _write_csv(path: Path, lines: Callable[[], Iterator[bytes]]) -> None:
+    columns = _csv_columns(lines())
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", *(f"{column}_{number}" for column, number in columns), "error"])
+        for line in lines():
+            row = json.loads(line)
+            cells = (_cell(row, column, number) for column, number in columns)
+            writer.writerow([row["path"], *cells, row.get("error", "")])
+
+
+def _cell(row: Row, column: str, number: int) -> Any:
+    values = row.get(_PLURALS[column])
+    return values[number - _FIRST[column]] if values else ""
+
+
+_PLURALS = {"class": "classes", "name": "names", "score": "scores", "logit": "logits", "feature": "features"}
+# Ranks count from 1; logits and features are numbered as the model does.
+_FIRST = {"class": 1, "name": 1, "score": 1, "logit": 0, "feature": 0}
+
+
+def _csv_columns(lines: Iterator[bytes]) -> list[tuple[str, int]]:
+    """The columns by the first row that has no error: `class_1 name_1 score_1 class_2 …`, then logits or features."""
+    first: Row = next((row for line in lines if "error" not in (row := json.loads(line))), {})
+    ranked = [column for column in ("class", "name", "score") if first.get(_PLURALS[column])]
+    count = len(first.get("classes") or ())
+    columns = [(column, rank) for rank in range(1, count + 1) for column in ranked]
+    for column in ("logit", "feature"):
+        columns += [(column, index) for index in range(len(first.get(_PLURALS[column]) or ()))]
+    return columns
+
+
+def _write_parquet(path: Path, lines: Callable[[], Iterator[bytes]]) -> None:
+    arrow = import_pyarrow()
+    rows = map(json.loads, lines())
+    with arrow.parquet.ParquetWriter(path, prediction_schema()) as writer:
+        while group := list(islice(rows, _ROW_GROUP)):
+            writer.write_table(make_table(group))
+
+
+_WRITERS: dict[str, Callable[[Path, Callable[[], Iterator[bytes]]], None]] = {
+    ".jsonl": _write_jsonl,
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}
+
+
+def count_errors(output: Path, names: Sequence[str]) -> int | None:
+    """How many rows of `output` have an error; None unless it is there, with a row for each of `names`, in order.
+
+    Raises:
+        DeployError: the file is damaged.
+    """
+    if not output.is_file():
+        return None
+    try:
+        rows = list(_read_back(output))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DeployError(f"{output} cannot be read ({error})", "leave --resume out to write it anew") from error
+    if [as_text(name) for name, _ in rows] != list(map(as_text, names)):
+        return None
+    return sum(broken for _, broken in rows)
+
+
+def _read_back(output: Path) -> Iterator[tuple[str, bool]]:
+    """The name in each row, and whether it has an error."""
+    ending = output.suffix.lower()
+    if ending == ".parquet":
+        table = import_pyarrow().parquet.read_table(output, columns=["path", "error"])
+        yield from ((row["path"], row["error"] is not None) for row in table.to_pylist())
+        return
+    with output.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file) if ending == ".csv" else map(json.loads, file):
+            yield row["path"], bool(row.get("error"))
