@@ -95,13 +95,13 @@ def _time_stages(model: Model, sample: list[ImageSource], batch: int, seconds: f
             "prepare": _rate(prepare, len(pixels), seconds),
         }
     runner: Any = model.runner
-    if not hasattr(runner, "batch_lanes"):
+    if not hasattr(runner, "batch_streams"):
         return {**stages, "inference": _rate(lambda: model.run_images(inputs), len(pixels), seconds)}
-    lane = runner.batch_lanes(inputs)[0]
+    stream = runner.batch_streams(inputs)[0]
     return {
         **stages,
-        "transfer": _rate(lambda: (lane.upload(), lane.synchronize()), len(pixels), seconds),
-        "inference": _rate(lambda: (lane.enqueue(), lane.synchronize()), len(pixels), seconds),
+        "transfer": _rate(lambda: (stream.upload(), stream.synchronize()), len(pixels), seconds),
+        "inference": _rate(lambda: (stream.enqueue(), stream.synchronize()), len(pixels), seconds),
     }
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from repvgg_deploy.benchmark.roofline import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.nets.seeding import seeded_inputs
 from repvgg_deploy.runtime.model import is_onnx
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, OnnxRunner, import_onnxruntime
@@ -114,14 +114,14 @@ def profile_engine(path: Path, batch: int, seconds: float = 3.0) -> Profile:
     try:
         shape = (batch, *runner.input.shape[1:])
         images = seeded_inputs(shape, np.dtype(runner.input.dtype))
-        lane = runner.batch_lanes(images)[0]
+        stream = runner.batch_streams(images)[0]
         times: LayerTimes = defaultdict(list)
         # The context calls it back after every run; it must live as long.
-        runner.lanes[0].context.profiler = profiler = make_layer_profiler(loaded.backend.module, times)
+        runner.streams[0].context.profiler = profiler = make_layer_profiler(loaded.backend.module, times)
         warmup, runs, end = 2, 0, time.perf_counter() + seconds
         while runs < 5 + warmup or time.perf_counter() < end:
-            lane.enqueue()
-            lane.synchronize()
+            stream.enqueue()
+            stream.synchronize()
             runs += 1
         del profiler
     finally:

@@ -64,7 +64,7 @@ class Label:
         return self.backend, self.precision, self.mode, self.batch, self.size
 
 
-class Subject(Protocol):
+class Workload(Protocol):
     """A model that is ready to be timed with one batch size."""
 
     @property
@@ -84,14 +84,14 @@ class MeasureOptions:
     """How long is measured.
 
     Attributes:
-        warmup_s: of each subject, before anything counts.
-        min_iterations, min_duration_s, min_rounds: floors; a subject's measurement ends when it has passed all.
-        slice_s: one subject's turn, after which the next has its own; at least one query.
-        pause_s: between two turns, where there are several subjects that compute on the CPU: threads of the subject
+        warmup_s: of each workload, before anything counts.
+        min_iterations, min_duration_s, min_rounds: floors; a workload's measurement ends when it has passed all.
+        slice_s: one workload's turn, after which the next has its own; at least one query.
+        pause_s: between two turns, where there are several workloads that compute on the CPU: threads of the workload
             before (ONNX Runtime's, and OpenMP's) wait for work by spinning, for some 50 ms, and would take a core from
             this one. A GPU gets no pause: it would cool, and its clocks would be higher than under steady load.
         settle_s: queries shorter than this are run, and dropped, for so long at the begin of each turn: the caches
-            hold what the subject before has used.
+            hold what the workload before has used.
     """
 
     warmup_s: float = 0.2
@@ -105,7 +105,7 @@ class MeasureOptions:
 
 @dataclass(frozen=True)
 class Slice:
-    """One subject's turn: the queries that were run one after another, or side by side on several streams."""
+    """One workload's turn: the queries that were run one after another, or side by side on several streams."""
 
     queries: tuple[Query, ...]
 
@@ -117,7 +117,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All that was seen of one subject, a slice a round."""
+    """All that was seen of one workload, a slice a round."""
 
     label: Label
     slices: tuple[Slice, ...] = field(repr=False)
@@ -129,7 +129,7 @@ class Measurement:
 
     @property
     def duration_s(self) -> float:
-        """Seconds that were measured, without those of other subjects."""
+        """Seconds that were measured, without those of other workloads."""
         return sum(part.seconds for part in self.slices)
 
     @property
@@ -178,17 +178,17 @@ class Measurement:
 
 
 def measure(
-    subjects: Sequence[Subject],
+    workloads: Sequence[Workload],
     options: MeasureOptions | None = None,
     progress: Progress = SILENT,
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
     watch: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
-    """Measure all subjects side by side: A B C A B C …, one slice each, until every one has passed all floors.
+    """Measure all workloads side by side: A B C A B C …, one slice each, until every one has passed all floors.
 
     Args:
-        subjects: each has its own warm-up first.
+        workloads: each has its own warm-up first.
         options: see `MeasureOptions`.
         progress: gets the step `measuring`.
         clock: see `Clock`; of the warm-up only, the queries bring their own times.
@@ -196,31 +196,31 @@ def measure(
         watch: called after every round, when the machine has just been at work.
     """
     options = options or MeasureOptions()
-    pauses = len(subjects) > 1 and options.pause_s > 0 and any(subject.spins for subject in subjects)
-    query_s = [_warm_up(subject, options.warmup_s, clock) for subject in subjects]
+    pauses = len(workloads) > 1 and options.pause_s > 0 and any(workload.spins for workload in workloads)
+    query_s = [_warm_up(workload, options.warmup_s, clock) for workload in workloads]
     counts = [max(1, round(options.slice_s / seconds)) if seconds > 0 else 1 for seconds in query_s]
     settling = [math.ceil(options.settle_s / s) if 0 < s < options.settle_s else 0 for s in query_s]
-    slices: list[list[Slice]] = [[] for _ in subjects]
+    slices: list[list[Slice]] = [[] for _ in workloads]
     done = 0.0
     while done < 1.0:
-        for subject, count, dropped, taken in zip(subjects, counts, settling, slices, strict=True):
+        for workload, count, dropped, taken in zip(workloads, counts, settling, slices, strict=True):
             if pauses:
                 sleep(options.pause_s)
             if dropped:
-                subject.run(dropped)
-            taken.append(Slice(tuple(subject.run(count))))
+                workload.run(dropped)
+            taken.append(Slice(tuple(workload.run(count))))
         watch()
         done = min((_share_done(taken, options) for taken in slices), default=1.0)
         progress.step("measuring", min(done, 1.0), 1.0)
-    return [Measurement(s.label, tuple(taken)) for s, taken in zip(subjects, slices, strict=True)]
+    return [Measurement(s.label, tuple(taken)) for s, taken in zip(workloads, slices, strict=True)]
 
 
-def _warm_up(subject: Subject, seconds: float, clock: Clock) -> float:
-    """Run the subject for so long, at least twice; the seconds that one query takes when it is warm."""
+def _warm_up(workload: Workload, seconds: float, clock: Clock) -> float:
+    """Run the workload for so long, at least twice; the seconds that one query takes when it is warm."""
     start, queries = clock(), 1
-    subject.run(1)
+    workload.run(1)
     while True:
-        took = Slice(tuple(subject.run(queries))).seconds
+        took = Slice(tuple(workload.run(queries))).seconds
         if clock() - start >= seconds:
             return took / queries
         queries = min(2 * queries, max(1, int(queries * seconds / 4 / took))) if took > 0 else 2 * queries

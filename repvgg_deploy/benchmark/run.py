@@ -1,4 +1,4 @@
-"""The story of a benchmark: entries are opened, measured side by side batch by batch, compared, and recorded."""
+"""The story of a benchmark: cases are opened, measured side by side batch by batch, compared, and recorded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from repvgg_deploy.benchmark.cases import Contestant, Entry, open_entry
+from repvgg_deploy.benchmark.cases import Case, OpenedCase
 from repvgg_deploy.benchmark.measure import Label, Measurement, MeasureOptions, measure
+from repvgg_deploy.benchmark.opening import open_case
 from repvgg_deploy.benchmark.record import (
     SCHEMA_NAME,
     SCHEMA_VERSION,
@@ -20,35 +21,36 @@ from repvgg_deploy.benchmark.record import (
     describe_measurement,
     describe_ratio,
 )
-from repvgg_deploy.benchmark.roofline import ELEMENT_BYTES, Ceiling, RooflinePoint, measure_ceiling
+from repvgg_deploy.benchmark.roofline import Ceiling, RooflinePoint, measure_ceiling
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.graphs.cost import ELEMENT_BYTES
 from repvgg_deploy.hardware.machine import GpuLoad, describe_identity, finish_machine, record_machine
 from repvgg_deploy.nets.baselines import require_baseline
 from repvgg_deploy.progress import SILENT, Progress
 
 
 class OpenAll(Protocol):
-    """Opens entries that are not open yet; those of `baseline` stay open beside them."""
+    """Opens cases that are not open yet; those of `baseline` stay open beside them."""
 
-    def __call__(self, entries: Sequence[Entry], baseline: str | None = None) -> list[Contestant]:
-        """The contestants in the order of the entries."""
+    def __call__(self, cases: Sequence[Case], baseline: str | None = None) -> list[OpenedCase]:
+        """The opened cases in the order of the cases."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is measured side by side: entries at one batch size, and the baseline that each is compared with."""
+    """What is measured side by side: cases at one batch size, and the baseline that each is compared with."""
 
     key: str
-    entries: tuple[Entry, ...]
+    cases: tuple[Case, ...]
     batch: int
     baseline: str | None = None
 
-    def all_entries(self) -> tuple[Entry, ...]:
-        """The entries with the baseline: once for each way in which one of them runs."""
+    def all_cases(self) -> tuple[Case, ...]:
+        """The cases with the baseline: once for each way in which one of them runs."""
         if self.baseline is None:
-            return self.entries
-        twins = [replace(entry, model=self.baseline, form="deploy") for entry in self.entries]
-        return tuple(dict.fromkeys((*self.entries, *twins)))
+            return self.cases
+        twins = [replace(case, model=self.baseline, form="deploy") for case in self.cases]
+        return tuple(dict.fromkeys((*self.cases, *twins)))
 
 
 @dataclass(frozen=True)
@@ -87,27 +89,27 @@ def run_benchmark(
     done = {result["group"] for result in record["results"]}
     ceilings = {key: Ceiling(**values) for key, values in record["ceilings"].items()}
     load = GpuLoad()
-    with _opened_contestants(progress) as open_all:
+    with _open_cases(progress) as open_all:
         for number, group in enumerate(request.groups, 1):
             if group.key in done:
                 progress.note(f"{group.key}: measured before")
                 continue
-            contestants = open_all(_with_precisions(group, open_all))
+            opened_cases = open_all(_with_precisions(group, open_all))
             progress.note(
-                f"[{number}/{len(request.groups)}] {group.key}: {len(contestants)} models at batch {group.batch}"
+                f"[{number}/{len(request.groups)}] {group.key}: {len(opened_cases)} models at batch {group.batch}"
             )
-            subjects = [contestant.at_batch(group.batch) for contestant in contestants]
+            workloads = [opened_case.at_batch(group.batch) for opened_case in opened_cases]
             # Before and after: a ceiling that was measured in a slow moment of the machine would be none.
             if request.roofline:
-                _raise_ceilings(ceilings, contestants, progress)
+                _raise_ceilings(ceilings, opened_cases, progress)
             load.clear()
-            measurements = measure(subjects, request.options, progress, watch=load.read)
+            measurements = measure(workloads, request.options, progress, watch=load.read)
             if request.roofline:
-                _raise_ceilings(ceilings, contestants, progress)
+                _raise_ceilings(ceilings, opened_cases, progress)
             # Before the next group takes memory of its own.
-            del subjects
-            record = _add_group(record, group, contestants, measurements, ceilings, load.summary())
-            del contestants
+            del workloads
+            record = _add_group(record, group, opened_cases, measurements, ceilings, load.summary())
+            del opened_cases
             save(record)
     return check_record(record)
 
@@ -150,64 +152,64 @@ def _method(request: BenchRequest) -> dict[str, Any]:
     return asdict(request.options)
 
 
-def _with_precisions(group: Group, open_all: OpenAll) -> tuple[Entry, ...]:
-    """All entries of the group; the baseline's are run as the models turn out to run once they are open."""
+def _with_precisions(group: Group, open_all: OpenAll) -> tuple[Case, ...]:
+    """All cases of the group; the baseline's are run as the models turn out to run once they are open."""
     if group.baseline is None:
-        return group.entries
+        return group.cases
     known = []
-    for entry, contestant in zip(group.entries, open_all(group.entries, group.baseline), strict=True):
-        label = contestant.label
+    for case, opened_case in zip(group.cases, open_all(group.cases, group.baseline), strict=True):
+        label = opened_case.label
         if label.precision == "unknown":
             raise DeployError(
-                f"{entry.model} does not say its precision, so no baseline can have the same",
+                f"{case.model} does not say its precision, so no baseline can have the same",
                 "give --precision, or leave --baseline out",
             )
-        how = replace(entry, backend=label.backend, precision=label.precision, build=contestant.build)
-        known.append(replace(how, size=_square(entry, label)))
-    twins = replace(group, entries=tuple(known)).all_entries()[len(dict.fromkeys(known)) :]
-    return (*group.entries, *(twin for twin in twins if twin not in known))
+        how = replace(case, backend=label.backend, precision=label.precision, build=opened_case.build)
+        known.append(replace(how, size=_square(case, label)))
+    twins = replace(group, cases=tuple(known)).all_cases()[len(dict.fromkeys(known)) :]
+    return (*group.cases, *(twin for twin in twins if twin not in known))
 
 
-def _square(entry: Entry, label: Label) -> int | None:
-    """The size at which a baseline runs like `entry`."""
+def _square(case: Case, label: Label) -> int | None:
+    """The size at which a baseline runs like `case`."""
     if label.size is None or label.size[0] == label.size[1]:
         return None if label.size is None else label.size[0]
     raise DeployError(
-        f"{entry.model} takes {label.size[0]}x{label.size[1]} pixels, and the baselines take squares",
+        f"{case.model} takes {label.size[0]}x{label.size[1]} pixels, and the baselines take squares",
         "leave --baseline out",
     )
 
 
 @contextmanager
-def _opened_contestants(progress: Progress) -> Iterator[OpenAll]:
-    """A function that opens entries, and closes those that are not asked for again, but for their baseline."""
-    opened: dict[Entry, Contestant] = {}
+def _open_cases(progress: Progress) -> Iterator[OpenAll]:
+    """A function that opens cases, and closes those that are not asked for again, but for their baseline."""
+    opened: dict[Case, OpenedCase] = {}
     with tempfile.TemporaryDirectory(prefix="repvgg-deploy-bench-") as folder:
 
-        def open_all(entries: Sequence[Entry], baseline: str | None = None) -> list[Contestant]:
-            for entry in [entry for entry in opened if entry not in entries and entry.model != baseline]:
-                opened.pop(entry).close()
-            for entry in entries:
-                if entry not in opened:
-                    how = (entry.precision, entry.backend, f"{entry.size} px" if entry.size else None)
-                    progress.note(" ".join(("opening", entry.model, entry.form, *filter(None, how))))
-                    opened[entry] = open_entry(entry, Path(folder))
-            return [opened[entry] for entry in entries]
+        def open_all(cases: Sequence[Case], baseline: str | None = None) -> list[OpenedCase]:
+            for case in [case for case in opened if case not in cases and case.model != baseline]:
+                opened.pop(case).close()
+            for case in cases:
+                if case not in opened:
+                    how = (case.precision, case.backend, f"{case.size} px" if case.size else None)
+                    progress.note(" ".join(("opening", case.model, case.form, *filter(None, how))))
+                    opened[case] = open_case(case, Path(folder))
+            return [opened[case] for case in cases]
 
         try:
             yield open_all
         finally:
-            for contestant in opened.values():
-                contestant.close()
+            for opened_case in opened.values():
+                opened_case.close()
 
 
-def _device(contestant: Contestant) -> str:
-    return "cpu" if contestant.label.backend.endswith("-cpu") else "cuda"
+def _device(opened_case: OpenedCase) -> str:
+    return "cpu" if opened_case.label.backend.endswith("-cpu") else "cuda"
 
 
-def _raise_ceilings(ceilings: dict[str, Ceiling], contestants: Sequence[Contestant], progress: Progress) -> None:
+def _raise_ceilings(ceilings: dict[str, Ceiling], opened_cases: Sequence[OpenedCase], progress: Progress) -> None:
     """Measure the ceiling of every precision once more, and keep the best that was seen."""
-    labels = [(contestant.label.precision, _device(contestant)) for contestant in contestants]
+    labels = [(opened_case.label.precision, _device(opened_case)) for opened_case in opened_cases]
     for precision, device in dict.fromkeys(label for label in labels if label[0] in ELEMENT_BYTES):
         progress.note(f"measuring the ceiling of {device} {precision}")
         found, key = measure_ceiling(precision, device), f"{device} {precision}"
@@ -217,20 +219,20 @@ def _raise_ceilings(ceilings: dict[str, Ceiling], contestants: Sequence[Contesta
 def _add_group(
     record: Record,
     group: Group,
-    contestants: Sequence[Contestant],
+    opened_cases: Sequence[OpenedCase],
     measurements: Sequence[Measurement],
     ceilings: dict[str, Ceiling],
     load: list[dict[str, Any]],
 ) -> Record:
     results: list[Record] = []
     ratios: list[Record] = []
-    for contestant, measurement in zip(contestants, measurements, strict=True):
-        point = _roofline(contestant, measurement, ceilings)
-        results.append(describe_measurement(measurement, group.key, contestant.parameters, contestant.top1, point))
+    for opened_case, measurement in zip(opened_cases, measurements, strict=True):
+        point = _roofline(opened_case, measurement, ceilings)
+        results.append(describe_measurement(measurement, group.key, opened_case.parameters, opened_case.top1, point))
         ratios += [
             describe_ratio(measurement, other, measurement.ratio_to(other), group.key)
-            for theirs, other in zip(contestants, measurements, strict=True)
-            if theirs.build == contestant.build and _is_baseline(group, measurement, other)
+            for theirs, other in zip(opened_cases, measurements, strict=True)
+            if theirs.build == opened_case.build and _is_baseline(group, measurement, other)
         ]
     return {
         **record,
@@ -252,10 +254,10 @@ def _is_baseline(group: Group, measurement: Measurement, other: Measurement) -> 
 
 
 def _roofline(
-    contestant: Contestant, measurement: Measurement, ceilings: dict[str, Ceiling]
+    opened_case: OpenedCase, measurement: Measurement, ceilings: dict[str, Ceiling]
 ) -> dict[str, float | str] | None:
-    ceiling = ceilings.get(f"{_device(contestant)} {contestant.label.precision}")
-    if ceiling is None or contestant.cost is None:
+    ceiling = ceilings.get(f"{_device(opened_case)} {opened_case.label.precision}")
+    if ceiling is None or opened_case.cost is None:
         return None
     seconds = measurement.compute.p50 / 1e3
-    return RooflinePoint.of(contestant.cost(measurement.label.batch), seconds, ceiling).to_dict()
+    return RooflinePoint.of(opened_case.cost(measurement.label.batch), seconds, ceiling).to_dict()

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy.benchmark.cases import Entry
+from repvgg_deploy.benchmark.cases import Case
 from repvgg_deploy.benchmark.measure import MeasureOptions
 from repvgg_deploy.benchmark.names import BACKENDS
 from repvgg_deploy.benchmark.run import BenchRequest, Group
@@ -28,7 +28,7 @@ def load_suite(path: Path) -> BenchRequest:
 
     A file has a `name`, the table `measure` (see `MeasureOptions`), `threads`, `roofline`, and any number of
     `[[group]]`: every combination of its `models`, `backends`, `precisions`, `forms`, `modes` and `channels_last` is
-    an entry. With `together = "all"` (the default) all entries of one batch size are measured side by side, with
+    a case. With `together = "all"` (the default) all cases of one batch size are measured side by side, with
     `"model"` only those of one model.
 
     Raises:
@@ -67,11 +67,11 @@ def _read_groups(table: dict[str, Any], threads: int, path: Path) -> Iterator[Gr
             raise DeployError(f"{path}: no backend is called {backend!r}", f"one of: {', '.join(BACKENDS)}")
     sets = [[model] for model in table["models"]] if together == "model" else [table["models"]]
     for models, batch in itertools.product(sets, table.get("batches", [1])):
-        entries = tuple(_entries(table, models, threads))
-        yield Group(_key(table, models, batch, threads), entries, batch, table.get("baseline"))
+        cases = tuple(_cases(table, models, threads))
+        yield Group(_key(table, models, batch, threads), cases, batch, table.get("baseline"))
 
 
-def _entries(table: dict[str, Any], models: list[str], threads: int) -> Iterator[Entry]:
+def _cases(table: dict[str, Any], models: list[str], threads: int) -> Iterator[Case]:
     for model, backend, precision, form, mode, channels_last in itertools.product(
         models,
         table.get("backends", ["onnxruntime-cpu"]),
@@ -80,7 +80,7 @@ def _entries(table: dict[str, Any], models: list[str], threads: int) -> Iterator
         table.get("modes", ["eager"]),
         table.get("channels_last", [False]),
     ):
-        yield Entry(
+        yield Case(
             model=model,
             backend=backend,
             precision=precision,

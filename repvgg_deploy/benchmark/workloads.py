@@ -1,4 +1,4 @@
-"""Models as the subjects of a measurement: blocking calls on a CPU, streams with events on a GPU."""
+"""Models as the workloads of a measurement: blocking calls on a CPU, streams with events on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IN_FLIGHT = 2
 """Queries on a stream at a time, as trtexec has them: one that runs, and the next."""
 
 
-class BlockingSubject:
+class BlockingWorkload:
     """A call that returns when the batch is done; what it takes is compute and latency alike."""
 
     spins = True
@@ -32,7 +32,7 @@ class BlockingSubject:
         return [Query(start, end, 1e3 * (end - start)) for start, end in times]
 
 
-class StreamLane(Protocol):
+class Stream(Protocol):
     """A stream of a GPU with one model and its buffers; everything but `synchronize` only enqueues."""
 
     def upload(self) -> None:
@@ -64,7 +64,7 @@ class EventTimer(Protocol):
         """Wait for an event."""
 
 
-class StreamSubject:
+class StreamWorkload:
     """Batches on one or more streams, each enqueued while the one before still runs; times are the GPU's own.
 
     A stream has `IN_FLIGHT` queries at a time: so the GPU always has the next batch at hand, and waits for the host
@@ -73,7 +73,7 @@ class StreamSubject:
 
     Args:
         label: what it is.
-        lanes: they take turns; buffers of one lane are used again by its next query.
+        streams: they take turns; buffers of one stream are used again by its next query.
         events: of the same GPU.
         transfers: whether the copies to and from the device are part of a query.
         clock: of the enqueue times.
@@ -84,13 +84,13 @@ class StreamSubject:
     def __init__(
         self,
         label: Label,
-        lanes: Sequence[StreamLane],
+        streams: Sequence[Stream],
         events: EventTimer,
         transfers: bool = False,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.label = label
-        self._lanes = lanes
+        self._streams = streams
         self._events = events
         self._transfers = transfers
         self._clock = clock
@@ -102,13 +102,13 @@ class StreamSubject:
             self._pool.append(self._create_marks())
         base = self._clock()
         enqueue_ms = []
-        in_flight = IN_FLIGHT * len(self._lanes)
+        in_flight = IN_FLIGHT * len(self._streams)
         for n in range(queries):
             if n >= in_flight:
                 self._events.synchronize_event(self._pool[n - in_flight][3])
-            enqueue_ms.append(self._enqueue(self._lanes[n % len(self._lanes)], self._pool[n]))
-        for lane in self._lanes:
-            lane.synchronize()
+            enqueue_ms.append(self._enqueue(self._streams[n % len(self._streams)], self._pool[n]))
+        for stream in self._streams:
+            stream.synchronize()
         first = self._pool[0][0]
         return [self._read(base, first, marks, ms) for marks, ms in zip(self._pool, enqueue_ms, strict=False)]
 
@@ -122,19 +122,19 @@ class StreamSubject:
             return begin, begin, end, end
         return begin, self._events.create_event(), self._events.create_event(), end
 
-    def _enqueue(self, lane: StreamLane, marks: tuple[Any, Any, Any, Any]) -> float:
+    def _enqueue(self, stream: Stream, marks: tuple[Any, Any, Any, Any]) -> float:
         """One query; the milliseconds that the host spent on the run itself."""
-        lane.record(marks[0])
+        stream.record(marks[0])
         if self._transfers:
-            lane.upload()
-            lane.record(marks[1])
+            stream.upload()
+            stream.record(marks[1])
         start = self._clock()
-        lane.enqueue()
+        stream.enqueue()
         end = self._clock()
-        lane.record(marks[2])
+        stream.record(marks[2])
         if self._transfers:
-            lane.download()
-            lane.record(marks[3])
+            stream.download()
+            stream.record(marks[3])
         return 1e3 * (end - start)
 
     def _read(self, base: float, first: Any, marks: tuple[Any, Any, Any, Any], enqueue_ms: float) -> Query:

@@ -167,14 +167,14 @@ def _measure(models: tuple[str, ...], output: Path | None, options: dict[str, An
 
 
 def _request(models: tuple[str, ...], options: dict[str, Any]) -> BenchRequest:
-    from repvgg_deploy.benchmark.cases import Entry
+    from repvgg_deploy.benchmark.cases import Case
     from repvgg_deploy.benchmark.measure import MeasureOptions
     from repvgg_deploy.benchmark.run import BenchRequest, Group
 
     forms = ("training", "deploy") if options["form"] == "both" else (options["form"],)
     how = {name: options[name] for name in ("mode", "channels_last", "transfers", "streams")}
     entries = tuple(
-        Entry(model=model, form=form, backend=backend, precision=precision, threads=options["threads"] or 0, **how)
+        Case(model=model, form=form, backend=backend, precision=precision, threads=options["threads"] or 0, **how)
         for model in models
         for form in forms
         for backend in options["backend"] or (None,)

@@ -1,4 +1,4 @@
-"""`build_engine`: an ONNX file becomes a plain TensorRT plan and the side file that says what it is."""
+"""`build_engine`: an ONNX file becomes a plain TensorRT plan and the sidecar that says what it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repvgg_deploy.engine.cancellation import make_monitor
 from repvgg_deploy.engine.log import Messages, collect_messages, explain_failure
 from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolution_precisions, require_precision
 from repvgg_deploy.engine.options import BuildOptions
-from repvgg_deploy.engine.sidecar import SideFile, side_path
+from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
 from repvgg_deploy.engine.timing_cache import use_timing_cache
 from repvgg_deploy.files import hash_file
 from repvgg_deploy.graphs.repvgg import read_metadata
@@ -28,15 +28,15 @@ from repvgg_deploy.threads import Cancellation, run_cancellable, start_workers
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine: the plan, and what its side file says."""
+    """A built engine: the plan, and what its sidecar says."""
 
     plan: Path
-    side: SideFile
+    side: Sidecar
 
     @property
-    def side_path(self) -> Path:
+    def sidecar_path(self) -> Path:
         """The file beside the plan."""
-        return side_path(self.plan)
+        return sidecar_path(self.plan)
 
 
 @dataclass
@@ -102,7 +102,7 @@ def build_engine(
                 building = time.perf_counter()
                 _build(backend, parsed, config, writer, options, messages, progress)
                 built = time.perf_counter()
-        side = SideFile(
+        side = Sidecar(
             sha256=writer.digest.hexdigest(),
             bytes=writer.size,
             backend=backend.name,
@@ -125,7 +125,7 @@ def build_engine(
                 "total": time.perf_counter() - start,
             },
         )
-    side_path(plan).write_text(side.to_json(), encoding="utf-8")
+    sidecar_path(plan).write_text(side.to_json(), encoding="utf-8")
     return Engine(plan, side)
 
 

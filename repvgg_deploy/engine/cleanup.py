@@ -9,7 +9,7 @@ from types import TracebackType
 from repvgg_deploy.errors import DeployError
 
 
-def give_back(stack: ExitStack, step: Callable[..., object], *arguments: object) -> None:
+def release_at_close(stack: ExitStack, step: Callable[..., object], *arguments: object) -> None:
     """Let `stack` call `step` when it is closed, also where another step failed; the first failure is what is raised.
 
     After a fault of the GPU every further call reports that same fault: it must not hide where the fault was seen.

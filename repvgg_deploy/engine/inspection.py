@@ -1,4 +1,4 @@
-"""What an engine is: from its side file anywhere, from the library's inspector where it can be deserialized."""
+"""What an engine is: from its sidecar anywhere, from the library's inspector where it can be deserialized."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from repvgg_deploy.engine.context import create_context, set_batch
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
-from repvgg_deploy.engine.sidecar import SideFile
+from repvgg_deploy.engine.sidecar import Sidecar
 from repvgg_deploy.errors import DeployError
 
 # What the inspector writes of a tensor's format, over the releases: "Row major linear FP16 format", "Half NHWC8".
@@ -41,14 +41,14 @@ class EngineReport:
     """What can be said of an engine here.
 
     Attributes:
-        plan: the file; its bytes are those that the side file was written for.
-        side: what the side file says.
+        plan: the file; its bytes are those that the sidecar was written for.
+        side: what the sidecar says.
         layers: of the deserialized engine; None where it cannot be deserialized here.
         why_no_layers: the reason, empty where there are layers.
     """
 
     plan: Path
-    side: SideFile
+    side: Sidecar
     layers: tuple[Layer, ...] | None
     why_no_layers: str = ""
 
@@ -60,10 +60,10 @@ class EngineReport:
 
 
 def inspect_engine(plan: Path) -> EngineReport:
-    """What `plan` is. Its bytes are held against the side file first; its layers need a GPU and the library.
+    """What `plan` is. Its bytes are held against the sidecar first; its layers need a GPU and the library.
 
     Raises:
-        DeployError: there is no such plan or no side file, or the plan is not what was built.
+        DeployError: there is no such plan or no sidecar, or the plan is not what was built.
     """
     _, side = check_plan(plan)
     assert side is not None  # Only a trusted plan has none.

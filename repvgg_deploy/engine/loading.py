@@ -1,4 +1,4 @@
-"""From a plan on disk to a deserialized engine: what the side file says is checked first."""
+"""From a plan on disk to a deserialized engine: what the sidecar says is checked first."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.engine.backends import MODULES, Backend, BackendName, Unavailable, import_backend
-from repvgg_deploy.engine.cleanup import give_back
+from repvgg_deploy.engine.cleanup import release_at_close
 from repvgg_deploy.engine.context_settings import ContextSettings
 from repvgg_deploy.engine.cuda.interface import Cuda, open_cuda
 from repvgg_deploy.engine.log import collect_messages, construct, explain_failure, get_logger
 from repvgg_deploy.engine.network import DTYPES, Tensor
 from repvgg_deploy.engine.sidecar import (
-    SideFile,
+    Sidecar,
     read_plan,
-    read_side_file,
+    read_sidecar,
     require_same_gpu,
     require_same_library,
     require_unchanged,
-    side_path,
+    sidecar_path,
 )
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.gpus import find_gpus
@@ -33,7 +33,7 @@ class LoadedEngine:
     """A deserialized engine and what it needs to live.
 
     Attributes:
-        side: what the side file says; None for a trusted plan without one.
+        side: what the sidecar says; None for a trusted plan without one.
         inputs, outputs: its tensors; -1 for a dynamic batch.
         profile: smallest, best and largest batch.
         sha256: of the plan.
@@ -46,7 +46,7 @@ class LoadedEngine:
     cuda: Cuda
     runtime: Any
     engine: Any
-    side: SideFile | None
+    side: Sidecar | None
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     profile: tuple[int, int, int]
@@ -65,18 +65,18 @@ class LoadedEngine:
         self.cuda.close()
 
 
-def check_plan(plan: Path, trust: bool = False) -> tuple[bytes, SideFile | None]:
-    """The bytes of `plan` and its side file, after the bytes were found to be those that were built.
+def check_plan(plan: Path, trust: bool = False) -> tuple[bytes, Sidecar | None]:
+    """The bytes of `plan` and its sidecar, after the bytes were found to be those that were built.
 
-    With `trust` neither a missing side file nor another hash is an error.
+    With `trust` neither a missing sidecar nor another hash is an error.
 
     Raises:
-        DeployError: there is no such plan or no side file, or the plan is not what the side file was written for.
+        DeployError: there is no such plan or no sidecar, or the plan is not what the sidecar was written for.
     """
     content = read_plan(plan)
     if trust:
-        return content, read_side_file(plan) if side_path(plan).is_file() else None
-    side = read_side_file(plan)
+        return content, read_sidecar(plan) if sidecar_path(plan).is_file() else None
+    side = read_sidecar(plan)
     require_unchanged(plan, content, side)
     return content, side
 
@@ -86,8 +86,8 @@ def load_plan(
 ) -> LoadedEngine:
     """Deserialize `plan` on the first GPU of this machine, once all that can be checked before was checked.
 
-    `backend` names the library of a trusted plan that has no side file. A plan can hold code: one whose sha256 is not
-    that of its side file is never given to the library, unless `trust` says so.
+    `backend` names the library of a trusted plan that has no sidecar. A plan can hold code: one whose sha256 is not
+    that of its sidecar is never given to the library, unless `trust` says so.
 
     Raises:
         DeployError: the plan is not what was built, it is for another library, version or GPU, or none is here.
@@ -100,7 +100,7 @@ def load_plan(
         require_same_library(plan, side, library)
     opened = open_cuda(cuda)
     with ExitStack() as cleanup:
-        give_back(cleanup, opened.close)
+        release_at_close(cleanup, opened.close)
         found = find_gpus()
         if side is not None and found.gpus:
             require_same_gpu(plan, side, found.gpus[0], library)
@@ -114,7 +114,7 @@ def load_plan(
     )
 
 
-def _choose_library(plan: Path, side: SideFile | None, name: str | None) -> Backend:
+def _choose_library(plan: Path, side: Sidecar | None, name: str | None) -> Backend:
     if name is not None and name not in MODULES:
         raise DeployError(f"no engine backend is called {name!r}", f"one of: {', '.join(MODULES)}")
     names: list[BackendName] = [known for known in MODULES if name in (None, known)]
@@ -131,7 +131,7 @@ def _choose_library(plan: Path, side: SideFile | None, name: str | None) -> Back
 
 
 def _deserialize(
-    backend: Backend, plan: Path, content: bytes, side: SideFile | None
+    backend: Backend, plan: Path, content: bytes, side: Sidecar | None
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """The library's runtime, the engine, and what the library warns of."""
     trt = backend.module

@@ -12,7 +12,7 @@ from repvgg_deploy.engine.backends import Backend, has
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
 from repvgg_deploy.engine.log import collect_messages, construct, explain_failure, get_logger
-from repvgg_deploy.engine.sidecar import SideFile, side_path
+from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import hash_file
 from repvgg_deploy.graphs.repvgg import GraphOptions, read_metadata
@@ -22,8 +22,8 @@ from repvgg_deploy.threads import run_cancellable
 _REBUILD = "build the engine with --refittable: `repvgg-deploy export CHECKPOINT --refittable`"
 
 
-def require_refittable(plan: Path) -> SideFile:
-    """The side file of a plan that takes new weights.
+def require_refittable(plan: Path) -> Sidecar:
+    """The sidecar of a plan that takes new weights.
 
     Raises:
         DeployError: there is none, the plan is not what was built, or it was not built to take new weights.
@@ -35,7 +35,7 @@ def require_refittable(plan: Path) -> SideFile:
     return side
 
 
-def graph_options(side: SideFile) -> GraphOptions:
+def graph_options(side: Sidecar) -> GraphOptions:
     """The graph that a checkpoint must be exported to so that its weights fit the engine of `side`.
 
     A softmax has no weights, so behind a top-k it need not be known.
@@ -60,7 +60,7 @@ def graph_options(side: SideFile) -> GraphOptions:
     )
 
 
-def require_same_net(side: SideFile, graph: Provenance | None) -> None:
+def require_same_net(side: Sidecar, graph: Provenance | None) -> None:
     """Nothing, where a graph has the architecture and the precision of the engine.
 
     Raises:
@@ -75,11 +75,11 @@ def require_same_net(side: SideFile, graph: Provenance | None) -> None:
 
 
 def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:
-    """Put the weights of `onnx` into the engine of `plan`; the new plan and side file go to `folder` (`stage_files`).
+    """Put the weights of `onnx` into the engine of `plan`; the new plan and sidecar go to `folder` (`stage_files`).
 
     `onnx` is a graph of the same net: same nodes and names, as `export` makes it from any checkpoint of one
     architecture. The new plan has the name of the old one and holds all weights. It stays refittable, except with
-    TensorRT before 10.14; the side file says so.
+    TensorRT before 10.14; the sidecar says so.
 
     Raises:
         DeployError: the plan does not take new weights, the graph is of another net, or there is no GPU.
@@ -102,11 +102,11 @@ def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:
         onnx_sha256=hash_file(onnx),
         provenance=provenance,
     )
-    side_path(target).write_text(changed.to_json(), encoding="utf-8")
+    sidecar_path(target).write_text(changed.to_json(), encoding="utf-8")
     return Engine(target, changed)
 
 
-def describe_refitted(side: SideFile, backend: Backend) -> SideFile:
+def describe_refitted(side: Sidecar, backend: Backend) -> Sidecar:
     """What is to be said of an engine with new weights: it holds them, and takes others where the library can say so.
 
     A plan that TensorRT before 10.14 writes with its weights is not refittable: it lacks INCLUDE_REFIT.

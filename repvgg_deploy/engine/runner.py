@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.artifacts import Array, Provenance
-from repvgg_deploy.engine.cleanup import give_back
+from repvgg_deploy.engine.cleanup import release_at_close
 from repvgg_deploy.engine.context import batch_shape, create_context, execute, require_batch, set_address, set_batch
 from repvgg_deploy.engine.cuda.interface import DeviceArray, stream_handle
 from repvgg_deploy.engine.loading import LoadedEngine, load_plan
 from repvgg_deploy.engine.log import naming_gpu
 from repvgg_deploy.engine.network import Tensor
-from repvgg_deploy.engine.stream import BatchLane, Lane
+from repvgg_deploy.engine.stream import BatchStream, EngineStream
 from repvgg_deploy.errors import DeployError
 
 
@@ -27,12 +27,12 @@ class EngineRunner:
     """A deserialized engine with its buffers; not for several threads at once.
 
     Attributes:
-        lanes: one a stream; see `batch_lanes` for a harness that enqueues by itself.
+        streams: one a stream; see `batch_streams` for a harness that enqueues by itself.
         cuda: the CUDA library that it runs through.
         input, outputs: the tensors; -1 for a dynamic batch.
         profile: smallest, best and largest batch.
-        provenance: of the checkpoint; None where the side file does not say.
-        options: of the build; None where there is no side file.
+        provenance: of the checkpoint; None where the sidecar does not say.
+        options: of the build; None where there is no sidecar.
         warnings: of the library, when it loaded the plan.
     """
 
@@ -49,19 +49,19 @@ class EngineRunner:
         self.profile = loaded.profile
         self.warnings = loaded.warnings
         self.cuda = loaded.cuda
-        self.lanes: list[Lane] = []
+        self.streams: list[EngineStream] = []
         self._borrowing: Any = None
         self._borrowed: int | None = None
         self._closed = False
         with ExitStack() as cleanup:
-            give_back(cleanup, loaded.close)
+            release_at_close(cleanup, loaded.close)
             if streams < 1:
                 raise DeployError(f"{streams} streams", "at least 1")
             for _ in range(streams):
-                self.lanes.append(Lane(loaded, graphs))
-                give_back(cleanup, self.lanes[-1].close)
-            give_back(cleanup, self._let_go)
-            give_back(cleanup, self._finish_borrowed_runs)
+                self.streams.append(EngineStream(loaded, graphs))
+                release_at_close(cleanup, self.streams[-1].close)
+            release_at_close(cleanup, self._let_go)
+            release_at_close(cleanup, self._finish_borrowed_runs)
             self._cleanup = cleanup.pop_all()
 
     @property
@@ -86,39 +86,39 @@ class EngineRunner:
         self._require_input(images.shape, images.dtype)
         smallest, _, largest = self.profile
         parts: list[dict[str, Array]] = []
-        running: deque[tuple[Lane, int]] = deque()
+        running: deque[tuple[EngineStream, int]] = deque()
         for number, start in enumerate(range(0, len(images), largest)):
-            lane = self.lanes[number % len(self.lanes)]
-            if len(running) == len(self.lanes):
+            stream = self.streams[number % len(self.streams)]
+            if len(running) == len(self.streams):
                 parts.append(self._collect(*running.popleft()))
             chunk = images[start : start + largest]
             batch = max(len(chunk), smallest)
-            lane.images[: len(chunk)] = chunk
-            lane.images[len(chunk) : batch] = 0
-            lane.upload(batch)
-            lane.enqueue(batch)
-            lane.download(batch)
-            running.append((lane, len(chunk)))
+            stream.images[: len(chunk)] = chunk
+            stream.images[len(chunk) : batch] = 0
+            stream.upload(batch)
+            stream.enqueue(batch)
+            stream.download(batch)
+            running.append((stream, len(chunk)))
         while running:
             parts.append(self._collect(*running.popleft()))
         if not parts:
             return {t.name: np.empty(batch_shape(t, 0), t.dtype) for t in self.outputs}
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _collect(self, lane: Lane, count: int) -> dict[str, Array]:
-        lane.synchronize()
-        # Copies: the lane's memory is written again by its next batch.
-        return {name: values[:count].copy() for name, values in lane.results.items()}
+    def _collect(self, stream: EngineStream, count: int) -> dict[str, Array]:
+        stream.synchronize()
+        # Copies: the stream's memory is written again by its next batch.
+        return {name: values[:count].copy() for name, values in stream.results.items()}
 
-    def batch_lanes(self, images: Array) -> list[BatchLane]:
-        """The lanes, each prepared for runs of this one batch: for a benchmark, with the events of `cuda`.
+    def batch_streams(self, images: Array) -> list[BatchStream]:
+        """The streams, each prepared for runs of this one batch: for a benchmark, with the events of `cuda`.
 
         Raises:
             DeployError: the shape, the type or the batch does not fit.
         """
         self._require_input(images.shape, images.dtype)
         require_batch(self._loaded, len(images))
-        return [BatchLane(lane, images) for lane in self.lanes]
+        return [BatchStream(stream, images) for stream in self.streams]
 
     def run_on_device(
         self, images: Any, outputs: dict[str, Any] | None = None, stream: Any = None
@@ -140,7 +140,7 @@ class EngineRunner:
         borrowed = DeviceArray.borrow(images)
         self._require_input(borrowed.shape, borrowed.dtype)
         if self._borrowing is None:
-            # Its own context: the addresses of the lanes' contexts are part of their graphs.
+            # Its own context: the addresses of the streams' contexts are part of their graphs.
             self._borrowing = create_context(self._loaded)
         context, batch = self._borrowing, borrowed.shape[0]
         set_batch(self._loaded, context, batch)
@@ -151,11 +151,11 @@ class EngineRunner:
         if stream is not None:
             self._execute_after_the_last(context, stream_handle(stream))
             return results
-        # The lane's stream waits for no other, not even for the default one, in which torch fills its tensors.
+        # The stream's stream waits for no other, not even for the default one, in which torch fills its tensors.
         with naming_gpu(self._loaded.backend):
             self.cuda.synchronize_device()
-        execute(self._loaded, context, self.lanes[0].stream)
-        self.lanes[0].synchronize()
+        execute(self._loaded, context, self.streams[0].handle)
+        self.streams[0].synchronize()
         return results
 
     def _execute_after_the_last(self, context: Any, stream: int) -> None:
@@ -209,7 +209,7 @@ class EngineRunner:
         self._closed = True
         self._borrowing = None
         self._borrowed = None
-        self.lanes.clear()
+        self.streams.clear()
 
     def __enter__(self) -> EngineRunner:
         return self
@@ -252,9 +252,9 @@ def open_engine(
     """The engine in a plan, ready to run on this machine's first GPU.
 
     Args:
-        path: the `.plan`; its side file stands beside it.
-        trust: run a plan without a side file, or with another hash: a plan can hold code.
-        backend: the library of a trusted plan without a side file, `tensorrt` or `tensorrt-rtx`.
+        path: the `.plan`; its sidecar stands beside it.
+        trust: run a plan without a sidecar, or with another hash: a plan can hold code.
+        backend: the library of a trusted plan without a sidecar, `tensorrt` or `tensorrt-rtx`.
         cuda: `cuda.bindings` or `pycuda`; by default the first that is installed.
         streams: how many batches may be in flight.
         graphs: replay CUDA graphs, one a batch size, where the CUDA library has them.

@@ -21,7 +21,7 @@ _TRUST = "build it again; `eval --trust` and `verify --trust` run a plan of whic
 
 
 @dataclass(frozen=True)
-class SideFile:
+class Sidecar:
     """What stands beside a plan.
 
     Attributes:
@@ -74,40 +74,40 @@ class SideFile:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
 
-def side_path(plan: Path) -> Path:
+def sidecar_path(plan: Path) -> Path:
     """The file beside a plan: `engine.plan.json` of `engine.plan`."""
     return plan.with_name(plan.name + ".json")
 
 
-def read_side_file(plan: Path) -> SideFile:
+def read_sidecar(plan: Path) -> Sidecar:
     """What stands beside `plan`.
 
     Raises:
-        DeployError: there is no side file, it is damaged, or a newer release wrote it.
+        DeployError: there is no sidecar, it is damaged, or a newer release wrote it.
     """
-    path = side_path(plan)
+    path = sidecar_path(plan)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DeployError(f"{plan} has no side file {path.name} that says what it is", _TRUST) from error
+        raise DeployError(f"{plan} has no sidecar {path.name} that says what it is", _TRUST) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DeployError(f"the side file {path} cannot be read: {error}", _REBUILD) from error
+        raise DeployError(f"the sidecar {path} cannot be read: {error}", _REBUILD) from error
     schema = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
-        raise DeployError(f"the side file {path} has the schema {schema}, this release reads {SCHEMA}", _REBUILD)
+        raise DeployError(f"the sidecar {path} has the schema {schema}, this release reads {SCHEMA}", _REBUILD)
     try:
         return _from_values(values)
     except (KeyError, TypeError, ValueError) as error:
-        raise DeployError(f"the side file {path} is damaged ({type(error).__name__}: {error})", _REBUILD) from error
+        raise DeployError(f"the sidecar {path} is damaged ({type(error).__name__}: {error})", _REBUILD) from error
 
 
-def _from_values(values: dict[str, Any]) -> SideFile:
+def _from_values(values: dict[str, Any]) -> Sidecar:
     values = {key: value for key, value in values.items() if key != "schema"}
     if values["backend"] not in MODULES:
         raise ValueError(f"no backend is called {values['backend']}")
     smallest, best, largest = (int(size) for size in values["profile"])
     options = values["options"]
-    return SideFile(
+    return Sidecar(
         **{
             **values,
             "sha256": str(values["sha256"]),
@@ -160,8 +160,8 @@ def read_plan(plan: Path) -> bytes:
         raise DeployError(f"cannot read {plan}: {error.strerror}") from error
 
 
-def require_unchanged(plan: Path, content: bytes, side: SideFile) -> None:
-    """Nothing, where `content` is what the side file was written for.
+def require_unchanged(plan: Path, content: bytes, side: Sidecar) -> None:
+    """Nothing, where `content` is what the sidecar was written for.
 
     Raises:
         DeployError: the plan is cut, longer, or one of its bytes is another.
@@ -170,10 +170,10 @@ def require_unchanged(plan: Path, content: bytes, side: SideFile) -> None:
         what = "is cut short" if len(content) < side.bytes else "is longer than it was"
         raise DeployError(f"{plan} {what}: {len(content)} bytes, built with {side.bytes}", _REBUILD)
     if hashlib.sha256(content).hexdigest() != side.sha256:
-        raise DeployError(f"{plan} was changed after it was built: its sha256 is not that of its side file", _REBUILD)
+        raise DeployError(f"{plan} was changed after it was built: its sha256 is not that of its sidecar", _REBUILD)
 
 
-def require_same_library(plan: Path, side: SideFile, backend: Backend) -> None:
+def require_same_library(plan: Path, side: Sidecar, backend: Backend) -> None:
     """Nothing, where `backend` is the library and version that `plan` was built by, or a compatible one.
 
     Raises:
@@ -188,7 +188,7 @@ def require_same_library(plan: Path, side: SideFile, backend: Backend) -> None:
         )
 
 
-def require_same_gpu(plan: Path, side: SideFile, gpu: Gpu, backend: Backend) -> None:
+def require_same_gpu(plan: Path, side: Sidecar, gpu: Gpu, backend: Backend) -> None:
     """Nothing, where a plan that was built on `side.gpu` may run on `gpu`.
 
     Raises:
@@ -210,7 +210,7 @@ def require_same_gpu(plan: Path, side: SideFile, gpu: Gpu, backend: Backend) -> 
     )
 
 
-def _require_target(plan: Path, side: SideFile, gpu: Gpu) -> None:
+def _require_target(plan: Path, side: Sidecar, gpu: Gpu) -> None:
     # NVIDIA's "CPU-Only AOT and TensorRT-RTX Engines": by default 8.0 and later; 7.5 must be asked for.
     targets = side.options.compute_capabilities
     too_old = not targets and float(gpu.compute_capability) < 8

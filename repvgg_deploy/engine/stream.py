@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repvgg_deploy.engine.backends import has
-from repvgg_deploy.engine.cleanup import give_back
+from repvgg_deploy.engine.cleanup import release_at_close
 from repvgg_deploy.engine.context import Scratch, batch_shape, create_context, execute, set_address, set_batch, wait_for
 from repvgg_deploy.engine.loading import LoadedEngine
 from repvgg_deploy.engine.log import naming_gpu
@@ -19,7 +19,7 @@ from repvgg_deploy.errors import DeployError
 
 Array = NDArray[Any]
 
-# Batch sizes of one lane that get a graph; those beyond run without. Each costs a context, small without its scratch
+# Batch sizes of one stream that get a graph; those beyond run without. Each costs a context, small without its scratch
 # memory, and a graph.
 MAX_GRAPHS = 16
 
@@ -32,17 +32,17 @@ class _Prepared:
     graph: Any
 
 
-class Lane:
+class EngineStream:
     """A stream with execution contexts and buffers for the largest batch.
 
-    `upload`, `enqueue` and `download` only enqueue; `synchronize` waits. Lanes of one engine run side by side.
+    `upload`, `enqueue` and `download` only enqueue; `synchronize` waits. Streams of one engine run side by side.
 
     A graph holds for the shapes that its context had at the capture, and for as long as it keeps them. So every batch
     size that is captured has a context of its own, whose shape is set once: a short last batch between two full ones
     costs no second capture. The contexts share one scratch memory, as only one of them runs at a time.
 
     Attributes:
-        stream: its handle.
+        handle: of the stream, as CUDA has it.
         context: for the runs without a graph, of any batch.
         images: page-locked memory for the input, (largest batch, …).
         results: page-locked memory for the outputs, by name.
@@ -58,17 +58,17 @@ class Lane:
         self._batch = 0
         self.without_graph: dict[int, str] = {}
         with ExitStack() as cleanup:
-            self.stream = self._cuda.create_stream()
-            give_back(cleanup, self._cuda.destroy_stream, self.stream)
+            self.handle = self._cuda.create_stream()
+            release_at_close(cleanup, self._cuda.destroy_stream, self.handle)
             size = int(loaded.engine.device_memory_size_v2)
             self._scratch = Scratch(self._cuda.allocate(size), size)
-            give_back(cleanup, self._cuda.free, self._scratch.pointer)
+            release_at_close(cleanup, self._cuda.free, self._scratch.pointer)
             hosts = {t.name: self._allocate(t, cleanup) for t in (*loaded.inputs, *loaded.outputs)}
             self.context: Any = self._create_context()
             # Backwards: the stream is waited for, then the graphs go, the contexts and views, and what they use.
-            give_back(cleanup, self._let_go)
-            give_back(cleanup, self._captured.close)
-            give_back(cleanup, self.synchronize)
+            release_at_close(cleanup, self._let_go)
+            release_at_close(cleanup, self._captured.close)
+            release_at_close(cleanup, self.synchronize)
             # Only what was made to its end is kept; after a failure all of it goes back at once.
             self._cleanup = cleanup.pop_all()
         self.images: Array = hosts.pop(loaded.inputs[0].name)
@@ -80,14 +80,14 @@ class Lane:
         dtype = np.dtype(tensor.dtype)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         pointer = self._cuda.allocate(size)
-        give_back(cleanup, self._cuda.free, pointer)
+        release_at_close(cleanup, self._cuda.free, pointer)
         raw = self._cuda.allocate_pinned(size)
-        give_back(cleanup, self._cuda.free_pinned, raw)
+        release_at_close(cleanup, self._cuda.free_pinned, raw)
         self._pointers[tensor.name] = pointer
         return raw[:size].view(dtype).reshape(shape)
 
     def _create_context(self) -> Any:
-        """A context on this lane's buffers."""
+        """A context on this stream's buffers."""
         context = create_context(self._loaded, self._scratch)
         for name, pointer in self._pointers.items():
             set_address(self._loaded, context, name, pointer)
@@ -96,14 +96,14 @@ class Lane:
     def upload(self, batch: int) -> None:
         """Enqueue the copy of the first `batch` of `images` to the GPU."""
         name = self._loaded.inputs[0].name
-        self._cuda.copy_to_device(self._pointers[name], self.images[:batch], self.stream)
+        self._cuda.copy_to_device(self._pointers[name], self.images[:batch], self.handle)
 
     def download(self, batch: int) -> None:
         """Enqueue the copy of the outputs of `batch` images into `results`."""
         # The first call after a run that may tell of its failure.
         with naming_gpu(self._loaded.backend):
             for name, host in self.results.items():
-                self._cuda.copy_to_host(host[:batch], self._pointers[name], self.stream)
+                self._cuda.copy_to_host(host[:batch], self._pointers[name], self.handle)
 
     def enqueue(self, batch: int) -> None:
         """Enqueue one run on what is in the GPU's buffers: as a CUDA graph, which the first run of a batch captures."""
@@ -112,11 +112,11 @@ class Lane:
             prepared = self._prepare(batch)
         if prepared is None:
             self._set_batch(batch)
-            execute(self._loaded, self.context, self.stream)
+            execute(self._loaded, self.context, self.handle)
         elif prepared.graph is None:
-            execute(self._loaded, prepared.context, self.stream)
+            execute(self._loaded, prepared.context, self.handle)
         else:
-            self._cuda.launch(prepared.graph, self.stream)
+            self._cuda.launch(prepared.graph, self.handle)
 
     def _set_batch(self, batch: int) -> None:
         if batch != self._batch:
@@ -131,7 +131,7 @@ class Lane:
         context = self._create_context()
         set_batch(self._loaded, context, batch)
         # The library prepares itself in the first run of a shape, which no graph may hold.
-        execute(self._loaded, context, self.stream)
+        execute(self._loaded, context, self.handle)
         self.synchronize()
         self._prepared[batch] = prepared = _Prepared(context, self._capture(batch, context))
         return prepared
@@ -147,35 +147,35 @@ class Lane:
             # A context goes on working after a failed capture (NVIDIA's guide, "CUDA Graphs").
             self.without_graph[batch] = error.message
             return None
-        give_back(self._captured, self._cuda.destroy_graph, graph)
+        release_at_close(self._captured, self._cuda.destroy_graph, graph)
         return graph
 
     def _can_capture(self, context: Any) -> bool:
         if has(self._loaded.backend.module, "IExecutionContext.is_stream_capturable"):
-            return bool(context.is_stream_capturable(self.stream))
+            return bool(context.is_stream_capturable(self.handle))
         return True
 
     def _record_graph(self, context: Any) -> Any:
-        self._cuda.begin_capture(self.stream)
+        self._cuda.begin_capture(self.handle)
         try:
-            execute(self._loaded, context, self.stream)
-            return self._cuda.end_capture(self.stream)
+            execute(self._loaded, context, self.handle)
+            return self._cuda.end_capture(self.handle)
         except BaseException:
             # Also after Ctrl-C: a stream that is left in capture can do nothing else, not even be waited for.
             with suppress(DeployError):
-                self._cuda.abandon_capture(self.stream)
+                self._cuda.abandon_capture(self.handle)
             raise
 
     def record(self, event: Any) -> None:
         """Enqueue an event of `Cuda.create_event`."""
-        self._cuda.record(event, self.stream)
+        self._cuda.record(event, self.handle)
 
     def synchronize(self) -> None:
         """Wait until all that was enqueued is done."""
-        wait_for(self._loaded, self.stream)
+        wait_for(self._loaded, self.handle)
 
     def close(self) -> None:
-        """Give everything back, whatever fails on the way; the lane cannot be used any more.
+        """Give everything back, whatever fails on the way; the stream cannot be used any more.
 
         Raises:
             DeployError: the first failure, where there was one.
@@ -189,40 +189,40 @@ class Lane:
         del self.images, self.results
 
 
-class BatchLane:
-    """A lane with the batch size fixed: what a benchmark enqueues over and over.
+class BatchStream:
+    """A stream with the batch size fixed: what a benchmark enqueues over and over.
 
     After the constructor the images are on the GPU and, where it can be, the run is captured.
     """
 
-    def __init__(self, lane: Lane, images: Array) -> None:
-        self._lane, self._batch = lane, len(images)
-        lane.images[: len(images)] = images
+    def __init__(self, stream: EngineStream, images: Array) -> None:
+        self._stream, self._batch = stream, len(images)
+        stream.images[: len(images)] = images
         for step in (self.upload, self.enqueue, self.download):
             step()
-        lane.synchronize()
+        stream.synchronize()
 
     @property
     def without_graph(self) -> str:
         """Why the run is enqueued without the graph that was asked for; empty where it is not."""
-        return self._lane.without_graph.get(self._batch, "")
+        return self._stream.without_graph.get(self._batch, "")
 
     def upload(self) -> None:
         """Enqueue the copy of the images to the GPU."""
-        self._lane.upload(self._batch)
+        self._stream.upload(self._batch)
 
     def enqueue(self) -> None:
         """Enqueue one run."""
-        self._lane.enqueue(self._batch)
+        self._stream.enqueue(self._batch)
 
     def download(self) -> None:
         """Enqueue the copy of the outputs to the host."""
-        self._lane.download(self._batch)
+        self._stream.download(self._batch)
 
     def record(self, event: Any) -> None:
         """Enqueue an event of `Cuda.create_event`."""
-        self._lane.record(event)
+        self._stream.record(event)
 
     def synchronize(self) -> None:
         """Wait until all that was enqueued is done."""
-        self._lane.synchronize()
+        self._stream.synchronize()

@@ -166,12 +166,12 @@ def _saturation_notes(path: Path, runner: OnnxRunner) -> tuple[str, ...]:
 
 
 def _open_engine(path: Path, options: PreprocessingOptions, arch: str | None, trust: bool) -> Model:
-    from repvgg_deploy.engine.cleanup import give_back
+    from repvgg_deploy.engine.cleanup import release_at_close
     from repvgg_deploy.engine.runner import open_engine
 
     engine = open_engine(path, trust)
     with ExitStack() as cleanup:
-        give_back(cleanup, engine.close)
+        release_at_close(cleanup, engine.close)
         outputs = {tensor.name: _dynamic(tensor.shape) for tensor in engine.outputs}
         signature = _Signature(_dynamic(engine.input.shape), engine.input.dtype, outputs)
         require_arch(path, engine.provenance, arch)

@@ -135,8 +135,8 @@ class TorchRunner:
             yield
 
 
-class TorchLane:
-    """A net on a CUDA stream of its own with fixed buffers; see `repvgg_deploy.benchmark.workloads.StreamLane`.
+class TorchStream:
+    """A net on a CUDA stream of its own with fixed buffers; see `repvgg_deploy.benchmark.workloads.Stream`.
 
     `images` are the batch as the net takes it, on the host. In the mode `cuda-graph` the kernels are captured here,
     after three runs in which cuDNN chooses its algorithms.
@@ -158,7 +158,7 @@ class TorchLane:
             with runner.settings(), torch.cuda.graph(self._graph, stream=self._stream):
                 self._logits = runner.forward(self._images)
         self._results = torch.empty(self._logits.shape, dtype=self._logits.dtype, pin_memory=True)
-        # What cuDNN's search took would lie idle on this stream, out of the other lanes' reach.
+        # What cuDNN's search took would lie idle on this stream, out of the other streams' reach.
         torch.cuda.empty_cache()
 
     def upload(self) -> None:

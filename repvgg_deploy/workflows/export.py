@@ -152,10 +152,10 @@ def _note_other_engine(onnx: Path, progress: Progress) -> None:
     plan = onnx.with_suffix(".plan")
     if not plan.exists():
         return
-    from repvgg_deploy.engine.sidecar import read_side_file
+    from repvgg_deploy.engine.sidecar import read_sidecar
 
     try:
-        same = read_side_file(plan).onnx_sha256 == hash_file(onnx)
+        same = read_sidecar(plan).onnx_sha256 == hash_file(onnx)
     except DeployError:
         same = False
     if not same:

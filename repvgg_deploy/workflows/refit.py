@@ -11,7 +11,7 @@ import numpy as np
 from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.refit import graph_options, refit_engine, require_refittable
-from repvgg_deploy.engine.sidecar import SideFile
+from repvgg_deploy.engine.sidecar import Sidecar
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
 from repvgg_deploy.images.decoding import normalize
@@ -24,7 +24,7 @@ from repvgg_deploy.workflows.export_request import ExportRequest
 
 
 def refit_in_place(plan: Path, weights: Path, progress: Progress = SILENT) -> Engine:
-    """Replace the plan and its side file by those with the weights of a checkpoint, or of an ONNX graph.
+    """Replace the plan and its sidecar by those with the weights of a checkpoint, or of an ONNX graph.
 
     Raises:
         DeployError: as `refit_engine`, and as `export` for a checkpoint; the files are as they were then.
@@ -56,7 +56,7 @@ def _check_refitted(engine: Engine, onnx: Path, progress: Progress) -> None:
     check_where_possible(engine, taken, lambda: run_as_engine(onnx, taken), progress)
 
 
-def export_for_refit(side: SideFile, checkpoint: Path, folder: Path, progress: Progress) -> Path:
+def export_for_refit(side: Sidecar, checkpoint: Path, folder: Path, progress: Progress) -> Path:
     """The verified ONNX graph of `checkpoint` in `folder`, with the options of the engine's own graph.
 
     Raises:

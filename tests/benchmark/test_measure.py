@@ -10,13 +10,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from helpers.simulated_gpu import SimulatedGpu, SimulatedLane, SimulatedTime
+from helpers.simulated_gpu import SimulatedGpu, SimulatedStream, SimulatedTime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repvgg_deploy.benchmark import measure as harness
 from repvgg_deploy.benchmark.measure import Label, Measurement, MeasureOptions, Query, Slice, measure_interleaved
-from repvgg_deploy.benchmark.workloads import BlockingSubject, StreamSubject
+from repvgg_deploy.benchmark.workloads import BlockingWorkload, StreamWorkload
 
 LABEL = Label("net", "simulated", "1", "fp32", 8)
 SHORT = MeasureOptions(warmup_s=0.0, min_iterations=1, min_duration_s=0.0, min_rounds=1, slice_s=0.0, settle_s=0.0)
@@ -61,20 +61,20 @@ def test_interleaving_needs_a_round() -> None:
 def test_a_slow_first_call_is_warm_up() -> None:
     clock = SimulatedTime()
     times = iter([50.0, 50.0] + [0.01] * 1000)
-    subject = BlockingSubject(LABEL, sleeper(clock, times), clock)
+    workload = BlockingWorkload(LABEL, sleeper(clock, times), clock)
     options = MeasureOptions(warmup_s=0.2, min_duration_s=1.0, settle_s=0.0)
-    (result,) = measure([subject], options, clock=clock)
+    (result,) = measure([workload], options, clock=clock)
     assert result.latency.max == pytest.approx(10.0)
 
 
-def test_subjects_take_turns_of_the_same_length() -> None:
+def test_workloads_take_turns_of_the_same_length() -> None:
     clock, log = SimulatedTime(), []
-    subjects = [
-        BlockingSubject(named("fast"), steady(clock, 0.010, log, "fast"), clock),
-        BlockingSubject(named("slow"), steady(clock, 0.050, log, "slow"), clock),
+    workloads = [
+        BlockingWorkload(named("fast"), steady(clock, 0.010, log, "fast"), clock),
+        BlockingWorkload(named("slow"), steady(clock, 0.050, log, "slow"), clock),
     ]
     options = MeasureOptions(warmup_s=0.0, slice_s=0.1, min_duration_s=0.3, min_rounds=3, settle_s=0.0)
-    fast, slow = measure(subjects, options, clock=clock)
+    fast, slow = measure(workloads, options, clock=clock)
     turn = ["fast"] * 10 + ["slow"] * 2
     assert log[-5 * len(turn) :] == turn * 5
     assert [len(part.queries) for part in fast.slices] == [10] * 5
@@ -92,19 +92,19 @@ def test_subjects_take_turns_of_the_same_length() -> None:
 def test_every_floor_holds(floors: dict[str, float], iterations: int, rounds: int) -> None:
     clock = SimulatedTime()
     options = replace(SHORT, slice_s=0.1, **floors)
-    (result,) = measure([BlockingSubject(LABEL, steady(clock, 0.1), clock)], options, clock=clock)
+    (result,) = measure([BlockingWorkload(LABEL, steady(clock, 0.1), clock)], options, clock=clock)
     assert iterations <= len(result.queries) <= iterations + 1
     assert rounds <= len(result.slices) <= rounds + 1
 
 
-def test_the_slowest_floor_is_every_subjects_floor() -> None:
+def test_the_slowest_floor_is_every_workloads_floor() -> None:
     clock = SimulatedTime()
-    subjects = [BlockingSubject(LABEL, steady(clock, seconds), clock) for seconds in (0.001, 1.0)]
-    results = measure(subjects, replace(SHORT, min_iterations=10), clock=clock)
+    workloads = [BlockingWorkload(LABEL, steady(clock, seconds), clock) for seconds in (0.001, 1.0)]
+    results = measure(workloads, replace(SHORT, min_iterations=10), clock=clock)
     assert [len(result.slices) for result in results] == [10, 10]
 
 
-def test_a_subjects_spinning_threads_are_given_time_to_stop() -> None:
+def test_a_workloads_spinning_threads_are_given_time_to_stop() -> None:
     """A call leaves threads behind that slow down whatever runs within the next 50 ms."""
     clock = SimulatedTime()
     spinning = {"by": "", "until": 0.0}
@@ -120,10 +120,10 @@ def test_a_subjects_spinning_threads_are_given_time_to_stop() -> None:
     def sleep(seconds: float) -> None:
         clock.now += seconds
 
-    subjects = [BlockingSubject(named(name), call(name), clock) for name in "ab"]
+    workloads = [BlockingWorkload(named(name), call(name), clock) for name in "ab"]
     options = MeasureOptions(min_duration_s=0.5)
     for pause, slowest in ((0.1, 30.0), (0.0, 60.0)):
-        results = harness.measure(subjects, replace(options, pause_s=pause), clock=clock, sleep=sleep)
+        results = harness.measure(workloads, replace(options, pause_s=pause), clock=clock, sleep=sleep)
         assert max(result.latency.max for result in results) == pytest.approx(slowest)
 
 
@@ -139,10 +139,10 @@ def test_short_queries_settle_before_they_count() -> None:
         clock.now += 0.1
         cold[0] = True
 
-    subjects = [BlockingSubject(named("a"), call, clock), BlockingSubject(named("b"), other, clock)]
+    workloads = [BlockingWorkload(named("a"), call, clock), BlockingWorkload(named("b"), other, clock)]
     options = MeasureOptions(warmup_s=0.05, slice_s=0.02, min_duration_s=0.1, settle_s=0.02)
-    assert measure(subjects, options, clock=clock)[0].latency.max == pytest.approx(2.0)
-    unsettled = measure(subjects, replace(options, settle_s=0.0), clock=clock)[0]
+    assert measure(workloads, options, clock=clock)[0].latency.max == pytest.approx(2.0)
+    unsettled = measure(workloads, replace(options, settle_s=0.0), clock=clock)[0]
     assert unsettled.latency.max == pytest.approx(12.0)
 
 
@@ -153,8 +153,8 @@ def test_jittered_calls_give_their_true_percentiles(seconds: list[float]) -> Non
     warm = 2
     times = iter([0.01] * warm + seconds)
     options = replace(SHORT, min_iterations=len(seconds), min_rounds=len(seconds))
-    subject = BlockingSubject(LABEL, sleeper(clock, times), clock)
-    (result,) = measure([subject], options, clock=clock)
+    workload = BlockingWorkload(LABEL, sleeper(clock, times), clock)
+    (result,) = measure([workload], options, clock=clock)
     truth = 1e3 * np.array(seconds)
     found = result.latency
     for share, value in ((50, found.p50), (90, found.p90), (95, found.p95), (99, found.p99)):
@@ -175,15 +175,15 @@ def test_a_known_duration_is_measured_to_one_percent_on_the_real_clock() -> None
         true_ms.append(1e3 * (time.perf_counter() - start))
 
     options = MeasureOptions(warmup_s=0.05, min_duration_s=0.3, min_rounds=5, settle_s=0.0)
-    (result,) = measure([BlockingSubject(LABEL, spin)], options)
+    (result,) = measure([BlockingWorkload(LABEL, spin)], options)
     assert result.latency.p50 == pytest.approx(np.median(true_ms[-len(result.queries) :]), rel=0.01)
     assert result.latency.p50 >= 5.0
 
 
 def test_images_per_second_are_the_gpus_where_the_gpu_limits() -> None:
     clock = SimulatedTime()
-    lane = SimulatedLane(clock, compute_s=0.004, enqueue_s=0.0005)
-    (result,) = measure([StreamSubject(LABEL, [lane], SimulatedGpu(clock), clock=clock)], clock=clock)
+    stream = SimulatedStream(clock, compute_s=0.004, enqueue_s=0.0005)
+    (result,) = measure([StreamWorkload(LABEL, [stream], SimulatedGpu(clock), clock=clock)], clock=clock)
     assert result.images_per_sec == pytest.approx(LABEL.batch / result.compute.p50 * 1e3, rel=0.02)
     assert result.compute.p50 == pytest.approx(4.0)
     assert not result.unstable
@@ -192,8 +192,8 @@ def test_images_per_second_are_the_gpus_where_the_gpu_limits() -> None:
 def test_a_full_queue_of_launches_is_no_slow_host() -> None:
     """Enqueuing waits for the GPU where a thousand launches are in flight: the harness must not come there."""
     clock = SimulatedTime()
-    lane = SimulatedLane(clock, compute_s=0.0025, enqueue_s=0.0002, launches=60)
-    (result,) = measure([StreamSubject(LABEL, [lane], SimulatedGpu(clock), clock=clock)], clock=clock)
+    stream = SimulatedStream(clock, compute_s=0.0025, enqueue_s=0.0002, launches=60)
+    (result,) = measure([StreamWorkload(LABEL, [stream], SimulatedGpu(clock), clock=clock)], clock=clock)
     assert result.enqueue is not None
     assert result.enqueue.max == pytest.approx(0.2)
     assert not result.unstable
@@ -201,29 +201,30 @@ def test_a_full_queue_of_launches_is_no_slow_host() -> None:
 
 def test_a_gpu_is_not_left_to_cool_between_turns() -> None:
     clock = SimulatedTime()
-    lanes = [SimulatedLane(clock, compute_s=0.004) for _ in range(2)]
+    streams = [SimulatedStream(clock, compute_s=0.004) for _ in range(2)]
     gpu = SimulatedGpu(clock)
-    subjects = [StreamSubject(named(name), [lane], gpu, clock=clock) for name, lane in zip("ab", lanes, strict=True)]
+    named_streams = zip("ab", streams, strict=True)
+    workloads = [StreamWorkload(named(name), [stream], gpu, clock=clock) for name, stream in named_streams]
     pauses: list[float] = []
-    measure(subjects, MeasureOptions(min_duration_s=0.3), clock=clock, sleep=pauses.append)
+    measure(workloads, MeasureOptions(min_duration_s=0.3), clock=clock, sleep=pauses.append)
     assert pauses == []
-    measure([*subjects, BlockingSubject(LABEL, steady(clock, 0.01), clock)], clock=clock, sleep=pauses.append)
+    measure([*workloads, BlockingWorkload(LABEL, steady(clock, 0.01), clock)], clock=clock, sleep=pauses.append)
     assert set(pauses) == {MeasureOptions().pause_s}
 
 
 def test_the_machine_is_watched_after_every_round() -> None:
     clock = SimulatedTime()
     seen: list[float] = []
-    subjects = [BlockingSubject(named(name), steady(clock, 0.01), clock) for name in "ab"]
-    results = measure(subjects, SHORT, clock=clock, sleep=lambda _: None, watch=lambda: seen.append(clock.now))
+    workloads = [BlockingWorkload(named(name), steady(clock, 0.01), clock) for name in "ab"]
+    results = measure(workloads, SHORT, clock=clock, sleep=lambda _: None, watch=lambda: seen.append(clock.now))
     assert len(seen) == len(results[0].slices)
     assert all(later > earlier for earlier, later in pairwise(seen))
 
 
 def test_a_host_that_limits_is_reported() -> None:
     clock = SimulatedTime()
-    lane = SimulatedLane(clock, compute_s=0.001, enqueue_s=0.003)
-    (result,) = measure([StreamSubject(LABEL, [lane], SimulatedGpu(clock), clock=clock)], clock=clock)
+    stream = SimulatedStream(clock, compute_s=0.001, enqueue_s=0.003)
+    (result,) = measure([StreamWorkload(LABEL, [stream], SimulatedGpu(clock), clock=clock)], clock=clock)
     assert result.images_per_sec == pytest.approx(LABEL.batch / 0.003, rel=0.03)
     assert result.unstable
     assert any("host limits" in warning for warning in result.warnings)
@@ -231,9 +232,9 @@ def test_a_host_that_limits_is_reported() -> None:
 
 def test_copies_are_part_of_the_latency_only_where_asked_for() -> None:
     clock = SimulatedTime()
-    lane = SimulatedLane(clock, compute_s=0.004, copy_s=0.001)
-    subjects = [StreamSubject(LABEL, [lane], SimulatedGpu(clock), transfers, clock) for transfers in (False, True)]
-    without, with_copies = measure(subjects, clock=clock)
+    stream = SimulatedStream(clock, compute_s=0.004, copy_s=0.001)
+    workloads = [StreamWorkload(LABEL, [stream], SimulatedGpu(clock), transfers, clock) for transfers in (False, True)]
+    without, with_copies = measure(workloads, clock=clock)
     assert without.latency.p50 == pytest.approx(4.0)
     assert with_copies.latency.p50 == pytest.approx(6.0)
     assert with_copies.queries[0].h2d_ms == pytest.approx(1.0)
@@ -242,8 +243,8 @@ def test_copies_are_part_of_the_latency_only_where_asked_for() -> None:
 
 def test_two_streams_run_side_by_side() -> None:
     clock = SimulatedTime()
-    lanes = [SimulatedLane(clock, compute_s=0.004) for _ in range(2)]
-    (result,) = measure([StreamSubject(LABEL, lanes, SimulatedGpu(clock), clock=clock)], clock=clock)
+    streams = [SimulatedStream(clock, compute_s=0.004) for _ in range(2)]
+    (result,) = measure([StreamWorkload(LABEL, streams, SimulatedGpu(clock), clock=clock)], clock=clock)
     assert result.images_per_sec == pytest.approx(2 * LABEL.batch / 0.004, rel=0.05)
 
 

@@ -24,8 +24,8 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_every_suite_of_the_project_names_models_that_there_are(path: Path) -> None:
     request = load_suite(path)
     for group in request.groups:
-        for entry in group.all_entries():
-            assert find_baseline(entry.model) or find_card(entry.model)
+        for case in group.all_cases():
+            assert find_baseline(case.model) or find_card(case.model)
 
 
 def test_there_are_suites() -> None:
@@ -45,22 +45,22 @@ def test_a_group_is_every_combination_side_by_side(tmp_path: Path) -> None:
     request = load_suite(write(tmp_path, text))
     assert request.options.min_rounds == 4
     assert [group.batch for group in request.groups] == [1, 16]
-    entries = [(entry.model, entry.precision) for entry in request.groups[0].entries]
-    assert entries == [("A0", "fp32"), ("A0", "int8"), ("A1", "fp32"), ("A1", "int8")]
+    cases = [(case.model, case.precision) for case in request.groups[0].cases]
+    assert cases == [("A0", "fp32"), ("A0", "int8"), ("A1", "fp32"), ("A1", "int8")]
 
 
 def test_together_by_model_makes_a_group_a_model(tmp_path: Path) -> None:
     text = '[[group]]\nmodels = ["A0", "A1"]\nforms = ["training", "deploy"]\ntogether = "model"'
     groups = load_suite(write(tmp_path, text)).groups
-    assert [{entry.model for entry in group.entries} for group in groups] == [{"A0"}, {"A1"}]
+    assert [{case.model for case in group.cases} for group in groups] == [{"A0"}, {"A1"}]
     assert len({group.key for group in groups}) == 2
 
 
 def test_the_baseline_is_run_in_each_way_that_a_model_is(tmp_path: Path) -> None:
     text = '[[group]]\nmodels = ["A0", "A1"]\nprecisions = ["fp32", "int8"]\nbaseline = "resnet50"'
     (group,) = load_suite(write(tmp_path, text)).groups
-    extra = group.all_entries()[len(group.entries) :]
-    assert [(entry.model, entry.precision) for entry in extra] == [("resnet50", "fp32"), ("resnet50", "int8")]
+    extra = group.all_cases()[len(group.cases) :]
+    assert [(case.model, case.precision) for case in extra] == [("resnet50", "fp32"), ("resnet50", "int8")]
 
 
 @pytest.mark.parametrize(

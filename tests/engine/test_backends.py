@@ -22,7 +22,7 @@ from repvgg_deploy.engine.refit import (
     require_same_net,
 )
 from repvgg_deploy.engine.runner import load_engine
-from repvgg_deploy.engine.sidecar import SideFile, read_side_file
+from repvgg_deploy.engine.sidecar import Sidecar, read_sidecar
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.graphs.repvgg import GraphOptions
@@ -146,8 +146,8 @@ def test_a_refitted_engine_says_whether_it_takes_further_weights() -> None:
     assert "TensorRT 10.13.3.9" in last.warnings[-1]
 
 
-def side_of(tmp_path: Path, precision: Precision, options: GraphOptions) -> SideFile:
-    return read_side_file(
+def side_of(tmp_path: Path, precision: Precision, options: GraphOptions) -> Sidecar:
+    return read_sidecar(
         build_engine(small_onnx(tmp_path, precision, options=options), rtx_backend(), NO_CACHE, tmp_path).plan
     )
 
@@ -161,7 +161,7 @@ def side_of(tmp_path: Path, precision: Precision, options: GraphOptions) -> Side
         GraphOptions(64, 32, uint8_input=provenance(Precision.FP16).preprocessing),
     ],
 )
-def test_the_graph_for_new_weights_is_read_from_the_side_file(tmp_path: Path, options: GraphOptions) -> None:
+def test_the_graph_for_new_weights_is_read_from_the_sidecar(tmp_path: Path, options: GraphOptions) -> None:
     assert graph_options(side_of(tmp_path, Precision.FP16, options)) == options
 
 

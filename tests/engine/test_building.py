@@ -22,7 +22,7 @@ from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.building import _configure
 from repvgg_deploy.engine.network import parse_onnx, read_convolution_precisions
-from repvgg_deploy.engine.sidecar import read_side_file
+from repvgg_deploy.engine.sidecar import read_sidecar
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.files import hash_file, stage_files
 from repvgg_deploy.graphs.repvgg import GraphOptions
@@ -76,7 +76,7 @@ def test_full_size_nets_build(card: str, precision: Precision, tmp_path: Path) -
     assert side.convolutions == {str(precision): len(net.spec.blocks)}
 
 
-def test_the_side_file_says_what_the_plan_is(tmp_path: Path) -> None:
+def test_the_sidecar_says_what_the_plan_is(tmp_path: Path) -> None:
     onnx = small_onnx(tmp_path, Precision.FP16)
     backend = rtx_backend()
     engine = build_engine(onnx, backend, replace(NO_CACHE, batch_range=(2, 3, 5)), tmp_path)
@@ -90,7 +90,7 @@ def test_the_side_file_says_what_the_plan_is(tmp_path: Path) -> None:
     assert values["provenance"]["arch"] == "RepVGG-A0"
     assert values["provenance"]["precision"] == "fp16"
     assert values["provenance"]["preprocessing"]["height"] == PIXELS
-    assert read_side_file(engine.plan) == engine.side
+    assert read_sidecar(engine.plan) == engine.side
 
 
 def test_the_plan_is_a_plain_plan_of_the_library(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_progress_begins_at_zero_ends_at_one_and_never_falls(tmp_path: Path) -> 
 def test_options_reach_the_builder(tmp_path: Path) -> None:
     options = replace(NO_CACHE, workspace_bytes=1 << 28, optimization_level=0, tf32=False)
     engine = build_engine(small_onnx(tmp_path), rtx_backend(), options, tmp_path)
-    assert read_side_file(engine.plan).options == options
+    assert read_sidecar(engine.plan).options == options
 
 
 @pytest.mark.parametrize("targets", [("7.5",), ("8.9", "12.0")])
@@ -122,7 +122,7 @@ def test_a_plan_is_built_for_the_gpus_that_were_named(targets: tuple[str, ...], 
     onnx, backend = small_onnx(tmp_path, Precision.FP16), rtx_backend()
     everywhere = build_engine(onnx, backend, NO_CACHE, tmp_path).plan.read_bytes()
     engine = build_engine(onnx, backend, options, tmp_path)
-    assert read_side_file(engine.plan).options.compute_capabilities == targets
+    assert read_sidecar(engine.plan).options.compute_capabilities == targets
     assert engine.plan.read_bytes() != everywhere
 
 

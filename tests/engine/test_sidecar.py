@@ -1,4 +1,4 @@
-"""The side file, and the checks before a plan is given to the library."""
+"""The sidecar, and the checks before a plan is given to the library."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from repvgg_deploy.engine.inspection import inspect_engine
 from repvgg_deploy.engine.loading import check_plan, load_plan
 from repvgg_deploy.engine.runner import load_engine
 from repvgg_deploy.engine.sidecar import (
-    SideFile,
-    read_side_file,
+    Sidecar,
+    read_sidecar,
     require_same_gpu,
     require_same_library,
-    side_path,
+    sidecar_path,
 )
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import hash_file
@@ -37,17 +37,17 @@ RTX = Backend("tensorrt-rtx", "1.7.1.116", None, Capabilities(True, False, False
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Path:
-    """A plan and its side file; the bytes are no engine, which none of these checks may find out."""
+    """A plan and its sidecar; the bytes are no engine, which none of these checks may find out."""
     path = tmp_path / "net.fp16.plan"
     path.write_bytes(bytes(range(256)) * 40)
     side = make_side(sha256=hash_file(path), size=path.stat().st_size)
-    side_path(path).write_text(side.to_json(), encoding="utf-8")
+    sidecar_path(path).write_text(side.to_json(), encoding="utf-8")
     return path
 
 
 def change(plan: Path, **values: object) -> None:
-    content = json.loads(side_path(plan).read_text(encoding="utf-8"))
-    side_path(plan).write_text(json.dumps({**content, **values}), encoding="utf-8")
+    content = json.loads(sidecar_path(plan).read_text(encoding="utf-8"))
+    sidecar_path(plan).write_text(json.dumps({**content, **values}), encoding="utf-8")
 
 
 @given(
@@ -58,7 +58,7 @@ def change(plan: Path, **values: object) -> None:
     names=st.none() | st.lists(st.text(), max_size=3).map(tuple),
     notes=st.lists(st.text(), max_size=2).map(tuple),
 )
-def test_a_side_file_reads_back_as_it_was_written(
+def test_a_sidecar_reads_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory,
     gpu: Gpu | None,
     has_provenance: bool,
@@ -71,8 +71,8 @@ def test_a_side_file_reads_back_as_it_was_written(
     origin = replace(provenance(Precision.INT8), class_names=names) if has_provenance else None
     side = replace(make_side(gpu=gpu, **options), provenance=origin, profile=batches, warnings=notes)
     path = tmp_path_factory.getbasetemp() / "round.plan"
-    side_path(path).write_text(side.to_json(), encoding="utf-8")
-    assert read_side_file(path) == side
+    sidecar_path(path).write_text(side.to_json(), encoding="utf-8")
+    assert read_sidecar(path) == side
 
 
 def test_an_unchanged_plan_passes(plan: Path) -> None:
@@ -96,20 +96,20 @@ def change_a_byte(plan: Path) -> None:
     plan.write_bytes(content)
 
 
-def damage_the_side_file(plan: Path) -> None:
-    side_path(plan).write_text(side_path(plan).read_text(encoding="utf-8")[:200], encoding="utf-8")
+def damage_the_sidecar(plan: Path) -> None:
+    sidecar_path(plan).write_text(sidecar_path(plan).read_text(encoding="utf-8")[:200], encoding="utf-8")
 
 
 TAMPERED = [
     (cut, "is cut short: 10140 bytes, built with 10240"),
     (lengthen, "is longer than it was"),
     (change_a_byte, "was changed after it was built"),
-    (lambda plan: side_path(plan).unlink(), "has no side file net.fp16.plan.json"),
-    (damage_the_side_file, "cannot be read"),
+    (lambda plan: sidecar_path(plan).unlink(), "has no sidecar net.fp16.plan.json"),
+    (damage_the_sidecar, "cannot be read"),
     (lambda plan: change(plan, schema=99), "has the schema 99, this release reads 1"),
     (lambda plan: change(plan, backend="other"), "is damaged"),
     (lambda plan: change(plan, profile=[1]), "is damaged"),
-    (lambda plan: side_path(plan).write_text("[]", encoding="utf-8"), "has the schema None"),
+    (lambda plan: sidecar_path(plan).write_text("[]", encoding="utf-8"), "has the schema None"),
     (lambda plan: plan.unlink(), "there is no engine"),
 ]
 
@@ -125,7 +125,7 @@ def test_a_plan_that_is_not_what_was_built_is_never_deserialized(plan: Path, tam
 
 
 def test_trust_runs_a_plan_from_elsewhere(plan: Path) -> None:
-    side_path(plan).unlink()
+    sidecar_path(plan).unlink()
     change_a_byte(plan)
     content, side = check_plan(plan, trust=True)
     assert content == plan.read_bytes()
@@ -159,7 +159,7 @@ def test_another_gpu_architecture_is_told_by_name(plan: Path) -> None:
     ],
     ids=["same architecture", "ampere+", "built without a GPU", "portable plans"],
 )
-def test_a_plan_that_may_run_passes(plan: Path, side: SideFile, backend: Backend) -> None:
+def test_a_plan_that_may_run_passes(plan: Path, side: Sidecar, backend: Backend) -> None:
     require_same_gpu(plan, side, H200, backend)
 
 
@@ -187,7 +187,7 @@ def test_a_plan_without_weights_says_how_to_put_them_in(plan: Path) -> None:
 
 
 @pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
-def test_inspecting_without_a_gpu_tells_what_the_side_file_says(plan: Path) -> None:
+def test_inspecting_without_a_gpu_tells_what_the_sidecar_says(plan: Path) -> None:
     report = inspect_engine(plan)
     assert report.layers is None
     assert report.why_no_layers

@@ -17,7 +17,7 @@ from helpers.simulated_engine import SCRATCH, SimulatedCuda, SimulatedEngine, Un
 from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.engine import log as messages
 from repvgg_deploy.engine import runner as engine_runner
-from repvgg_deploy.engine import stream as lane_module
+from repvgg_deploy.engine import stream as stream_module
 from repvgg_deploy.engine.backends import Backend
 from repvgg_deploy.engine.cuda.interface import DeviceArray
 from repvgg_deploy.engine.inspection import read_layers
@@ -61,7 +61,7 @@ def test_the_simulation_knows_the_fault_of_one_context_for_two_graphs(backend: B
     loaded = simulate(backend)
     runner = EngineRunner(loaded)
     runner.run(draw(8))
-    runner.lanes[0]._prepared[8].context.set_input_shape("images", (3, 3, PIXELS, PIXELS))
+    runner.streams[0]._prepared[8].context.set_input_shape("images", (3, 3, PIXELS, PIXELS))
     with pytest.raises(Undefined, match="replayed after its context changed the shape"):
         runner.run(draw(8))
 
@@ -78,21 +78,21 @@ def test_a_short_last_batch_costs_no_second_capture(backend: Backend) -> None:
         assert engine.asked_whether_capturable == (2 if backend.name == "tensorrt-rtx" else 0)
 
 
-def test_the_contexts_of_a_lane_share_their_memory_and_those_of_two_lanes_do_not(backend: Backend) -> None:
+def test_the_contexts_of_a_stream_share_their_memory_and_those_of_two_streams_do_not(backend: Backend) -> None:
     loaded = simulate(backend)
     cuda, _ = parts(loaded)
     with EngineRunner(loaded, streams=2) as runner:
         runner.run(draw(8 + 8 + 3 + 0))
         runner.run(draw(8 + 5))
-        used = [{item.context.scratch for item in lane._prepared.values()} for lane in runner.lanes]
-        assert all(len(lane._prepared) >= 2 for lane in runner.lanes)
+        used = [{item.context.scratch for item in stream._prepared.values()} for stream in runner.streams]
+        assert all(len(stream._prepared) >= 2 for stream in runner.streams)
         assert [len(scratch) for scratch in used] == [1, 1]
         assert used[0] != used[1]
         assert sum(len(array) == SCRATCH for array in cuda.memory.values()) == 2
 
 
 def test_more_batch_sizes_than_there_are_graphs_run_without(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(stream_module, "MAX_GRAPHS", 2)
     loaded = simulate(backend)
     cuda, _ = parts(loaded)
     with EngineRunner(loaded) as runner:
@@ -100,7 +100,7 @@ def test_more_batch_sizes_than_there_are_graphs_run_without(backend: Backend, mo
             images = draw(count, count)
             np.testing.assert_array_equal(runner.run(images)["logits"], expected(images))
         assert len(cuda.graphs) == 2
-        assert set(runner.lanes[0].without_graph) == {3, 4}
+        assert set(runner.streams[0].without_graph) == {3, 4}
 
 
 def test_without_graphs_there_is_one_context(backend: Backend) -> None:
@@ -141,7 +141,7 @@ def test_an_engine_that_cannot_be_captured_runs_all_the_same() -> None:
             np.testing.assert_array_equal(runner.run(images)["logits"], expected(images))
         assert engine.asked_whether_capturable == 1
         assert "begin_capture" not in cuda.calls
-        assert "does not let this engine be captured" in runner.batch_lanes(images)[0].without_graph
+        assert "does not let this engine be captured" in runner.batch_streams(images)[0].without_graph
 
 
 @pytest.mark.parametrize("failing", ["execute", "begin_capture", "end_capture"])
@@ -156,7 +156,7 @@ def test_after_a_failed_capture_the_engine_runs_without_a_graph(backend: Backend
         images = draw(3)
         for _ in range(3):
             np.testing.assert_array_equal(runner.run(images)["logits"], expected(images))
-        (reason,) = runner.lanes[0].without_graph.values()
+        (reason,) = runner.streams[0].without_graph.values()
         assert ("running simulated.plan" if failing == "execute" else "CUDA says no") in reason
         assert not cuda.capturing
         assert cuda.calls.count("begin_capture") == 1
@@ -187,12 +187,12 @@ def test_a_capture_that_cannot_even_be_ended_does_not_hide_ctrl_c(backend: Backe
         runner.run(draw(3))
     assert "abandon_capture" in cuda.calls
     # Taken for a failed capture, it would have gone on without a graph.
-    assert not runner.lanes[0].without_graph
+    assert not runner.streams[0].without_graph
 
 
 def test_a_captured_batch_says_nothing_of_graphs(backend: Backend) -> None:
     with EngineRunner(simulate(backend)) as runner:
-        assert runner.batch_lanes(draw(3))[0].without_graph == ""
+        assert runner.batch_streams(draw(3))[0].without_graph == ""
 
 
 def test_closing_gives_everything_back_and_drops_the_engine(backend: Backend) -> None:
@@ -204,11 +204,11 @@ def test_closing_gives_everything_back_and_drops_the_engine(backend: Backend) ->
     runner.run(draw(20))
     runner.run_on_device(on_device(loaded, draw(2)))
     assert alive() is not None
-    held = runner.batch_lanes(draw(2))
+    held = runner.batch_streams(draw(2))
     runner.close()
     runner.close()
     gc.collect()
-    # Whoever still holds the runner, its lanes and what was loaded holds no GPU memory with them.
+    # Whoever still holds the runner, its streams and what was loaded holds no GPU memory with them.
     assert alive() is None
     assert len(held) == 2
     assert loaded.runtime is None
@@ -296,7 +296,7 @@ def test_what_the_library_warns_of_at_loading_is_told(
 def test_a_batch_beyond_the_profile_is_refused(backend: Backend) -> None:
     loaded = simulate(backend)
     with EngineRunner(loaded) as runner:
-        for refused in (runner.batch_lanes, lambda images: runner.run_on_device(on_device(loaded, images))):
+        for refused in (runner.batch_streams, lambda images: runner.run_on_device(on_device(loaded, images))):
             with pytest.raises(DeployError, match="takes batches from 1 to 8, not 9") as raised:
                 refused(draw(9))
             assert "--batch-range" in raised.value.hint
@@ -439,7 +439,7 @@ def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatc
 
 def test_contexts_name_no_layers_to_profilers(backend: Backend) -> None:
     with EngineRunner(simulate(backend)) as runner:
-        assert runner.lanes[0].context.nvtx_verbosity.name == "NONE"
+        assert runner.streams[0].context.nvtx_verbosity.name == "NONE"
 
 
 @pytest.mark.parametrize("given", ["images", "logits"])

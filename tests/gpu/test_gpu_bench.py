@@ -11,20 +11,21 @@ import pytest
 import torch
 from helpers.small_nets import logits_of, make_net, relative
 
-from repvgg_deploy.benchmark.cases import Entry, open_entry
+from repvgg_deploy.benchmark.cases import Case
 from repvgg_deploy.benchmark.measure import Label, MeasureOptions, measure
+from repvgg_deploy.benchmark.opening import open_case
 from repvgg_deploy.benchmark.record import check_record
 from repvgg_deploy.benchmark.roofline import measure_ceiling
 from repvgg_deploy.benchmark.run import BenchRequest, Group, run_benchmark
-from repvgg_deploy.benchmark.workloads import StreamSubject
+from repvgg_deploy.benchmark.workloads import StreamWorkload
 from repvgg_deploy.nets.seeding import seeded_inputs
 from repvgg_deploy.runtime.torch import (
     TorchEvents,
-    TorchLane,
     TorchMode,
     TorchOptions,
     TorchPrecision,
     TorchRunner,
+    TorchStream,
 )
 
 pytestmark = [
@@ -42,13 +43,13 @@ SHORT = MeasureOptions(warmup_s=0.1, min_duration_s=0.3, min_rounds=3)
 @pytest.mark.parametrize("precision", get_args(TorchPrecision))
 def test_every_mode_gives_the_nets_logits(precision: TorchPrecision, mode: TorchMode, channels_last: bool) -> None:
     net, images = make_net(), torch.from_numpy(seeded_inputs((4, 3, 64, 64)))
-    lane = TorchLane(TorchRunner(net, TorchOptions("cuda", precision, mode, channels_last)), images.numpy())
+    stream = TorchStream(TorchRunner(net, TorchOptions("cuda", precision, mode, channels_last)), images.numpy())
     for _ in range(2):
-        lane.upload()
-        lane.enqueue()
-        lane.download()
-    lane.synchronize()
-    assert relative(lane._results.float(), logits_of(net, images)) < LIMITS[precision]
+        stream.upload()
+        stream.enqueue()
+        stream.download()
+    stream.synchronize()
+    assert relative(stream._results.float(), logits_of(net, images)) < LIMITS[precision]
 
 
 def test_precisions_that_take_turns_keep_to_their_own() -> None:
@@ -66,18 +67,18 @@ def test_precisions_that_take_turns_keep_to_their_own() -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "cuda-graph"])
 def test_images_per_second_are_batch_over_compute_time_where_the_gpu_limits(mode: TorchMode, tmp_path: Path) -> None:
-    entry = Entry("B1", "torch-cuda", "fp16", mode=mode, channels_last=True)
-    subject = open_entry(entry, tmp_path).at_batch(128)
-    (result,) = measure([subject], MeasureOptions(min_duration_s=1.0))
+    case = Case("B1", "torch-cuda", "fp16", mode=mode, channels_last=True)
+    workload = open_case(case, tmp_path).at_batch(128)
+    (result,) = measure([workload], MeasureOptions(min_duration_s=1.0))
     assert not any("host" in warning for warning in result.warnings)
     assert result.images_per_sec == pytest.approx(128 / result.compute.mean * 1e3, rel=0.02)
 
 
 def test_the_events_agree_with_the_hosts_clock(tmp_path: Path) -> None:
-    subject = open_entry(Entry("B1", "torch-cuda", "fp16", channels_last=True), tmp_path).at_batch(128)
-    subject.run(5)
+    workload = open_case(Case("B1", "torch-cuda", "fp16", channels_last=True), tmp_path).at_batch(128)
+    workload.run(5)
     start = time.perf_counter()
-    queries = subject.run(50)
+    queries = workload.run(50)
     assert queries[-1].end_s - queries[0].start_s == pytest.approx(time.perf_counter() - start, rel=0.05)
 
 
@@ -85,13 +86,13 @@ def test_copies_are_measured_and_streams_run_side_by_side() -> None:
     runner = TorchRunner(make_net(), TorchOptions("cuda", "fp16", "cuda-graph"))
     images = seeded_inputs((64, 3, 64, 64))
     label = Label("net", "torch-cuda", torch.__version__, "fp16", 64)
-    lanes = [TorchLane(runner, images) for _ in range(2)]
-    with_copies = StreamSubject(label, lanes[:1], TorchEvents(), transfers=True)
+    streams = [TorchStream(runner, images) for _ in range(2)]
+    with_copies = StreamWorkload(label, streams[:1], TorchEvents(), transfers=True)
     (query, *_) = measure([with_copies], SHORT)[0].queries
     assert query.h2d_ms > 0 < query.d2h_ms
-    (both,) = measure([StreamSubject(label, lanes, TorchEvents())], SHORT)
+    (both,) = measure([StreamWorkload(label, streams, TorchEvents())], SHORT)
     assert both.images_per_sec > 0
-    assert relative(lanes[0]._logits.float().cpu(), lanes[1]._logits.float().cpu()) == 0
+    assert relative(streams[0]._logits.float().cpu(), streams[1]._logits.float().cpu()) == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "int8"])
@@ -103,8 +104,8 @@ def test_no_net_is_faster_than_the_ceilings_allow(precision: str) -> None:
 
 
 def test_a_benchmark_with_its_baseline_is_recorded() -> None:
-    entries = tuple(Entry("A0", "torch-cuda", "fp16", form, channels_last=True) for form in ("deploy", "training"))
-    groups = tuple(Group(f"A0 batch {batch}", entries, batch, "resnet18") for batch in (1, 8))
+    cases = tuple(Case("A0", "torch-cuda", "fp16", form, channels_last=True) for form in ("deploy", "training"))
+    groups = tuple(Group(f"A0 batch {batch}", cases, batch, "resnet18") for batch in (1, 8))
     record = check_record(run_benchmark(BenchRequest("test", groups, SHORT, roofline=True)))
     assert {result["backend"] for result in record["results"]} == {"torch-cuda"}
     assert all(0 < result["roofline"]["share"] < 2 for result in record["results"])

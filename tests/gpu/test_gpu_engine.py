@@ -194,12 +194,12 @@ def test_graphs_are_captured_once_a_batch_size(backend: Backend, tmp_path: Path)
     with open_engine(engine.plan, cuda="cuda.bindings") as runner:
         for count in (2, 5, 2, 5):
             runner(draw(count))
-        (lane,) = runner.lanes
-        assert set(lane._prepared) == {2, 5}
-        captured = {batch for batch, prepared in lane._prepared.items() if prepared.graph is not None}
-        assert captured | set(lane.without_graph) == {2, 5}
+        (stream,) = runner.streams
+        assert set(stream._prepared) == {2, 5}
+        captured = {batch for batch, prepared in stream._prepared.items() if prepared.graph is not None}
+        assert captured | set(stream.without_graph) == {2, 5}
         if backend.name == "tensorrt":
-            assert captured == {2, 5}, lane.without_graph
+            assert captured == {2, 5}, stream.without_graph
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
@@ -244,7 +244,7 @@ def test_a_failed_capture_leaves_an_engine_that_runs(
         monkeypatch.setattr(runner.cuda, "end_capture", refuse)
         for _ in range(3):
             np.testing.assert_allclose(runner(images), plain, rtol=1e-3, atol=1e-3 * np.abs(plain).max())
-        assert set(runner.lanes[0].without_graph) == {3}
+        assert set(runner.streams[0].without_graph) == {3}
 
 
 def test_closing_gives_the_gpus_memory_back(backend: Backend, cuda: str, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_new_weights_go_into_a_refittable_engine(backend: Backend, strip: bool, 
         with load_engine(refitted.plan) as runner:
             check_engine(runner, images, run_as_engine(onnx, images))
     if refitted.side.options.needs_refit:
-        # The side file says that a refitted engine takes weights once more.
+        # The sidecar says that a refitted engine takes weights once more.
         again = tmp_path / "again"
         again.mkdir()
         with load_engine(refit_engine(refitted.plan, second, again).plan) as runner:

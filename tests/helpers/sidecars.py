@@ -7,13 +7,13 @@ from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.sidecar import (
-    SideFile,
+    Sidecar,
 )
 from repvgg_deploy.hardware.gpus import Gpu
 
 
-def make_side(sha256: str = "0" * 64, size: int = 1, gpu: Gpu | None = None, **options: object) -> SideFile:
-    return SideFile(
+def make_side(sha256: str = "0" * 64, size: int = 1, gpu: Gpu | None = None, **options: object) -> Sidecar:
+    return Sidecar(
         sha256=sha256,
         bytes=size,
         backend="tensorrt-rtx" if gpu is None else "tensorrt",

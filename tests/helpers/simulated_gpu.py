@@ -37,7 +37,7 @@ class SimulatedGpu:
 
 
 @dataclass
-class SimulatedLane:
+class SimulatedStream:
     """A stream: work begins when the host has enqueued it and all work before is done.
 
     A run is `launches` kernels, of which CUDA queues no more than `queue`: then enqueuing waits.

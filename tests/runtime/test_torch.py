@@ -10,7 +10,7 @@ import torch
 from helpers.small_nets import logits_of, make_net, relative
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.runtime.torch import TorchEvents, TorchLane, TorchOptions, TorchRunner
+from repvgg_deploy.runtime.torch import TorchEvents, TorchOptions, TorchRunner, TorchStream
 
 
 @pytest.mark.parametrize(
@@ -104,20 +104,20 @@ def test_a_missing_gpu_is_no_silent_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["eager", "cuda-graph"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_a_lane_gives_the_nets_logits(mode: str, precision: str, images: torch.Tensor) -> None:
+def test_a_stream_gives_the_nets_logits(mode: str, precision: str, images: torch.Tensor) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU that torch can use")
     net = make_net()
     options = TorchOptions("cuda", precision, mode)  # type: ignore[arg-type]
-    lane = TorchLane(TorchRunner(net, options), images.numpy())
+    stream = TorchStream(TorchRunner(net, options), images.numpy())
     events = TorchEvents()
     start, end = events.create_event(), events.create_event()
-    lane.record(start)
-    lane.upload()
-    lane.enqueue()
-    lane.download()
-    lane.record(end)
-    lane.synchronize()
+    stream.record(start)
+    stream.upload()
+    stream.enqueue()
+    stream.download()
+    stream.record(end)
+    stream.synchronize()
     assert events.elapsed_ms(start, end) > 0
     limit = {"fp32": 5e-6, "tf32": 0.01, "bf16": 0.05, "fp16": 0.01}[precision]
-    assert relative(lane._results, logits_of(net, images)) < limit
+    assert relative(stream._results, logits_of(net, images)) < limit

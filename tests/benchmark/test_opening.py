@@ -14,11 +14,12 @@ from helpers.engine_graphs import write_onnx
 from helpers.small_nets import make_net
 
 from repvgg_deploy.artifacts import Precision
-from repvgg_deploy.benchmark.cases import Contestant, Entry, _build_plan, _pixels, comparable_options, open_entry
+from repvgg_deploy.benchmark.cases import Case, OpenedCase
 from repvgg_deploy.benchmark.measure import Label, Measurement, Query, Slice
+from repvgg_deploy.benchmark.opening import _build_plan, _pixels, comparable_options, open_case
 from repvgg_deploy.benchmark.run import Group, _add_group, _with_precisions
 from repvgg_deploy.engine.options import BuildOptions
-from repvgg_deploy.engine.sidecar import read_side_file
+from repvgg_deploy.engine.sidecar import read_sidecar
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
@@ -28,42 +29,40 @@ needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
 PLAN = BuildOptions(batch_range=(1, 128, 512), optimization_level=2)
 
 
-def opened(
-    entry: Entry, size: tuple[int, int], precision: str = "fp32", build: BuildOptions | None = None
-) -> Contestant:
-    label = Label(entry.model, entry.backend or "tensorrt", "1", precision, 0, entry.form, "", size)
-    return Contestant(label, lambda _: pytest.fail("nothing is run"), build)
+def opened(case: Case, size: tuple[int, int], precision: str = "fp32", build: BuildOptions | None = None) -> OpenedCase:
+    label = Label(case.model, case.backend or "tensorrt", "1", precision, 0, case.form, "", size)
+    return OpenedCase(label, lambda _: pytest.fail("nothing is run"), build)
 
 
-def twins(group: Group, *contestants: Contestant) -> tuple[Entry, ...]:
-    return _with_precisions(group, lambda *_: list(contestants))[len(group.entries) :]
+def twins(group: Group, *opened_cases: OpenedCase) -> tuple[Case, ...]:
+    return _with_precisions(group, lambda *_: list(opened_cases))[len(group.cases) :]
 
 
 def test_the_baseline_of_an_engine_is_built_with_its_options_and_size() -> None:
-    entry = Entry("a.plan")
-    group = Group("batch 512", (entry,), 512, "resnet50")
-    (twin,) = twins(group, opened(entry, (64, 64), "tf32", PLAN))
+    case = Case("a.plan")
+    group = Group("batch 512", (case,), 512, "resnet50")
+    (twin,) = twins(group, opened(case, (64, 64), "tf32", PLAN))
     assert (twin.model, twin.backend, twin.precision) == ("resnet50", "tensorrt", "tf32")
     assert (twin.size, twin.build) == (64, PLAN)
 
 
 def test_models_of_two_sizes_have_a_baseline_each() -> None:
-    entries = (Entry("a.onnx", "onnxruntime-cpu"), Entry("b.onnx", "onnxruntime-cpu"))
-    group = Group("batch 1", entries, 1, "resnet50")
-    found = twins(group, opened(entries[0], (64, 64)), opened(entries[1], (224, 224)))
+    cases = (Case("a.onnx", "onnxruntime-cpu"), Case("b.onnx", "onnxruntime-cpu"))
+    group = Group("batch 1", cases, 1, "resnet50")
+    found = twins(group, opened(cases[0], (64, 64)), opened(cases[1], (224, 224)))
     assert [twin.size for twin in found] == [64, 224]
 
 
 def test_a_baseline_that_is_named_among_the_models_is_not_run_twice() -> None:
-    entries = tuple(Entry(name, "torch-cpu", "fp32") for name in ("A0", "resnet50"))
-    group = Group("batch 1", entries, 1, "resnet50")
-    assert not twins(group, *(opened(entry, (224, 224)) for entry in entries))
+    cases = tuple(Case(name, "torch-cpu", "fp32") for name in ("A0", "resnet50"))
+    group = Group("batch 1", cases, 1, "resnet50")
+    assert not twins(group, *(opened(case, (224, 224)) for case in cases))
 
 
 def test_a_model_of_another_shape_has_no_baseline() -> None:
-    entry = Entry("a.onnx", "onnxruntime-cpu")
+    case = Case("a.onnx", "onnxruntime-cpu")
     with pytest.raises(DeployError, match="takes 64x96 pixels") as raised:
-        twins(Group("batch 1", (entry,), 1, "resnet50"), opened(entry, (64, 96)))
+        twins(Group("batch 1", (case,), 1, "resnet50"), opened(case, (64, 96)))
     assert "--baseline" in raised.value.hint
 
 
@@ -82,22 +81,22 @@ def test_the_size_of_an_input_is_read_by_its_type(shape: tuple[int, ...], dtype:
 
 def test_each_model_is_compared_with_the_baseline_of_its_size_and_build() -> None:
     other = replace(PLAN, optimization_level=0)
-    entries = [Entry(name) for name in ("a.plan", "b.plan", "c.plan")]
-    plans = [opened(entries[0], (64, 64), build=PLAN), opened(entries[1], (64, 64), build=other)]
-    plans.append(opened(entries[2], (224, 224), build=PLAN))
-    baselines = [opened(Entry("ResNet-50"), size, build=build) for size, build in (
+    cases = [Case(name) for name in ("a.plan", "b.plan", "c.plan")]
+    plans = [opened(cases[0], (64, 64), build=PLAN), opened(cases[1], (64, 64), build=other)]
+    plans.append(opened(cases[2], (224, 224), build=PLAN))
+    baselines = [opened(Case("ResNet-50"), size, build=build) for size, build in (
         ((64, 64), PLAN), ((64, 64), other), ((224, 224), PLAN),
     )]  # fmt: skip
-    contestants = [*plans, *baselines]
+    opened_cases = [*plans, *baselines]
     # Of each baseline another speed.
     seconds = [1.0, 1.0, 1.0, 2.0, 3.0, 4.0]
     measured = [
         Measurement(replace(c.label, batch=1), tuple(Slice((Query(n, n + s, 1e3 * s),)) for n in range(6)))
-        for c, s in zip(contestants, seconds, strict=True)
+        for c, s in zip(opened_cases, seconds, strict=True)
     ]
-    group = Group("batch 1", tuple(entries), 1, "resnet50")
+    group = Group("batch 1", tuple(cases), 1, "resnet50")
     empty = {"machine": {"under_load": {}}, "results": [], "ratios": []}
-    record = _add_group(empty, group, contestants, measured, {}, [])
+    record = _add_group(empty, group, opened_cases, measured, {}, [])
     assert {r["model"]: r["ratio"] for r in record["ratios"]} == {"a.plan": 2.0, "b.plan": 3.0, "c.plan": 4.0}
     assert [r["input"] for r in record["results"]] == ["64x64", "64x64", "224x224"] * 2
 
@@ -107,13 +106,13 @@ def test_a_graph_that_says_no_precision_takes_a_known_one_only(tmp_path: Path) -
     path = tmp_path / "net.onnx"
     write_graph(to_onnx(net, FloatLayers(), GraphOptions(32, 32), {}), path)
     with pytest.raises(DeployError, match="no precision 'banana'"):
-        open_entry(Entry(str(path), "onnxruntime-cpu", "banana"), tmp_path)
+        open_case(Case(str(path), "onnxruntime-cpu", "banana"), tmp_path)
     costs = {}
     for precision in ("fp32", "int8"):
-        contestant = open_entry(Entry(str(path), "onnxruntime-cpu", precision), tmp_path)
-        assert contestant.label.precision == precision
-        assert contestant.cost is not None
-        costs[precision] = contestant.cost(1).bytes
+        opened_case = open_case(Case(str(path), "onnxruntime-cpu", precision), tmp_path)
+        assert opened_case.label.precision == precision
+        assert opened_case.cost is not None
+        costs[precision] = opened_case.cost(1).bytes
     assert costs["fp32"] == 4 * costs["int8"]
 
 
@@ -122,7 +121,7 @@ def test_a_graph_that_says_no_precision_takes_a_known_one_only(tmp_path: Path) -
 def test_an_engine_is_built_as_the_entry_says(precision: str, tf32: bool, tmp_path: Path) -> None:
     net: Any = fuse(make_net(), torch.float32)
     graph = write_onnx(tmp_path, net, Precision.FP32, GraphOptions(32, 32))
-    plan = _build_plan(Entry("net", "tensorrt-rtx", precision, build=PLAN), graph, tmp_path)
-    side = read_side_file(plan)
+    plan = _build_plan(Case("net", "tensorrt-rtx", precision, build=PLAN), graph, tmp_path)
+    side = read_sidecar(plan)
     assert side.options == replace(PLAN, tf32=tf32)
     assert side.profile == (1, 128, 512)
