@@ -6,6 +6,7 @@ The names listed in `__all__` are the public API; they are imported when they ar
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from repvgg_deploy.workflows.predict import predict as predict
 
 __version__ = "0.1.0"
+
+# ONNX Runtime reads it when it is loaded, by whichever module. Its telemetry, from 1.31 on, keeps an identifier of the
+# device on the disk, prints a warning where it cannot, and sends what it collects. `0` in the environment turns it on.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Checkpoint": "checkpoints.loading",

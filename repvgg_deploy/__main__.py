@@ -1,5 +1,16 @@
-"""`python -m repvgg_deploy`."""
+"""The program: `repvgg-deploy`, or `python -m repvgg_deploy`."""
 
-from repvgg_deploy.cli.main import main
+from repvgg_deploy.cli.signals import end_on_signals
 
-main()
+
+def run() -> None:
+    """Run the command line in this process."""
+    # Before the imports, which take longer than some commands.
+    end_on_signals()
+    from repvgg_deploy.cli.main import main
+
+    main()
+
+
+if __name__ == "__main__":
+    run()

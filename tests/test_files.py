@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,10 +117,14 @@ def test_unwritable_folder_is_an_error() -> None:
 
 
 def test_disk_that_is_full_from_the_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real = Path.mkdir
 
-    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    def make(path: Path, *others: Any, **options: Any) -> None:
+        if path.name.startswith("."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, *others, **options)
+
+    monkeypatch.setattr(Path, "mkdir", make)
     with pytest.raises(DeployError, match="No space left on device"), stage_files(tmp_path / "x" / "y"):
         pass
     assert tree(tmp_path) == {}

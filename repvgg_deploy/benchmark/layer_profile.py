@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import onnx
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files import scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.nets.seeding import seeded_inputs
 from repvgg_deploy.runtime.model import is_onnx
@@ -147,12 +147,12 @@ def make_layer_profiler(module: Any, times: LayerTimes) -> Any:
 def _run_profiled(path: Path, name: str, images: Any, threads: int, seconds: float) -> list[dict[str, Any]]:
     """The profiler's events of all nodes, without those of the warm-up."""
     runtime = import_onnxruntime()
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.profile_file_prefix = str(folder / "profile")
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         warmup = 2
         for _ in range(warmup):

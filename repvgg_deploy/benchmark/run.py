@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 from repvgg_deploy.benchmark.cases import Case, OpenedCase
@@ -23,6 +21,7 @@ from repvgg_deploy.benchmark.record import (
 )
 from repvgg_deploy.benchmark.roofline import Ceiling, RooflinePoint, measure_ceiling
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files import scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES
 from repvgg_deploy.hardware.machine import GpuLoad, describe_identity, finish_machine, record_machine
 from repvgg_deploy.nets.baselines import require_baseline
@@ -184,7 +183,7 @@ def _square(case: Case, label: Label) -> int | None:
 def _open_cases(progress: Progress) -> Iterator[OpenAll]:
     """A function that opens cases, and closes those that are not asked for again, but for their baseline."""
     opened: dict[Case, OpenedCase] = {}
-    with tempfile.TemporaryDirectory(prefix="repvgg-deploy-bench-") as folder:
+    with scratch_folder() as folder:
 
         def open_all(cases: Sequence[Case], baseline: str | None = None) -> list[OpenedCase]:
             for case in [case for case in opened if case not in cases and case.model != baseline]:
@@ -193,7 +192,7 @@ def _open_cases(progress: Progress) -> Iterator[OpenAll]:
                 if case not in opened:
                     how = (case.precision, case.backend, f"{case.size} px" if case.size else None)
                     progress.note(" ".join(("opening", case.model, case.form, *filter(None, how))))
-                    opened[case] = open_case(case, Path(folder))
+                    opened[case] = open_case(case, folder)
             return [opened[case] for case in cases]
 
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import click
 
 from repvgg_deploy.cli import progress
 from repvgg_deploy.cli.progress import Verbosity
-from repvgg_deploy.cli.signals import raise_signals
+from repvgg_deploy.cli.signals import end_on_signals
+from repvgg_deploy.cli.startup import silence_libraries
 from repvgg_deploy.errors import DeployError, ThresholdError
 from repvgg_deploy.progress import Progress
 
@@ -139,6 +139,12 @@ class Group(click.Group):
 
     command_class = Command
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as the program: in a process of its own, which signals end."""
+        end_on_signals()
+        silence_libraries()
+        return super().__call__(*args, **kwargs)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Note whether JSON is wanted, so that even wrong usage of a command is reported as such."""
         ctx.ensure_object(Session).as_json = "--json" in args
@@ -147,13 +153,7 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; end with the status that the command line's contract gives to each kind of failure."""
         try:
-            # SIGTERM is what ends a container or a CI job: like Ctrl-C it removes what was begun on the disk.
-            with raise_signals():
-                return super().invoke(ctx)
-        except KeyboardInterrupt:
-            # As click does, but with the status that a shell expects. The blank line closes the terminal's `^C`.
-            click.echo("\nAborted!", err=True)
-            ctx.exit(128 + signal.SIGINT)
+            return super().invoke(ctx)
         except _ReportedError as reported:
             _report(reported.failure)
             ctx.exit(_status(reported.failure))

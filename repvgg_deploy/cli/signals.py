@@ -1,87 +1,59 @@
-"""Ctrl-C and SIGTERM become exceptions of the main thread, but not while it imports or holds a lock of the library."""
+"""A signal ends a command at once and cleanly, wherever it is: in C++, in an import, in a callback.
+
+Python's own way is to raise an exception in the main thread. That is lost inside a callback of a C library, aborts the
+process inside C++ that expects none, leaves a module half imported, waits as long as a call into C takes, and is taken
+for an ordinary error by code that catches everything. So nothing is raised here. Python's handler writes the signal's
+number to a pipe the moment it arrives, whatever the main thread does. A thread reads it, undoes what was begun on the
+disk, and ends the process without unwinding anything.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import thread as pools
-from contextlib import contextmanager
+import time
 from types import FrameType
+from typing import NoReturn
 
-_RETRY_S = 0.02
+from repvgg_deploy.files import is_past_abort, undo_unfinished
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
-# Functions of `threading` that may take long, and that an exception may leave.
-_WAITS = ("wait", "wait_for", "join", "_wait_for_tstate_lock")
+# The process may be in the middle of a line; on a terminal the blank line also closes its `^C`.
+_MESSAGE = b"\nAborted!\n"
 
 
-@contextmanager
-def raise_signals() -> Iterator[None]:
-    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM raises SystemExit(143), as soon as that does no harm.
+def end_on_signals() -> None:
+    """From now on SIGINT, SIGTERM and SIGHUP end this process with status 128 + number, after undoing what was begun.
 
-    An exception inside the C++ of an extension that is being loaded aborts the process (status 134), and a module that
-    was loaded by half fails later in its own way. One that leaves `threading` or a pool between taking a lock and
-    knowing of it leaves the lock taken, and the threads that need it wait for ever. In a thread that is not the main
-    one nothing is changed, nor is a handler that somebody else has set.
+    Once the results are in their places, signals are ignored. What is ignored already stays ignored, as `nohup` and
+    background jobs of a shell want it. For a process that runs one command, called in its main thread; a second call
+    does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    numbers = [number for number in _SIGNALS if signal.getsignal(number) in _DEFAULTS]
+    if not numbers:
         return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
-    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in _DEFAULTS}
-    pending: list[int] = []
-    raised: list[int] = []
-    outside = _count_imports(sys._getframe())
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGALRM:
-            pending.append(number)
-        if not pending:
-            return
-        if signal.SIGALRM in before and (_count_imports(frame) > outside or _is_in_lock(frame)):
-            signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
-            return
-        raised.append(pending[0])
-        pending.clear()
-        raise _exception_of(raised[0])
-
-    try:
-        for number in before:
-            signal.signal(number, handle)
-        yield
-    except Exception:
-        # A library in C that calls Python back makes an error of its own of whatever is raised there.
-        if raised:
-            raise _exception_of(raised[0]) from None
-        raise
-    finally:
-        if signal.SIGALRM in before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, _stand_still)
+    threading.Thread(target=_end_process_on, args=(reading,), name="signals", daemon=True).start()
+    # The interpreter takes itself apart after that: the thread would not run any more.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in numbers])
 
 
-def _exception_of(number: int) -> BaseException:
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+def _stand_still(_number: int, _frame: FrameType | None) -> None:
+    """Keep the main thread from doing anything more, so that it does not fail at what is being removed."""
+    while not is_past_abort():
+        time.sleep(0.05)
 
 
-def _count_imports(frame: FrameType | None) -> int:
-    """The frames of the import system among `frame` and its callers."""
-    count = 0
-    while frame is not None:
-        count += frame.f_code.co_filename.startswith("<frozen importlib")
-        frame = frame.f_back
-    return count
-
-
-def _is_in_lock(frame: FrameType | None) -> bool:
-    """Whether `frame` or a caller is code of `threading` or of a pool that holds a lock, or may."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == pools.__file__ or (
-            code.co_filename == threading.__file__ and code.co_name not in _WAITS
-        ):
-            return True
-        frame = frame.f_back
-    return False
+def _end_process_on(pipe: int) -> NoReturn:
+    while True:
+        number = os.read(pipe, 1)[0]
+        if undo_unfinished():
+            os.write(2, _MESSAGE)
+            os._exit(128 + number)

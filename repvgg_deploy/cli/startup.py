@@ -1,4 +1,4 @@
-"""Settings of memory and threads for commands that hold hundreds of megabytes of weights."""
+"""Settings of the process: memory and threads for hundreds of megabytes of weights, and what libraries may print."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,12 @@ def prepare_process() -> None:
         return
     mallopt(_MMAP_THRESHOLD, 1 << 30)
     mallopt(_TRIM_THRESHOLD, _LARGEST_INT)
+
+
+def silence_libraries() -> None:
+    """Keep warnings that libraries give to programmers out of the user's log; `python -W` shows them all the same."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.files import undone_on_abort
 from repvgg_deploy.hardware.gpus import Gpu
 from repvgg_deploy.progress import Progress
 
@@ -92,7 +93,8 @@ def _store(config: Any, path: Path, progress: Progress) -> None:
         content = bytes(cache.serialize()) if cache is not None else b""
     beside = path.with_name(path.name + ".new")
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
+        with undone_on_abort(lambda: beside.unlink(missing_ok=True)):
+            beside.write_bytes(content)
+            beside.replace(path)
     except OSError as error:
         progress.note(f"note: the timing cache was not stored: {error.strerror}")

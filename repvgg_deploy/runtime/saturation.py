@@ -6,7 +6,6 @@ tools are often not.
 
 from __future__ import annotations
 
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from repvgg_deploy.files import scratch_folder
 
 EXACT = ("session.x64quantprecision", "1")
 """ONNX Runtime's session option for kernels that add in 32 bits; about half as fast, without effect on other CPUs."""
@@ -74,8 +75,8 @@ def find_saturating_layers(path: Path) -> tuple[str, ...]:
     if not any(node.op_type in _QUANTIZED for node in skeleton.graph.node):
         return ()
     runtime = import_onnxruntime()
-    with tempfile.TemporaryDirectory() as scratch:
-        optimized = Path(scratch) / "optimized.onnx"
+    with scratch_folder() as scratch:
+        optimized = scratch / "optimized.onnx"
         options = runtime.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from repvgg_deploy.engine.backends import Backend, import_backend
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.runner import EngineRunner, open_engine
 from repvgg_deploy.errors import DeployError, VerificationError
+from repvgg_deploy.files import scratch_folder
 from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
@@ -87,8 +87,8 @@ def run_as_engine(onnx: Path, images: Array) -> dict[str, Array]:
         return runner.run(images)
     from repvgg_deploy.quantization.qdq import as_tensorrt_reads
 
-    with tempfile.TemporaryDirectory() as scratch:
-        read = Path(scratch) / onnx.name
+    with scratch_folder() as scratch:
+        read = scratch / onnx.name
         save(as_tensorrt_reads(load(onnx)), read)
         return OnnxRunner(read).run(images)
 

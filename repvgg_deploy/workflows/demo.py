@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from repvgg_deploy.artifacts import Array, Precision, PreprocessingOptions
 from repvgg_deploy.benchmark.measure import measure_interleaved
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files import data_folder, scratch_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions
@@ -82,11 +81,11 @@ def run_demo(output: Path | None = None, progress: Progress = SILENT) -> DemoRes
     graphs are kept there. A form whose export fails is left out of the table, and told of in `failures`.
     """
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "images"
+    with scratch_folder() as scratch:
+        data = scratch / "images"
         progress.note(f"drawing {_IMAGES} images")
         write_image_folder(data, _IMAGES, seed=_SEED, size=64)
-        forms, relatives, failures = _make_forms(output or Path(scratch), Path(scratch), progress)
+        forms, relatives, failures = _make_forms(output or scratch, scratch, progress)
         progress.note("evaluating")
         top1 = {name: evaluate(model, data).top1 for name, model in forms.items()}
         progress.note("timing, one form after the other in turn")

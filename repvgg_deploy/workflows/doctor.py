@@ -13,6 +13,7 @@ from repvgg_deploy.engine.network import create_builder
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.cpu import read_cpu
 from repvgg_deploy.hardware.gpus import FoundGpus, find_gpus
+from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 
 # The CUDA and TensorRT providers are listed even where they cannot load; the wheel's own list is all that is said here.
 _PROVIDERS = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
@@ -133,10 +134,10 @@ def _probe_module(module: str, package: str, found: FoundGpus) -> Row:
 
 def _probe_onnxruntime() -> Row:
     try:
-        import onnxruntime
-    except ImportError as error:
-        hint = "pip install onnxruntime, or onnxruntime-gpu for CUDA; never both"
-        return Row("onnxruntime", "", "ONNX Runtime", can_run=False, missing=str(error), hint=hint)
+        onnxruntime = import_onnxruntime()
+    except DeployError as error:
+        reason = str(error.__cause__ or error)
+        return Row("onnxruntime", "", "ONNX Runtime", can_run=False, missing=reason, hint=error.hint)
     known = [_PROVIDERS[name] for name in onnxruntime.get_available_providers() if name in _PROVIDERS]
     return Row("onnxruntime", onnxruntime.__version__, f"built with: {', '.join(sorted(known))}", can_run=True)
 

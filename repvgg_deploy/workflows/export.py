@@ -139,17 +139,16 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
             flushed.result()
             simplification.require()
             engine = None
-            if backend is not None:
+            if backend is None:
+                _note_other_engine(staged, result.onnx.with_suffix(".plan"), progress)
+            else:
                 engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, progress)
-    if engine is None:
-        _note_other_engine(result.onnx, progress)
     seconds = time.perf_counter() - start
     return replace(result, engine=engine, seconds=seconds, peak_bytes=peak_bytes())
 
 
-def _note_other_engine(onnx: Path, progress: Progress) -> None:
-    """Tell of an engine that stands beside the graph and was built from another one."""
-    plan = onnx.with_suffix(".plan")
+def _note_other_engine(onnx: Path, plan: Path, progress: Progress) -> None:
+    """Tell of an engine that will stand beside the graph and was built from another one."""
     if not plan.exists():
         return
     from repvgg_deploy.engine.sidecar import read_sidecar
@@ -159,7 +158,7 @@ def _note_other_engine(onnx: Path, progress: Progress) -> None:
     except DeployError:
         same = False
     if not same:
-        progress.note(f"note: {plan} is not of this graph: it was left as it was")
+        progress.note(f"note: {plan} was built from another graph, and stays as it is")
 
 
 def _find_backend(request: ExportRequest, progress: Progress) -> Any:

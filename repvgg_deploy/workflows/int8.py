@@ -179,6 +179,6 @@ def _statistics(
             raise ImageError(f"none of the calibration images can be read: {reason}", "give another folder") from None
         raise
     if cache is not None:
-        with stage_files(cache.absolute().parent) as staging:
+        with stage_files(cache.absolute().parent, is_result=False) as staging:
             statistics.save(staging / cache.name)
     return statistics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.refit import graph_options, refit_engine, require_refittable
 from repvgg_deploy.engine.sidecar import Sidecar
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files import scratch_folder, stage_files
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.progress import SILENT, Progress
@@ -30,8 +29,8 @@ def refit_in_place(plan: Path, weights: Path, progress: Progress = SILENT) -> En
         DeployError: as `refit_engine`, and as `export` for a checkpoint; the files are as they were then.
     """
     side = require_refittable(plan)
-    with tempfile.TemporaryDirectory() as scratch:
-        onnx = weights if is_onnx(weights) else export_for_refit(side, weights, Path(scratch), progress)
+    with scratch_folder() as scratch:
+        onnx = weights if is_onnx(weights) else export_for_refit(side, weights, scratch, progress)
         with stage_files(plan.absolute().parent) as staging:
             engine = refit_engine(plan, onnx, staging)
             _check_refitted(engine, onnx, progress)

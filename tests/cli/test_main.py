@@ -364,8 +364,8 @@ def test_the_smallest_sizes_export(size: str, checkpoint_file: Path, tmp_path: P
 def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path) -> None:
     """What ends a container: the export is stopped while its graph is being written."""
     script = (
-        "import time; from repvgg_deploy.workflows import export as pipeline; from repvgg_deploy.cli.main import main; "
-        "pipeline.run_fused = lambda *_, **__: time.sleep(60); main()"
+        "import time; from repvgg_deploy.workflows import export as pipeline; from repvgg_deploy.__main__ import run; "
+        "pipeline.run_fused = lambda *_, **__: time.sleep(60); run()"
     )
     out = tmp_path / "out"
     options = ["export", str(checkpoint_file), "--size", "32", "-o", str(out), *NO_ENGINE]
