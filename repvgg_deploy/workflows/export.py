@@ -94,13 +94,15 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
     inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
     progress.note(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
     net = build(checkpoint)
+    # Before the net runs in another thread: torch traces a net by replacing what calls every module of the process.
+    fusion = begin_fusion(net, torch.float32)
     with start_workers(1) as reference:
         # Fusing takes one core; what it will be held against is computed on the other.
         trained = reference.submit(run_in_float64, net, normalize(inputs.small, preprocessing))
         known = checkpoint.without_tensors()
         # Only pictures made from its BN statistics need the training form beyond this.
         training = net if request.int8 is not None and request.int8.images is None else None
-        stage = _Stage(request, known, begin_fusion(net, torch.float32), trained, preprocessing, inputs, training)
+        stage = _Stage(request, known, fusion, trained, preprocessing, inputs, training)
         del checkpoint, net, trained
         parity: dict[str, Parity] = {}
         progress.note(f"making the {request.precision} graph")
