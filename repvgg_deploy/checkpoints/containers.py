@@ -46,7 +46,7 @@ class Contents:
     notes: tuple[str, ...] = ()
 
 
-def read_contents(source: Source, path: Path) -> Contents:
+def read_contents(source: Source, path: Path, is_inner: bool = False) -> Contents:
     """What a `.pth`, `.pt`, `.pth.tar`, `.ckpt`, `.npz`, `.pkl` or `.safetensors` file holds; no tensor is read yet.
 
     The format is told by the file's first bytes, not by its name. A zip file with one of these in it is read as well.
@@ -63,13 +63,14 @@ def read_contents(source: Source, path: Path) -> Contents:
             raise _damaged(shown, error, "safetensors file") from error
         return replace(_collect(Tree(tensors, {}), metadata), configuration=dict(metadata))
     if head[:2] == b"PK":
-        return _read_zip(open_archive(source, shown), shown, path)
+        return _read_zip(open_archive(source, shown), path, is_inner)
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
         return _read_tree(lambda: read_pickles(source), shown)
     raise describe_other_file(head, path)
 
 
-def _read_zip(archive: Archive, shown: str, path: Path) -> Contents:
+def _read_zip(archive: Archive, path: Path, is_inner: bool) -> Contents:
+    shown = printable(str(path))
     other = describe_archive(archive.names, path)
     if other is not None:
         raise other
@@ -91,10 +92,9 @@ def _read_zip(archive: Archive, shown: str, path: Path) -> Contents:
         raise CheckpointError(
             f"{shown} is a zip archive without a checkpoint in it{found}", "unpack it and give the checkpoint inside"
         )
-    inner = MemorySource(archive.read(members[0]))
-    if read_bytes(inner, 0, 2) == b"PK" and any(n.lower().endswith(_MEMBERS) for n in open_archive(inner, shown).names):
+    if is_inner:
         raise CheckpointError(f"{shown} is an archive of an archive", "unpack it and give the checkpoint inside")
-    return read_contents(inner, path / members[0])
+    return read_contents(MemorySource(archive.read(members[0])), path / members[0], is_inner=True)
 
 
 def _read_tree(read: Any, shown: str) -> Contents:

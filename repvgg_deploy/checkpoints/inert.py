@@ -41,7 +41,7 @@ class Inert:
 
 
 def attributes_of(value: Any) -> Mapping[str, Any]:
-    """What `value` holds by name: a dict's items, or an inert record's items and attributes; else nothing.
+    """What `value` holds by name: a dict's items, or an inert record's items, or else its attributes; else nothing.
 
     So a `dict`, a yacs `CfgNode`, an `argparse.Namespace` and an OmegaConf `DictConfig` read alike.
     """
@@ -49,7 +49,9 @@ def attributes_of(value: Any) -> Mapping[str, Any]:
         return {key: item for key, item in value.items() if isinstance(key, str)}
     if not isinstance(value, Inert):
         return {}
-    found = dict(attributes_of(value.items))
+    if value.items:
+        return attributes_of(value.items)
+    found: dict[str, Any] = {}
     # A state of two parts: the `__dict__`, and the `__slots__`.
     parts = value.state if isinstance(value.state, tuple) else (value.state,)
     for part in parts:
