@@ -21,9 +21,11 @@ FROM ${CPU_BASE} AS cpu
 ARG TORCH_INDEX=""
 ARG TORCH=2.13.0
 COPY --from=wheel /wheels /wheels
-COPY constraints.txt /wheels/
+COPY requirements/cpu.txt /wheels/
+# All packages but torch are held to their hashes; torch has others in each index.
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "torch==${TORCH}" \
-    && pip install --no-cache-dir -c /wheels/constraints.txt "$(echo /wheels/*.whl)[cpu]" \
+    && pip install --no-cache-dir --require-hashes -r /wheels/cpu.txt \
+    && pip install --no-cache-dir --no-deps /wheels/*.whl \
     && rm -rf /wheels \
     && useradd --create-home deploy
 USER deploy

@@ -7,8 +7,9 @@ TORCH ?= 2.13.0
 LOWEST ?= .venv-lowest
 # Pins for reproducible test runs, on the Python versions that these releases support.
 CONSTRAINTS := -c constraints.txt
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test lint format lowest clean
+.PHONY: demo test docs format lowest requirements clean
 
 demo: $(VENV)/.demo
 	$(BIN)/repvgg-deploy demo
@@ -18,7 +19,12 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MKDOCS) build -q --strict
 	$(BIN)/python -m pytest -q
+
+# The documentation as a site, in build/site; warnings are errors.
+docs: $(VENV)/.test
+	$(MKDOCS) build --strict
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -34,6 +40,11 @@ lowest:
 	@cat $(LOWEST)/lowest.txt
 	$(MAKE) demo VENV=$(LOWEST) CONSTRAINTS="-c $(LOWEST)/lowest.txt" \
 		TORCH="$$(sed -n 's/^torch==//p' $(LOWEST)/lowest.txt)"
+
+# The image's packages with their hashes, in requirements/cpu.txt.
+requirements: $(BIN)/python
+	$(BIN)/pip install -q uv
+	$(BIN)/python requirements/export.py $(TORCH)
 
 $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"

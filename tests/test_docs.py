@@ -11,7 +11,8 @@ import pytest
 from repvgg_deploy.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def commands_in(page: Path) -> list[str]:
@@ -22,7 +23,7 @@ def commands_in(page: Path) -> list[str]:
 
 
 def test_the_command_page_is_what_help_prints() -> None:
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    spec = importlib.util.spec_from_file_location("make_cli", DOCS / "make_cli.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text(encoding="utf-8") == module.make_page(), "run: python docs/make_cli.py"
@@ -55,5 +56,7 @@ def test_the_readme_shows_the_two_commands_that_do_everything() -> None:
 
 
 def test_no_page_names_the_address_of_a_package_registry() -> None:
-    for page in [*PAGES, ROOT / "Makefile", ROOT / "Dockerfile", ROOT / "pyproject.toml"]:
+    names = ("Makefile", "Dockerfile", "pyproject.toml", "constraints.txt", "mkdocs.yml", "CITATION.cff")
+    others = [path for folder in ("requirements", ".github") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    for page in [*PAGES, *(ROOT / name for name in names), *others]:
         assert not re.search(r"pypi\.org|download\.pytorch|pypi\.nvidia|files\.pythonhosted", page.read_text("utf-8"))

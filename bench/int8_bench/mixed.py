@@ -1,6 +1,6 @@
 """What keeping layers in float gains: agreement and SQNR over the share of multiply-adds that is not INT8.
 
-    python bench/int8.py mixed --checkpoint CKPT --calib DIR --val DIR -o bench/results --plots bench/plots
+    python bench/int8.py mixed --checkpoint CKPT --calib DIR --val DIR -o bench/results --plots docs/figures
 
 Layers are taken by measured sensitivity (`repvgg_deploy.quantization.mixed_precision`), and for comparison in
 random order. The ranking is made on calibration images. Each candidate is quantized anew with its float layers, and
@@ -63,7 +63,7 @@ def shuffle(ranking: Sequence[LayerSensitivity], seed: int) -> tuple[LayerSensit
 )
 @click.option("--calib-seed", type=int, default=0, show_default=True, help="Of the choice of calibration images.")
 @click.option(
-    "--plots", type=FOLDER, default=Path("bench/plots"), show_default=True, metavar="DIR", help="Folder of the plot."
+    "--plots", type=FOLDER, default=Path("docs/figures"), show_default=True, metavar="DIR", help="Folder of the plot."
 )
 @torch.no_grad()
 def mixed(data: Data, every: int, recipe: str, plots: Path, **orders: Any) -> None:

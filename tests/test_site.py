@@ -1,0 +1,88 @@
+"""The documentation's site: every page is in it, its figures are drawn by a script, and it explains every error."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+TROUBLESHOOTING = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+# Made when the site is built, from files at the top of the repository.
+MADE = {"contributing.md", "changelog.md"}
+
+
+def load_script(name: str) -> ModuleType:
+    """A module of docs/_site, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "_site" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        # Dataclasses look their module up.
+        patch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+    return module
+
+
+def pages_in(nav: Any) -> list[str]:
+    """The pages of `nav` in mkdocs.yml, whatever they are called."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages_in(part)]
+
+
+def test_every_page_is_named_in_the_navigation() -> None:
+    yaml = pytest.importorskip("yaml")
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert set(pages_in(nav)) == pages | MADE, "name each page of docs/ once under `nav` in mkdocs.yml"
+
+
+def test_every_figure_is_drawn_by_a_script_and_shown_in_a_page(tmp_path) -> None:
+    mpl = pytest.importorskip("matplotlib")
+    script = load_script("make_figures")
+    with mpl.rc_context(script.STYLE):
+        script.main(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    # Of `bench/int8.py mixed`, which needs a trained net and its images.
+    assert {path.name for path in (DOCS / "figures").iterdir()} == drawn | {"int8_mixed.svg", "int8_mixed.png"}
+    pages = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
+    assert {name for name in drawn | {"int8_mixed.svg"} if f"figures/{name}" not in pages} == set()
+
+
+def test_every_error_belongs_to_one_section_of_the_troubleshooting_page() -> None:
+    script = load_script("raised_errors")
+    sections = script.sections_of(TROUBLESHOOTING)
+    explained = [error for section in sections for error in script.errors_of(section, TROUBLESHOOTING)]
+    missing = {error.module for error in set(script.find_errors()) - set(explained)}
+    assert not missing, "name these modules in a section of docs/troubleshooting.md"
+    assert len(explained) == len(script.find_errors())
+
+
+def test_every_section_names_what_is_there_and_raises() -> None:
+    script = load_script("raised_errors")
+    for section in script.sections_of(TROUBLESHOOTING):
+        assert script.errors_of(section, TROUBLESHOOTING), section
+        for name in section:
+            assert (script.PACKAGE / name).exists(), f"{name}, of docs/troubleshooting.md"
+
+
+def test_every_section_gives_the_reason_before_its_list() -> None:
+    for section in re.split(r"^## ", TROUBLESHOOTING, flags=re.M)[1:]:
+        title, _, text = section.partition("\n")
+        assert text.count("<!-- errors:") == 1, title
+        assert len(text.partition("<!--")[0].split()) >= 20, f"{title}: say why, and what to do"
+
+
+def test_the_errors_are_read_as_they_are_raised() -> None:
+    errors = load_script("raised_errors").find_errors()
+    by_module = {error.module for error in errors}
+    assert {"checkpoints/containers.py", "files.py", "engine/sidecar.py"} <= by_module
+    assert any(error.message == "… is empty" and error.kind == "CheckpointError" for error in errors)
