@@ -86,7 +86,8 @@ def _write_graph(card: str, path: Path, precision: str) -> None:
     import numpy as np
 
     from repvgg_deploy.graphs.builder import write_graph
-    from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+    from repvgg_deploy.graphs.layers import FloatLayers
+    from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
     from repvgg_deploy.nets.cards import find_card
     from repvgg_deploy.nets.repvgg import RepVGG
 

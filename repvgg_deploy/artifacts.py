@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -26,11 +26,16 @@ class Precision(StrEnum):
         return self.value
 
 
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+ColorOrder = Literal["rgb", "bgr"]
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image file becomes the input tensor: short side to `resize`, centre crop, scale to 0–1, normalize.
 
-    `resize`, `height` and `width` are pixels; `mean` and `std` are per channel, of values between 0 and 1.
+    `resize`, `height` and `width` are pixels; `mean` and `std` are per channel, of values between 0 and 1, in the
+    order `color_order` of the channels that the net takes.
     """
 
     height: int = 224
@@ -38,26 +43,46 @@ class Preprocessing:
     resize: int = 256
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bilinear"
+    color_order: ColorOrder = "rgb"
 
     def to_json(self) -> str:
-        """The same values as one line of JSON, for the metadata of a graph."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """The same values as one line of JSON, for the metadata of a graph; `scale` is that of the pixels."""
+        return json.dumps({**asdict(self), "scale": 1 / 255}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Preprocessing:
         """The inverse of `to_json`."""
         values = json.loads(text)
+        values.pop("scale", None)
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 @dataclass(frozen=True)
 class PreprocessingOptions:
-    """What a user said of the preprocessing; None where the model's metadata or card decides."""
+    """What is said of the preprocessing; None where the model's metadata, configuration or card decides.
+
+    `crop_ratio` is that of the size over `resize`, which stands in its place.
+    """
 
     size: tuple[int, int] | None = None
     resize: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    interpolation: Interpolation | None = None
+    color_order: ColorOrder | None = None
+    crop_ratio: float | None = None
+
+    @classmethod
+    def same_as(cls, known: Preprocessing) -> PreprocessingOptions:
+        """All that `known` says."""
+        size = (known.height, known.width)
+        return cls(size, known.resize, known.mean, known.std, known.interpolation, known.color_order)
+
+    def over(self, other: PreprocessingOptions) -> PreprocessingOptions:
+        """What is said here, and what `other` says of the rest."""
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(other, **{name: value for name, value in said.items() if value is not None})
 
     def apply(self, base: Preprocessing) -> Preprocessing:
         """`base` with what the user said in its place.
@@ -66,17 +91,32 @@ class PreprocessingOptions:
         other than 224.
 
         Raises:
-            DeployError: mean and std have different numbers of values, or a std is not positive.
+            DeployError: mean and std have different numbers of values, or a value is out of range.
         """
         changed = base
         if self.size is not None and self.size != (base.height, base.width):
             changed = replace(changed, height=self.size[0], width=self.size[1], resize=max(self.size))
+        if self.crop_ratio is not None:
+            if not 0 < self.crop_ratio <= 1:
+                raise DeployError(f"a crop ratio of {self.crop_ratio:g}", "the share of the short side, from 0 to 1")
+            # As timm rounds it.
+            changed = replace(changed, resize=int(max(changed.height, changed.width) / self.crop_ratio))
         if self.resize is not None:
             changed = replace(changed, resize=self.resize)
-        changed = replace(changed, mean=self.mean or changed.mean, std=self.std or changed.std)
+        changed = replace(
+            changed,
+            mean=self.mean or changed.mean,
+            std=self.std or changed.std,
+            interpolation=self.interpolation or changed.interpolation,
+            color_order=self.color_order or changed.color_order,
+        )
         if len(changed.mean) != len(changed.std):
             raise DeployError(
                 f"mean has {len(changed.mean)} values and std {len(changed.std)}", "give --mean and --std together"
+            )
+        if max(changed.mean) > 1:
+            raise DeployError(
+                f"a mean of {max(changed.mean):g}, of pixels from 0 to 1", "divide mean and std of pixels to 255 by 255"
             )
         if min(changed.std) <= 0 or min(changed.height, changed.width, changed.resize) < 1:
             raise DeployError("std, size and resize must be positive", "check the preprocessing options")

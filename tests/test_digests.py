@@ -14,7 +14,8 @@ from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.graphs.training import to_training_onnx
 from repvgg_deploy.nets.repvgg import RepVGG
 

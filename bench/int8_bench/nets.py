@@ -43,7 +43,8 @@ from int8_bench.tools import quantize_onnxruntime
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.nets.cards import find_card

@@ -23,7 +23,8 @@ from int8_bench.setup import fuse_seeded, open_session, write_record
 from int8_bench.tools import quantize_onnxruntime
 from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.nets.baselines import find_baseline
 from repvgg_deploy.nets.seeding import seeded_baseline
 from repvgg_deploy.quantization import load_recipe, quantize

@@ -26,7 +26,8 @@ from int8_bench.setup import PIXELS, fuse_seeded, load_fused, quantize_ours, rea
 from int8_bench.tools import quantize_modelopt
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.workflows.export import peak_bytes
 

@@ -29,7 +29,8 @@ import onnxruntime
 import repvgg_deploy
 from int8_bench.setup import PIXELS, Floats, in_batches, quantize_ours, write_as_tensorrt_reads
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.nets.repvgg import RepVGG
 
 FP32 = "fp32"

@@ -16,15 +16,8 @@ from torch import nn
 import repvgg_deploy
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.graphs.builder import GraphBuilder, OnnxGraph, make_graph
-from repvgg_deploy.graphs.repvgg import (
-    FloatLayers,
-    GraphOptions,
-    add_conv,
-    add_input,
-    add_output,
-    check_options,
-    describe_input,
-)
+from repvgg_deploy.graphs.layers import FloatLayers, add_conv
+from repvgg_deploy.graphs.repvgg import GraphOptions, add_input, add_output, check_options, describe_input
 from repvgg_deploy.nets.baselines import BaselineNet, fold_batch_norms
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.resnet import ResidualBlock, ResNet

@@ -13,7 +13,9 @@ from torch import Tensor
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
-from repvgg_deploy.graphs.repvgg import METADATA_PREFIX, FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.metadata import METADATA_PREFIX
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.graphs.training import to_training_onnx
 from repvgg_deploy.nets.baselines import BaselineNet
 from repvgg_deploy.nets.repvgg import RepVGG

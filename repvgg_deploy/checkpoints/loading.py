@@ -15,10 +15,19 @@ from repvgg_deploy.checkpoints.assembly import assemble, require_arrays
 from repvgg_deploy.checkpoints.choice import choose_net
 from repvgg_deploy.checkpoints.containers import read_contents
 from repvgg_deploy.checkpoints.inert import printable
+from repvgg_deploy.checkpoints.settings import read_settings
 from repvgg_deploy.checkpoints.sources import open_source
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.nets.cards import describe, find_card
+from repvgg_deploy.nets.cards import describe, find_card, match_card
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.settings import (
+    NO_SETTINGS,
+    Origins,
+    Settings,
+    StructureOptions,
+    fit_settings,
+    structure_origins,
+)
 from repvgg_deploy.nets.spec import ArchSpec
 from repvgg_deploy.threads import start_workers
 
@@ -40,6 +49,8 @@ class Checkpoint:
         modules: of a pickle of whole modules, the attributes of each module of the net by its name in the net that
             was pickled ("stage1.0.rbr_dense.conv": {"class": "torch.nn.modules.conv.Conv2d", "stride": (2, 2), …});
             empty for a state dict.
+        settings: what the configuration says of the net and its images.
+        origins: what decided the parts of `spec` that leave no tensor.
     """
 
     path: Path
@@ -53,6 +64,8 @@ class Checkpoint:
     prefix: str = ""
     configuration: Mapping[str, Any] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Settings = NO_SETTINGS
+    origins: Origins = field(default_factory=dict)
 
     @property
     def arch(self) -> str:
@@ -64,16 +77,36 @@ class Checkpoint:
         """`train` or `deploy`."""
         return self.spec.form
 
+    def backbone(self, maps: tuple[int, ...] = ()) -> Checkpoint:
+        """The checkpoint without its classifier and what no output needs; see `ArchSpec.backbone`."""
+        spec = self.spec.backbone(maps)
+        kept = tuple(f"stages.{number}." for number in range(len(spec.stages)))
+        return replace(self, spec=spec, tensors={k: v for k, v in self.tensors.items() if k.startswith(kept)})
+
     def without_tensors(self) -> Checkpoint:
         """All that is known of the file, but not its weights: they need not stay in memory for it."""
         return replace(self, tensors={})
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What a user says of a checkpoint; see `load_checkpoint`."""
+
+    arch: str | None = None
+    ema: bool | None = None
+    structure: StructureOptions = field(default_factory=StructureOptions)
+    net: str | None = None
+
+    def load(self, path: Path) -> Checkpoint:
+        """The checkpoint at `path`, read with these options."""
+        return load_checkpoint(path, self.arch, self.ema, self.structure, self.net)
 
 
 def load_checkpoint(
     path: str | Path,
     arch: str | None = None,
     ema: bool | None = None,
-    bn_eps: float = 1e-5,
+    structure: StructureOptions | None = None,
     net: str | None = None,
 ) -> Checkpoint:
     """The RepVGG in a checkpoint file of any supported library, in training or deploy form.
@@ -82,7 +115,7 @@ def load_checkpoint(
         path: a `.pth`, `.pt`, `.pth.tar`, `.ckpt`, `.npz` or `.safetensors` file; told by its content.
         arch: the architecture that the caller expects; anything else in the file is an error.
         ema: take the EMA copy (True), the plain weights (False), or the plain ones where there are some (None).
-        bn_eps: the ε of the BNs, which no checkpoint stores.
+        structure: what no tensor tells; it goes before what the configuration says.
         net: of several nets in the file, the one whose names begin with this.
 
     Raises:
@@ -97,7 +130,7 @@ def load_checkpoint(
         sha256 = pool.submit(source.hash)
         chosen = choose_net(contents, path, ema, net)
         require_arrays(chosen.net.keys, chosen.tensors)
-        spec = replace(infer_spec(chosen.net.keys, chosen.tensors), bn_eps=bn_eps)
+        spec = infer_spec(chosen.net.keys, chosen.tensors)
         holds = describe(spec)
         if wanted is not None and not holds.startswith(wanted.name + " ") and holds != wanted.name:
             raise CheckpointError(
@@ -106,7 +139,7 @@ def load_checkpoint(
             )
         assembled = assemble(spec, chosen.net, chosen.tensors, source.size)
         names = contents.class_names
-        return Checkpoint(
+        checkpoint = Checkpoint(
             path,
             sha256.result(),
             chosen.net.keys.layout.name,
@@ -118,6 +151,25 @@ def load_checkpoint(
             chosen.net.prefix,
             contents.configuration,
         )
+    return _settle(checkpoint, structure or StructureOptions())
+
+
+def _settle(checkpoint: Checkpoint, structure: StructureOptions) -> Checkpoint:
+    """The checkpoint with what its user, or else its configuration, says of the parts that leave no tensor."""
+    spec, names = checkpoint.spec, checkpoint.class_names
+    card = match_card(spec)
+    settings = read_settings(checkpoint.path, checkpoint.configuration, None if card is None else card.name)
+    settings = fit_settings(settings, spec)
+    if names is None and settings.class_names is not None and len(settings.class_names) == spec.classes:
+        names = settings.class_names
+    return replace(
+        checkpoint,
+        spec=structure.over(settings.structure).apply(spec),
+        class_names=names,
+        notes=(*checkpoint.notes, *settings.notes),
+        settings=settings,
+        origins=structure_origins(structure, settings),
+    )
 
 
 def build(checkpoint: Checkpoint) -> RepVGG:

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
+from repvgg_deploy.cli.features import FeaturesCommand
 from repvgg_deploy.cli.options import (
     PATH,
-    bn_eps_option,
     checkpoint_options,
     engine_options,
     graph_options,
@@ -20,6 +20,7 @@ from repvgg_deploy.cli.options import (
     preprocessing_options,
     read_labels,
     take_build,
+    take_checkpoint,
     take_int8,
     take_preprocessing,
 )
@@ -37,7 +38,7 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
 
 
 @click.command(
-    cls=Command,
+    cls=FeaturesCommand,
     examples=(
         "repvgg-deploy export net.pth",
         "repvgg-deploy export net.pth --fp16 -o out --batch-range 1 8 64",
@@ -47,7 +48,6 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
 )
 @path_argument("ckpt")
 @checkpoint_options
-@bn_eps_option
 @preprocessing_options
 @int8_options
 @graph_options
@@ -86,6 +86,7 @@ def export(ckpt: Path, output: Path, fp16: bool, int8: bool, layers: bool, label
     request = ExportRequest(
         checkpoint=ckpt,
         output=output,
+        source=take_checkpoint(options),
         precision=Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,
         int8=take_int8(options, wanted=int8),
         build=take_build(options),
@@ -108,7 +109,6 @@ def export(ckpt: Path, output: Path, fp16: bool, int8: bool, layers: bool, label
 )
 @path_argument("ckpt")
 @checkpoint_options
-@bn_eps_option
 @option_group(
     "Output",
     click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="File to write, by its ending."),
@@ -121,7 +121,7 @@ def fuse(ckpt: Path, output: Path, **options: Any) -> Any:
     from repvgg_deploy.cli.tables import print_fields
     from repvgg_deploy.workflows.fuse_checkpoint import write_fused
 
-    written = write_fused(ckpt, output, **options)
+    written = write_fused(ckpt, output, options.pop("layout"), take_checkpoint(options))
     values = {
         "file": str(written.path),
         "arch": written.arch,

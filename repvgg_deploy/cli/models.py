@@ -16,6 +16,7 @@ from repvgg_deploy.cli.options import (
     output_options,
     path_argument,
     preprocessing_options,
+    take_checkpoint,
     take_decoding,
     take_exact_integers,
     take_preprocessing,
@@ -33,14 +34,11 @@ from repvgg_deploy.errors import ThresholdError
 @output_options
 def inspect(file: Path, **options: Any) -> Any:
     """Describe a checkpoint, an ONNX graph or an engine."""
-    from repvgg_deploy.cli.tables import print_fields
+    from repvgg_deploy.cli.tables import print_description
     from repvgg_deploy.workflows.inspect import inspect_file
 
-    description = inspect_file(file, **options)
-    labels = {"flops": "multiply-adds", "flops_deploy": "multiply-adds deploy", "input_size": "height, width px"}
-    return Outcome(
-        description, lambda: print_fields({labels.get(name, name): value for name, value in description.items()})
-    )
+    description = inspect_file(file, take_checkpoint(options))
+    return Outcome(description, lambda: print_description(description))
 
 
 @click.command(cls=Command, examples=("repvgg-deploy archs",))
@@ -94,9 +92,11 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
         raise click.UsageError("--count is for --data DIR.")
     tolerance = Tolerance(options.pop("max_relative"), options.pop("max_abs"), options.pop("max_disagreement"))
     preprocessing = take_preprocessing(options)
-    exact = take_exact_integers(options)
+    source, exact = take_checkpoint(options), take_exact_integers(options)
     with show_progress() as progress:
-        parity = verify_models(a, b, preprocessing, tolerance, **options, exact_integers=exact, progress=progress)
+        parity = verify_models(
+            a, b, preprocessing, tolerance, **options, checkpoint=source, exact_integers=exact, progress=progress
+        )
     values = {"a": str(a), "b": str(b), **parity.to_dict()}
     return Outcome(values, lambda: print_fields(values))
 
@@ -142,8 +142,9 @@ def eval_(model: Path, data: Path, batch: int, strict: bool, min_top1: float | N
 
     preprocessing = take_preprocessing(options)
     settings = EvaluationOptions(options.pop("ground_truth"), take_decoding(options))
+    source, exact = take_checkpoint(options), take_exact_integers(options)
     with show_progress() as progress:
-        opened = open_model(model, preprocessing, exact_integers=take_exact_integers(options), **options)
+        opened = open_model(model, preprocessing, source, exact_integers=exact, **options)
         for note in opened.notes:
             progress.note(f"note: {note}")
         result = evaluate(opened, data, batch, strict, progress, settings)

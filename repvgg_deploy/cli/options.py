@@ -14,11 +14,12 @@ import click
 from click.core import ParameterSource
 
 from repvgg_deploy.cli.command import option_group
-from repvgg_deploy.cli.types import ARCH, RECIPE, Channels, FiniteRange, Size
+from repvgg_deploy.cli.types import ACTIVATION, ARCH, RECIPE, Channels, FiniteRange, Size, Stages, Strides
 from repvgg_deploy.errors import DeployError
 
 if TYPE_CHECKING:
     from repvgg_deploy.artifacts import PreprocessingOptions
+    from repvgg_deploy.checkpoints import CheckpointOptions
     from repvgg_deploy.engine.options import BuildOptions
     from repvgg_deploy.images.decoding import DecodingOptions
     from repvgg_deploy.workflows.export_request import Int8Request
@@ -38,17 +39,15 @@ checkpoint_options = option_group(
     "Input",
     click.option("--arch", type=ARCH, metavar="NAME", help="Required architecture: A0, B1g4, …; another is an error."),
     click.option("--ema/--no-ema", default=None, help="Which copy of the weights, where the file has an EMA copy too."),
-)
-"""How a checkpoint is read."""
-
-bn_eps_option = option_group(
-    "Input",
-    click.option(
-        "--bn-eps", type=FiniteRange(min=0, min_open=True), default=1e-5, metavar="X",
-        help="Epsilon of the batch norms, which a checkpoint does not store.",
-    ),
+    click.option("--net", metavar="PREFIX", help="Which of several nets in the file, by the beginning of its names."),
+    click.option("--strides", type=Strides(), metavar="S,S,…",
+                 help="Stride of the stem and of each stage.  [default: as the configuration says, or 2,2,2,2,2]"),
+    click.option("--act", type=ACTIVATION, metavar="NAME",
+                 help="Activation of the blocks: relu, silu, …  [default: as the configuration says, or relu]"),
+    click.option("--bn-eps", type=FiniteRange(min=0, min_open=True), metavar="X",
+                 help="Epsilon of the batch norms.  [default: as the configuration says, or 1e-05]"),
 )  # fmt: skip
-"""What a checkpoint does not store."""
+"""How a checkpoint is read, and what its tensors do not tell."""
 
 preprocessing_options = option_group(
     "Preprocessing",
@@ -56,7 +55,12 @@ preprocessing_options = option_group(
     click.option("--resize", type=click.IntRange(min=1), metavar="PX", help="Shorter side before the center crop."),
     click.option("--mean", type=Channels(), help="Mean per channel, of values from 0 to 1."),
     click.option("--std", type=Channels(), help="Standard deviation per channel."),
-)
+    click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "lanczos", "nearest"]),
+                 help="Filter that images are resized with."),
+    click.option("--crop-ratio", type=FiniteRange(min=0, max=1, min_open=True), metavar="R",
+                 help="Input size over the shorter side before the crop, in place of --resize."),
+    click.option("--color-order", type=click.Choice(["rgb", "bgr"]), help="Order of the input's channels."),
+)  # fmt: skip
 """How an image becomes the input; the model's metadata or card by default."""
 
 decoding_options = option_group(
@@ -78,9 +82,15 @@ graph_options = option_group(
     click.option("--uint8-input", is_flag=True, help="Input of uint8 NHWC pixels, normalized inside the graph."),
     click.option("--softmax", is_flag=True, help="Probabilities in place of logits."),
     click.option("--topk", type=click.IntRange(min=1), metavar="K", help="Only the K best scores and their classes."),
+    click.option(
+        "--features",
+        type=Stages(),
+        metavar="[STAGES]",
+        help="Pooled features in place of classes, or the maps of stages, as 2,3,4.",
+    ),
     click.option("--labels", type=PATH, metavar="FILE", help="Names of the classes, one per line."),
 )
-"""What an exported graph takes and gives."""
+"""What an exported graph takes and gives; for commands of the class `FeaturesCommand`."""
 
 int8_options = option_group(
     "INT8",
@@ -158,6 +168,15 @@ def flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
+def take_checkpoint(values: dict[str, Any]) -> CheckpointOptions:
+    """Remove the options of a checkpoint from `values` and return them as one object."""
+    from repvgg_deploy.checkpoints import CheckpointOptions
+    from repvgg_deploy.nets.settings import StructureOptions
+
+    structure = StructureOptions(values.pop("strides"), values.pop("act"), values.pop("bn_eps"))
+    return CheckpointOptions(values.pop("arch"), values.pop("ema"), structure, values.pop("net"))
+
+
 def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
     """Remove the INT8 options from `values` and return them as one object; None if INT8 is not wanted.
 
@@ -230,10 +249,17 @@ def take_exact_integers(values: dict[str, Any]) -> bool:
 
 
 def take_preprocessing(values: dict[str, Any]) -> PreprocessingOptions:
-    """Remove the preprocessing options from `values` and return them as one object."""
+    """Remove the preprocessing options from `values` and return them as one object.
+
+    Raises:
+        click.UsageError: two of them say the same.
+    """
     from repvgg_deploy.artifacts import PreprocessingOptions
 
-    return PreprocessingOptions(*(values.pop(name) for name in ("size", "resize", "mean", "std")))
+    if values["resize"] is not None and values["crop_ratio"] is not None:
+        raise click.UsageError("--crop-ratio says what --resize says; give one of them.")
+    names = ("size", "resize", "mean", "std", "interpolation", "color_order", "crop_ratio")
+    return PreprocessingOptions(**{name: values.pop(name) for name in names})
 
 
 def take_decoding(values: dict[str, Any]) -> DecodingOptions:

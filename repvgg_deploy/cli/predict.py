@@ -16,6 +16,7 @@ from repvgg_deploy.cli.options import (
     output_options,
     path_argument,
     preprocessing_options,
+    take_checkpoint,
     take_decoding,
     take_exact_integers,
     take_preprocessing,
@@ -118,6 +119,7 @@ def _take_spec(model: Path, options: dict[str, Any]) -> PredictorSpec:
     return PredictorSpec(
         model,
         take_preprocessing(options),
+        take_checkpoint(options),
         exact_integers=take_exact_integers(options),
         options=wanted,
         **options,

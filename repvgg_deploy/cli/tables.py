@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from repvgg_deploy.benchmark.from_files import EndToEnd
     from repvgg_deploy.benchmark.layer_profile import Profile
     from repvgg_deploy.quantization.layer_report import LayerRow
+    from repvgg_deploy.workflows.choices import Choices
     from repvgg_deploy.workflows.demo import DemoResult
     from repvgg_deploy.workflows.doctor import Row
     from repvgg_deploy.workflows.evaluate import Evaluation
     from repvgg_deploy.workflows.export_request import ExportResult
 
 __all__ = [
-    "print_archs", "print_demo", "print_end_to_end", "print_evaluation", "print_export", "print_fields", "print_parts",
-    "print_profile", "print_record",
+    "print_archs", "print_demo", "print_description", "print_end_to_end", "print_evaluation", "print_export",
+    "print_fields", "print_parts", "print_profile", "print_record",
 ]  # fmt: skip
 
 
@@ -45,6 +46,21 @@ def print_export(result: ExportResult, layers: bool) -> None:
     if result.engine is not None:
         plan = result.onnx.parent / result.engine.plan.name
         print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
+    _print_choices(result.choices)
+
+
+def print_description(description: Mapping[str, Any]) -> None:
+    """What a file is."""
+    labels = {"flops": "multiply-adds", "flops_deploy": "multiply-adds deploy", "input_size": "height, width px"}
+    print_fields({labels.get(name, name): value for name, value in description.items() if name != "assumed"})
+    _print_choices(description.get("assumed", {}))
+
+
+def _print_choices(choices: Choices) -> None:
+    """What no tensor tells, one setting per line, and what decided it."""
+    from repvgg_deploy.workflows.choices import list_choices
+
+    print_fields(list_choices(choices))
 
 
 def print_layers(layers: Sequence[LayerRow]) -> None:

@@ -69,6 +69,37 @@ class Channels(ChannelsType):
         return numbers
 
 
+class Strides(ListType):
+    """One whole number per stage, separated by commas or spaces, as `1,1,2,2,2`."""
+
+    name = "S,S,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parse `value`, or fail as wrong usage."""
+        text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value).strip()
+        if re.fullmatch(r"[1-9]\d?([,\s]+[1-9]\d?)*", text) is None:
+            self.fail(f"{value!r} is not a list of strides, such as 1,1,2,2,2", param, ctx)
+        return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+STAGES = r"(stage)?\d+(,(stage)?\d+)*"
+
+
+class Stages(ListType):
+    """Numbers of stages, separated by commas, as `2,3,4`; `pooled` is none of them."""
+
+    name = "STAGES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parse `value`, or fail as wrong usage."""
+        text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value).lower()
+        if text in ("pooled", "true", ""):
+            return ()
+        if re.fullmatch(STAGES, text) is None:
+            self.fail(f"{value!r} is not a list of stages, such as 2,3,4", param, ctx)
+        return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
 class Name(NameType):
     """One of a list of names; the list is made when it is needed, and a typing error gets suggestions.
 
@@ -161,6 +192,18 @@ def _find_arch(name: str) -> object:
     return find_card(name)
 
 
+def _activation_names() -> Sequence[str]:
+    from repvgg_deploy.nets.activations import NAMES
+
+    return NAMES
+
+
+def _find_activation(name: str) -> object:
+    from repvgg_deploy.nets.activations import parse_activation
+
+    return parse_activation(name)
+
+
 def _find_baseline(name: str) -> object:
     from repvgg_deploy.nets.baselines import require_baseline
 
@@ -202,6 +245,7 @@ def _is_recipe_file(text: str) -> bool:
 
 
 ARCH = Name("architecture", _arch_names, _find_arch)
+ACTIVATION = Name("activation", _activation_names, _find_activation)
 BASELINE = Name("baseline", _baseline_names, _find_baseline)
 RECIPE = Name("recipe", _recipe_names, accepts=_is_recipe_file)
 BACKEND = Name("backend", _backend_names)

@@ -19,7 +19,7 @@ from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
 from repvgg_deploy.engine.timing_cache import use_timing_cache
 from repvgg_deploy.files import hash_file
-from repvgg_deploy.graphs.repvgg import read_metadata
+from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.graphs.serialization import read_onnx_metadata
 from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.progress import SILENT, Progress

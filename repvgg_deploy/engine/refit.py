@@ -15,7 +15,8 @@ from repvgg_deploy.engine.log import collect_messages, construct, explain_failur
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import hash_file
-from repvgg_deploy.graphs.repvgg import GraphOptions, read_metadata
+from repvgg_deploy.graphs.metadata import read_metadata
+from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.serialization import read_onnx_metadata
 from repvgg_deploy.threads import run_cancellable
 

@@ -37,6 +37,14 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
         return output
 
+    def rename(self, tensor: str, name: str) -> None:
+        """Give a tensor that a node makes another name."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for index, known in enumerate(names):
+                    if known == tensor:
+                        names[index] = name
+
     def weight(self, name: str, value: Array) -> str:
         """An initializer."""
         if name in self.weights:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import repvgg_deploy
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.graphs.builder import GraphBuilder, OnnxGraph, make_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.nets.activations import Activation
 from repvgg_deploy.nets.repvgg import ConvBranch, FusedBlock, RepVGG, SqueezeExciteBlock, TrainingBlock, branch_name
 
 
@@ -33,19 +35,23 @@ def to_training_onnx(net: RepVGG, options: GraphOptions) -> OnnxGraph:
     layers = FloatLayers(np.dtype(np.float32))
     x = "images"
     for name, block in net.named_blocks():
-        x = _add_block(g, name, block, layers, x)
+        x = _add_block(g, name, block, net.spec.activation, layers, x)
     x = g.add("Flatten", [layers.pool(g, "pool", x)], "features")
-    layers.linear(g, "classifier", net.classifier, x)
-    g.nodes[-1].output[0] = "logits"
+    if net.has_classifier:
+        layers.linear(g, "classifier", net.classifier, x)
+    (output,) = net.spec.output_names
+    g.nodes[-1].output[0] = output
     batch: int | str = options.batch or "batch"
     shape = [batch, net.spec.in_channels, options.height, options.width]
     inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)]
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, net.spec.classes])]
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, net.spec.classes or net.spec.features])]
     metadata = {"repvgg_deploy.form": net.spec.form, "repvgg_deploy.precision": "fp32"}
     return make_graph(g, inputs, outputs, options.opset, metadata, ("repvgg-deploy", repvgg_deploy.__version__))
 
 
-def _add_block(g: GraphBuilder, name: str, block: nn.Module, layers: FloatLayers, x: str) -> str:
+def _add_block(
+    g: GraphBuilder, name: str, block: nn.Module, activation: Activation, layers: FloatLayers, x: str
+) -> str:
     if isinstance(block, FusedBlock):
         x = layers.conv(g, f"{name}.conv", block.conv, x)
         se_before, se_after = block.se_before, block.se_after
@@ -56,7 +62,7 @@ def _add_block(g: GraphBuilder, name: str, block: nn.Module, layers: FloatLayers
             x = add_batch_norm(g, f"{name}.bn", block.bn, layers, x)
         se_before, se_after = block.se_before, block.se_after
     x = _add_squeeze_excite(g, f"{name}.se_before", se_before, layers, x)
-    x = g.add("Relu", [x], f"{name}.relu")
+    x = layers.activate(g, name, activation, x)
     return _add_squeeze_excite(g, f"{name}.se_after", se_after, layers, x)
 
 

@@ -66,11 +66,18 @@ ImageData = ImageSource | bytes | Pixels
 
 
 def read_pixels(source: ImageData, preprocessing: Preprocessing, options: DecodingOptions = _DEFAULTS) -> Pixels:
-    """The cropped image, uint8 (H, W, 3).
+    """The cropped image, uint8 (H, W, 3), channels in the order that the net takes; pixels that are given are RGB.
 
     Raises:
         ImageError: as `decode_image`, or pixels have another type or shape.
     """
+    pixels = _read_rgb(source, preprocessing, options)
+    # A net of one channel takes the luma, for which the pixels stay RGB.
+    reverse = preprocessing.color_order == "bgr" and len(preprocessing.mean) == 3
+    return np.ascontiguousarray(pixels[..., ::-1]) if reverse else pixels
+
+
+def _read_rgb(source: ImageData, preprocessing: Preprocessing, options: DecodingOptions) -> Pixels:
     if isinstance(source, np.ndarray):
         return _crop_array(source, preprocessing, options)
     data, name = _read(source, options)
@@ -179,16 +186,17 @@ def _to_bytes(image: Image.Image) -> Image.Image:
 
 
 def crop_image(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The image with its short side resized to `resize` (bilinear), cropped at the centre to height x width.
+    """The image with its short side resized to `resize`, cropped at the centre to height x width.
 
-    Rounding is that of torchvision's Resize and CenterCrop on PIL images. A crop larger than the image is black
-    outside it.
+    Rounding and interpolation are those of torchvision's Resize and CenterCrop on PIL images. A crop larger than the
+    image is black outside it.
     """
     size, box = _plan_crop(image.size, preprocessing)
+    interpolation = Image.Resampling[preprocessing.interpolation.upper()]
     if _is_strip(image.size):
-        return _resize_inside(image, size, box)
+        return _resize_inside(image, size, box, interpolation)
     if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
+        image = image.resize(size, interpolation)
     return image if box == (0, 0, *image.size) else image.crop(box)
 
 
@@ -197,7 +205,7 @@ def crop_pixels(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
     height, width = pixels.shape[:2]
     size, (left, top, right, bottom) = _plan_crop((width, height), preprocessing)
     inside = left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1]
-    if _is_strip((width, height)) or not inside:
+    if _is_strip((width, height)) or not inside or preprocessing.interpolation != "bilinear":
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         return np.asarray(crop_image(image.convert("RGB"), preprocessing), dtype=np.uint8)
     if size != (width, height):
@@ -234,12 +242,12 @@ def _crop_edge(size: int, crop: int) -> int:
     return round((size - crop) / 2.0) if crop <= size else -((crop - size) // 2)
 
 
-def _resize_inside(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+def _resize_inside(image: Image.Image, size: Size, box: Box, interpolation: Image.Resampling) -> Image.Image:
     """`image` resized to `size` and cropped to `box`; nothing outside the crop is computed."""
     left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], size[0]), min(box[3], size[1])
     x, y = image.width / size[0], image.height / size[1]
     source = (left * x, top * y, right * x, bottom * y)
-    part = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=source)
+    part = image.resize((right - left, bottom - top), interpolation, box=source)
     return part.crop((box[0] - left, box[1] - top, box[2] - left, box[3] - top))
 
 

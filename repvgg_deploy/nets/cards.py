@@ -104,17 +104,28 @@ def _read_card(values: dict[str, Any]) -> Card:
 
 
 def find_card(name: str) -> Card:
-    """The card that a user means by `A0`, `RepVGG-A0`, `repvgg_a0`, in any case.
+    """The card that a user means by `A0`, `repvgg_a0`, timm's `repvgg_a0.rvgg_in1k`, or a file's `RepVGG-A0-train`.
 
     Raises:
         DeployError: no card has that name; the hint lists those there are.
     """
-    wanted = _plain(name)
-    for card in load_cards().values():
-        if _plain(card.name) == wanted:
-            return card
+    found = find_named_card(name)
+    if found is not None:
+        return load_cards()[found]
     names = ", ".join(card.removeprefix("RepVGG-") for card in load_cards())
     raise DeployError(f"no architecture is called {name!r}", f"one of: {names}")
+
+
+def find_named_card(name: str) -> str | None:
+    """The name of the one card that a name of any library contains; None where it contains none, or several.
+
+    Folders in front of the name do not count.
+    """
+    short = {_plain(card): card for card in load_cards()}
+    words = re.split(r"[^a-z0-9]+", name.lower().rpartition("/")[2])
+    found = {short[word] for word in map(_plain, words) if word in short}
+    whole = short.get(_plain(name))
+    return whole if whole is not None else found.pop() if len(found) == 1 else None
 
 
 def _plain(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from repvgg_deploy.nets.activations import RELU, Activation
 from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
 
 
@@ -54,17 +55,33 @@ def branch_name(kernel: int) -> str:
     return "branch_identity" if kernel == IDENTITY else f"branch_{kernel}x{kernel}"
 
 
-class TrainingBlock(nn.Module):
-    """A RepVGG block as it is trained: relu(SE(BN(Σ branches))), BN and SE where the spec has them."""
+def make_activation(activation: Activation) -> nn.Module:
+    """The torch module of an activation."""
+    modules: dict[str, type[nn.Module]] = {
+        "relu": nn.ReLU,
+        "relu6": nn.ReLU6,
+        "silu": nn.SiLU,
+        "hardswish": nn.Hardswish,
+        "gelu": nn.GELU,
+        "elu": nn.ELU,
+        "mish": nn.Mish,
+    }
+    if activation.name == "leaky_relu":
+        return nn.LeakyReLU(activation.slope)
+    return modules[activation.name]()
 
-    def __init__(self, spec: BlockSpec, eps: float = 1e-5) -> None:
+
+class TrainingBlock(nn.Module):
+    """A RepVGG block as it is trained: act(SE(BN(Σ branches))), BN and SE where the spec has them."""
+
+    def __init__(self, spec: BlockSpec, eps: float = 1e-5, activation: Activation = RELU) -> None:
         super().__init__()
         self.spec = spec
         for branch in spec.branches:
             self.add_module(branch_name(branch.kernel), ConvBranch(spec, branch, eps))
         self.bn = nn.BatchNorm2d(spec.out_channels, eps=eps) if spec.norm_after_sum else None
         self.se_before = _squeeze_excite(spec, "before")
-        self.act = nn.ReLU()
+        self.act = make_activation(activation)
         self.se_after = _squeeze_excite(spec, "after")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +95,7 @@ class TrainingBlock(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A block as it is deployed: one convolution with a bias, the ReLU, and the SE that the block had.
+    """A block as it is deployed: one convolution with a bias, the activation, and the SE that the block had.
 
     `se_before`, `act` and `se_after` are the modules of the block that was fused, whatever they are.
     """
@@ -91,10 +108,11 @@ class FusedBlock(nn.Module):
         self.se_after = se_after
 
     @classmethod
-    def from_spec(cls, spec: BlockSpec) -> FusedBlock:
+    def from_spec(cls, spec: BlockSpec, activation: Activation = RELU) -> FusedBlock:
         """An uninitialized deploy-form block."""
         conv = nn.Conv2d(spec.in_channels, spec.out_channels, 3, spec.stride, 1, groups=spec.groups)
-        return cls(conv, _squeeze_excite(spec, "before"), nn.ReLU(), _squeeze_excite(spec, "after"))
+        act = make_activation(activation)
+        return cls(conv, _squeeze_excite(spec, "before"), act, _squeeze_excite(spec, "after"))
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.se_after(self.act(self.se_before(self.conv(x)))))
@@ -110,19 +128,31 @@ def _squeeze_excite(spec: BlockSpec, position: str) -> nn.Module:
 class RepVGG(nn.Module):
     """A RepVGG of any form: blocks by stage, global average pool, linear classifier.
 
-    Input (N, in_channels, H, W), output logits (N, classes); with 0 classes the pooled features (N, C). `spec` says
-    what it consists of; a block without branches is a `FusedBlock`, the others are `TrainingBlock`s.
+    Input (N, in_channels, H, W), output logits (N, classes), or of a backbone the pooled features (N, C). `spec` says
+    what it consists of; a block without branches is a `FusedBlock`, the others are `TrainingBlock`s. Only a net with
+    classes has a `classifier`.
     """
+
+    classifier: nn.Linear
 
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
         self.spec = spec
         self.stages = nn.ModuleList(
-            nn.Sequential(*(_make_block(block, spec.bn_eps) for block in stage)) for stage in spec.stages
+            nn.Sequential(*(_make_block(block, spec) for block in stage)) for stage in spec.stages
         )
-        # Without a classifier the pooled features are the output.
-        has_classes = spec.classes > 0
-        self.classifier = nn.Linear(spec.features, spec.classes) if has_classes else cast(nn.Linear, nn.Identity())
+        if spec.classes:
+            self.classifier = nn.Linear(spec.features, spec.classes)
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether this is a classifier and not a backbone."""
+        return self.spec.classes > 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the net is."""
+        return next(self.parameters()).device
 
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks in the order of execution."""
@@ -135,15 +165,35 @@ class RepVGG(nn.Module):
             for b, block in enumerate(cast(nn.Sequential, stage)):
                 yield f"stages.{s}.{b}", block
 
+    @property
+    def map_names(self) -> dict[str, str]:
+        """The name of each output that is a stage's map, by the name of the block that makes it."""
+        lengths = [len(stage) for stage in self.spec.stages]
+        names = zip(self.spec.maps, self.spec.output_names, strict=False)
+        return {f"stages.{number}.{lengths[number] - 1}": name for number, name in names}
+
     def head(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of the last block's output (N, C, H, W)."""
-        return cast(Tensor, self.classifier(x.mean((2, 3))))
+        """Logits (N, classes) or pooled features (N, C) of the last block's output (N, C, H, W)."""
+        pooled = x.mean((2, 3))
+        return cast(Tensor, self.classifier(pooled)) if self.has_classifier else pooled
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks():
             x = block(x)
         return self.head(x)
 
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        """All that the net gives, by the names of `ArchSpec.output_names`."""
+        maps = self.map_names
+        found: dict[str, Tensor] = {}
+        for name, block in self.named_blocks():
+            x = block(x)
+            if name in maps:
+                found[maps[name]] = x
+        return found or {self.spec.output_names[0]: self.head(x)}
 
-def _make_block(spec: BlockSpec, eps: float) -> nn.Module:
-    return FusedBlock.from_spec(spec) if spec.is_fused else TrainingBlock(spec, eps)
+
+def _make_block(block: BlockSpec, net: ArchSpec) -> nn.Module:
+    if block.is_fused:
+        return FusedBlock.from_spec(block, net.activation)
+    return TrainingBlock(block, net.bn_eps, net.activation)

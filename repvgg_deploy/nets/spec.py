@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.nets.activations import RELU, Activation
+
 IDENTITY = 0
 """The `kernel` of an identity branch."""
 
@@ -23,7 +26,7 @@ TRAINING_BRANCHES = (Branch(3), Branch(1), Branch(IDENTITY))
 
 @dataclass(frozen=True)
 class SqueezeExcite:
-    """A squeeze-excite of `channels` hidden channels, `before` or `after` the block's ReLU."""
+    """A squeeze-excite of `channels` hidden channels, `before` or `after` the block's activation."""
 
     channels: int
     position: Literal["before", "after"] = "before"
@@ -31,7 +34,7 @@ class SqueezeExcite:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block: Σ branches → optional BN → optional SE → ReLU → optional SE.
+    """One block: Σ branches → optional BN → optional SE → activation → optional SE.
 
     A deploy-form block has no branches: it is one 3×3 convolution with a bias.
     """
@@ -61,11 +64,21 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """A whole network: stages of blocks (stage 0 is the stem), global average pool, one linear layer."""
+    """A whole network: stages of blocks (stage 0 is the stem), global average pool, one linear layer.
+
+    Attributes:
+        stages: blocks by stage, in the order of execution.
+        classes: outputs of the linear layer; 0 for a backbone, which has none.
+        bn_eps: the ε of all BNs.
+        activation: of all blocks.
+        maps: the stages whose outputs the net gives in place of pooled features; only a backbone has some.
+    """
 
     stages: tuple[tuple[BlockSpec, ...], ...]
     classes: int
     bn_eps: float = 1e-5
+    activation: Activation = RELU
+    maps: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -83,6 +96,18 @@ class ArchSpec:
         return self.stages[-1][-1].out_channels
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """The stride of each stage, which its first block has."""
+        return tuple(stage[0].stride for stage in self.stages)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What the net gives: `logits`, `features`, or maps as `stage2`, `stage3`."""
+        if self.maps:
+            return tuple(f"stage{number}" for number in self.maps)
+        return ("logits",) if self.classes else ("features",)
+
+    @property
     def form(self) -> Literal["train", "deploy"]:
         """`deploy` where every block is one convolution, else `train`."""
         return "deploy" if all(block.is_fused for block in self.blocks) else "train"
@@ -90,6 +115,49 @@ class ArchSpec:
     def fused(self) -> ArchSpec:
         """The deploy form of this network."""
         return replace(self, stages=tuple(tuple(b.fused() for b in stage) for stage in self.stages))
+
+    def with_strides(self, strides: tuple[int, ...]) -> ArchSpec:
+        """This network with other strides of its stages' first blocks.
+
+        Raises:
+            DeployError: there is not one for each stage, or a block with an identity branch would not have stride 1.
+        """
+        if len(strides) != len(self.stages) or min(strides) < 1:
+            raise DeployError(
+                f"{len(strides)} strides for {len(self.stages)} stages",
+                f"one for the stem and one for each stage: --strides {','.join(map(str, self.strides))}",
+            )
+        # A bare identity leaves no tensor: it is there wherever it is possible.
+        bare = Branch(IDENTITY, norm=False)
+        has_bare = any(bare in block.branches for block in self.blocks)
+        stages = []
+        for number, (stage, stride) in enumerate(zip(self.stages, strides, strict=True)):
+            first = replace(stage[0], stride=stride)
+            if has_bare:
+                kept = tuple(branch for branch in first.branches if branch != bare)
+                first = replace(first, branches=(*kept, bare) if first.can_skip else kept)
+            elif any(branch.kernel == IDENTITY for branch in first.branches) and stride != 1:
+                raise DeployError(
+                    f"the first block of stage {number} has an identity branch, so its stride is 1, not {stride}",
+                    "give the strides that the net was trained with",
+                )
+            stages.append((first, *stage[1:]))
+        return replace(self, stages=tuple(stages))
+
+    def backbone(self, maps: tuple[int, ...] = ()) -> ArchSpec:
+        """This network without its linear layer; with `maps` it ends behind the last of these stages, which it gives.
+
+        Raises:
+            DeployError: there is no such stage.
+        """
+        chosen = tuple(sorted(set(maps)))
+        if chosen and not 0 <= chosen[0] <= chosen[-1] < len(self.stages):
+            raise DeployError(
+                f"there is no stage {chosen[-1] if chosen[0] >= 0 else chosen[0]}",
+                f"the stem is stage 0, the last one is stage {len(self.stages) - 1}",
+            )
+        stages = self.stages[: chosen[-1] + 1] if chosen else self.stages
+        return replace(self, stages=stages, classes=0, maps=chosen)
 
     @property
     def shape(self) -> Shape:

@@ -136,7 +136,7 @@ def make_pictures(
     clock = _Clock(seconds, len(batches) * options.steps, options.steps, progress)
     made: list[_Batch] = []
     with _observe(norms) as distances:
-        maker = _BatchMaker(net, distances, _range(preprocessing, net.classifier.weight), options)
+        maker = _BatchMaker(net, distances, _range(preprocessing, next(net.parameters())), options)
         for index, size in enumerate(batches):
             shape = (size, net.spec.in_channels, height, width)
             made.append(maker.make(shape, torch.Generator().manual_seed(seed * 1000 + index), clock))

@@ -1,8 +1,9 @@
 """Equalization along the chain: channels are rescaled between two layers so that one scale suits them all.
 
-ReLU is positively homogeneous: relu(x / r)·r = relu(x) for r > 0. So the filter that makes a channel may be divided by
-r and the columns that read it multiplied by r, and the net computes the same. A squeeze-excite between the two reads
-the channel as well, and its columns get the same factor; its gate then is the same, and the product homogeneous.
+ReLU and leaky ReLU are positively homogeneous: f(x / r)·r = f(x) for r > 0. So the filter that makes a channel may be
+divided by r and the columns that read it multiplied by r, and the net computes the same. A squeeze-excite between the
+two reads the channel as well, and its columns get the same factor; its gate then is the same, and the product
+homogeneous.
 Source: "Data-Free Quantization Through Weight Equalization and Bias Correction" (https://arxiv.org/abs/1906.04721);
 the exponent between activations and weights is that of SmoothQuant (https://arxiv.org/abs/2211.10438).
 """
@@ -24,6 +25,8 @@ _LIMIT = 1e8
 def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) -> dict[str, Tensor]:
     """Rescale the channels of every point between two layers; the net's function does not change. Changes `net`.
 
+    Maps that the net gives are not rescaled; behind an activation that is not homogeneous nothing is.
+
     The factor of a channel is r = a^exponent / w^(1 − exponent), a the largest activation that an image usually has, w
     the largest share that its columns have of a filter's largest weight; their geometric mean over the channels is 1.
     Per-channel weight scales make the rescaled filters free; what is traded is the activation's range against the
@@ -32,22 +35,31 @@ def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) ->
     Returns:
         The factors (C) of each point by which its activations were divided.
     """
-    blocks = fused_blocks(net)
-    readers: list[tuple[str, nn.Conv2d | nn.Linear]] = [(name, block.conv) for name, block in blocks[1:]]
-    readers.append((POOL, net.classifier))
-    largest = {
-        name: torch.as_tensor(statistics.points[name].usual, device=net.classifier.weight.device) for name, _ in readers
-    }
+    pairs = _pairs(net)
+    largest = {name: torch.as_tensor(statistics.points[name].usual, device=net.device) for _, name, _ in pairs}
     factors = {name: torch.ones_like(values) for name, values in largest.items()}
     # Rescaling the columns of one layer changes the shares in the filters of the next: a few rounds settle it.
     for _ in range(_ROUNDS):
-        for (_, block), (name, reader) in zip(blocks, readers, strict=True):
+        for block, name, reader in pairs:
             factor = _factors(largest[name] / factors[name], reader, exponent)
             # Held in float32, with which the weights are multiplied, so that the bookkeeping is that of the net.
             factors[name] = factors[name] * factor
             divide_channels(block, reader, factor)
-    factors[CLASSIFIER] = factors[POOL]
+    if POOL in factors:
+        factors[CLASSIFIER] = factors[POOL]
     return factors
+
+
+def _pairs(net: RepVGG) -> list[tuple[FusedBlock, str, nn.Conv2d | nn.Linear]]:
+    """Where channels may be rescaled: the block in front, the point's name, and the layer that reads it."""
+    if not net.spec.activation.is_homogeneous:
+        return []
+    blocks = fused_blocks(net)
+    readers: list[tuple[str, nn.Conv2d | nn.Linear]] = [(name, block.conv) for name, block in blocks[1:]]
+    if net.has_classifier:
+        readers.append((POOL, net.classifier))
+    pairs = zip(blocks, readers, strict=False)
+    return [(block, point, reader) for (name, block), (point, reader) in pairs if name not in net.map_names]
 
 
 def _factors(largest: Tensor, reader: nn.Conv2d | nn.Linear, exponent: float) -> Tensor:

@@ -74,6 +74,8 @@ def report_layers(
         noise = signal_to_noise_db(rounded, quantized)
         rows.append(LayerRow(POOL, False, scale, clipped, None, noise, db, 0, 0.0))
         rounded = quantized
+    if not net.has_classifier:
+        return tuple(rows)
     exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
     out = net.classifier(exact)
     rows.append(_row(CLASSIFIER, net.classifier, result.layers.get(CLASSIFIER), rounded, out, None)[0])

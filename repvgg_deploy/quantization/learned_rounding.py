@@ -107,7 +107,7 @@ def learn(
     saturate at different integers, so the steps take turns. Nothing but the values in `start` changes.
     """
     options = recipe.learning
-    kept = _keep_images(images, net.classifier.weight.device)
+    kept = _keep_images(images, net.device)
     turns = [highest_integers(net, highest) for highest in (CLIPPING, UNSIGNED_HIGHEST)]
     layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
     pool = None
@@ -161,7 +161,10 @@ def _distance(
     images: Tensor,
     features: float,
 ) -> Tensor:
-    """The relative square error of the logits, plus `features` times the mean one of the stages' outputs."""
+    """The relative square error of the logits, plus `features` times the mean one of the stages' outputs.
+
+    Of a net that gives maps, the mean one of the stages' outputs alone.
+    """
     ends = {f"stages.{s}.{len(stage) - 1}" for s, stage in enumerate(net.spec.stages)}
     exact = rounded = images
     errors: list[Tensor] = []
@@ -173,9 +176,14 @@ def _distance(
             errors.append(_relative_error(rounded, exact))
     if pool is not None:
         rounded = _round_activations(rounded, pool, highest[POOL])
+    if net.spec.maps:
+        errors[-1] = _relative_error(rounded, exact)
+        return torch.stack(errors).mean()
     exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
-    out = _run(layers.get(CLASSIFIER), net.classifier, rounded, highest[CLASSIFIER])
-    return _relative_error(out, net.classifier(exact)) + features * torch.stack(errors).mean()
+    if net.has_classifier:
+        rounded = _run(layers.get(CLASSIFIER), net.classifier, rounded, highest[CLASSIFIER])
+        exact = net.classifier(exact)
+    return _relative_error(rounded, exact) + features * torch.stack(errors).mean()
 
 
 def _run(layer: _Learnable | None, module: nn.Conv2d | nn.Linear, x: Tensor, highest: int) -> Tensor:

@@ -85,7 +85,8 @@ def count_macs(net: RepVGG, image: Tensor) -> dict[str, int]:
         out = block.conv(x)
         macs[name] = block.conv.weight[0].numel() * out.numel()
         x = block(x)
-    macs[CLASSIFIER] = net.classifier.weight.numel()
+    if net.has_classifier:
+        macs[CLASSIFIER] = net.classifier.weight.numel()
     return macs
 
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.quantization.data_free import PictureSummary
 from repvgg_deploy.quantization.layer_report import LayerRow
-from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks, geometry
+from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks, geometry, layer_names
 from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.target import (
     CLIPPING,
@@ -110,7 +110,7 @@ def to_integers(x: Tensor, scale: Tensor, highest: int) -> Tensor:
 class QuantizedNet(nn.Module):
     """A fused RepVGG whose layers are int8 where `layers` has them, and float elsewhere.
 
-    Input normalized images (N, C, H, W), output logits (N, classes), as ONNX Runtime computes them from the graph;
+    Input normalized images (N, C, H, W), output as that of `float_net`, as ONNX Runtime computes them from the graph;
     see `as_tensorrt`. `float_net` is the prepared net (equalized, dead inputs removed), with the geometry, the
     squeeze-excites and the layers that stay float.
     """
@@ -132,8 +132,7 @@ class QuantizedNet(nn.Module):
                 self.layers[_key(name)] = IntegerLayer(block.conv, result.layers[name])
         if CLASSIFIER in result.layers:
             self.layers[CLASSIFIER] = IntegerLayer(float_net.classifier, result.layers[CLASSIFIER])
-        device = float_net.classifier.weight.device
-        scale = None if result.pool_scale is None else torch.tensor(result.pool_scale, device=device)
+        scale = None if result.pool_scale is None else torch.tensor(result.pool_scale, device=float_net.device)
         self.pool_scale: Tensor | None
         self.register_buffer("pool_scale", scale)
         self.requires_grad_(False)
@@ -151,13 +150,11 @@ class QuantizedNet(nn.Module):
 
     def float_layers(self) -> tuple[str, ...]:
         """The names of the layers that stay float."""
-        names = [*(name for name, _ in fused_blocks(self.float_net)), CLASSIFIER]
-        return tuple(name for name in names if self.integer_layer(name) is None)
+        return tuple(name for name in layer_names(self.float_net) if self.integer_layer(name) is None)
 
     def integers(self) -> Mapping[str, LayerIntegers]:
         """The values of all quantized layers, by name."""
-        names = [*(name for name, _ in fused_blocks(self.float_net)), CLASSIFIER]
-        found = ((name, self.integer_layer(name)) for name in names)
+        found = ((name, self.integer_layer(name)) for name in layer_names(self.float_net))
         return {name: layer.integers() for name, layer in found if layer is not None}
 
     def point_scale(self, name: str) -> Tensor | None:
@@ -168,16 +165,23 @@ class QuantizedNet(nn.Module):
         return None if layer is None else layer.input_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes)."""
-        return self._run(x, {})
+        """Logits (N, classes), or of a backbone the pooled features (N, C)."""
+        return self._run(x, {}, {})
+
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        """All that the net gives, by the names of `ArchSpec.output_names`."""
+        maps: dict[str, Tensor] = {}
+        pooled = self._run(x, {}, maps)
+        return maps or {self.float_net.spec.output_names[0]: pooled}
 
     def point_integers(self, x: Tensor) -> dict[str, Tensor]:
         """The integers at every quantized point for images `x`, as floats: what QuantizeLinear gives in the graph."""
         seen: dict[str, Tensor] = {}
-        self._run(x, seen)
+        self._run(x, seen, {})
         return seen
 
-    def _run(self, x: Tensor, seen: dict[str, Tensor]) -> Tensor:
+    def _run(self, x: Tensor, seen: dict[str, Tensor], maps: dict[str, Tensor]) -> Tensor:
+        """The output; the integers of each point go to `seen`, and the maps that the net gives to `maps`."""
         blocks = fused_blocks(self.float_net)
         readers = [*(name for name, _ in blocks[1:]), POOL]
         flow = _Flow(x)
@@ -185,18 +189,29 @@ class QuantizedNet(nn.Module):
             layer = self.integer_layer(name)
             if layer is None:
                 flow = _Flow(after_conv(block, block.conv(flow.values)))
-                continue
-            seen[name] = flow.integers_with(layer.input_scale, self._highest[name])
-            scale = self.point_scale(reader)
-            if scale is None or not is_plain(block):
-                flow = _Flow(after_conv(block, layer(seen[name])))
             else:
-                integers = layer.requantized(seen[name], scale).clamp(0, self._highest[reader])
-                flow = _Flow(integers * scale, integers)
+                seen[name] = flow.integers_with(layer.input_scale, self._highest[name])
+                flow = self._run_layer(block, layer, seen[name], reader)
+            if name in self.float_net.map_names:
+                maps[self.float_net.map_names[name]] = self._as_read(flow, reader)
         return self._run_head(flow, seen)
+
+    def _run_layer(self, block: FusedBlock, layer: IntegerLayer, integers: Tensor, reader: str) -> _Flow:
+        scale = self.point_scale(reader)
+        if scale is None or not is_plain(block):
+            return _Flow(after_conv(block, layer(integers)))
+        rounded = layer.requantized(integers, scale).clamp(0, self._highest[reader])
+        return _Flow(rounded * scale, rounded)
+
+    def _as_read(self, flow: _Flow, reader: str) -> Tensor:
+        """The values at a point as the layer behind it reads them."""
+        scale = self.point_scale(reader)
+        return flow.values if scale is None else flow.integers_with(scale, self._highest[reader]) * scale
 
     def _run_head(self, flow: _Flow, seen: dict[str, Tensor]) -> Tensor:
         classifier = self.integer_layer(CLASSIFIER)
+        if not self.float_net.has_classifier:
+            return self.float_net.head(self._as_read(flow, POOL))
         if self.pool_scale is None or classifier is None:
             return self.float_net.head(flow.values)
         seen[POOL] = flow.integers_with(self.pool_scale, self._highest[POOL])

@@ -1,7 +1,7 @@
 """The places of a fused net where activations are quantized, and how to walk along them.
 
 A quantization point is named after the layer that reads it: one per block (the input of its convolution), then
-`pool` (the input of the global average pool) and `classifier` (the pooled features).
+`pool` (the input of the global average pool; of a backbone, its last map) and `classifier` (the pooled features).
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ def fused_blocks(net: RepVGG) -> list[tuple[str, FusedBlock]]:
 
 def point_names(net: RepVGG) -> list[str]:
     """All points, in the order of execution."""
-    return [name for name, _ in net.named_blocks()] + [POOL, CLASSIFIER]
+    blocks = [name for name, _ in net.named_blocks()]
+    return [*blocks, POOL, CLASSIFIER] if net.has_classifier else [*blocks, POOL]
+
+
+def layer_names(net: RepVGG) -> list[str]:
+    """All layers with weights, in the order of execution."""
+    return [name for name in point_names(net) if name != POOL]
 
 
 def walk(net: RepVGG, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -42,11 +48,12 @@ def walk(net: RepVGG, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, x
         x = block(x)
     yield POOL, x
-    yield CLASSIFIER, x.mean((2, 3))
+    if net.has_classifier:
+        yield CLASSIFIER, x.mean((2, 3))
 
 
 def after_conv(block: FusedBlock, x: Tensor) -> Tensor:
-    """What a block does behind its convolution: squeeze-excites and the ReLU."""
+    """What a block does behind its convolution: squeeze-excites and the activation."""
     return cast(Tensor, block.se_after(block.act(block.se_before(x))))
 
 

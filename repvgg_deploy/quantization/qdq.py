@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.graphs.builder import GraphBuilder, OnnxGraph
-from repvgg_deploy.graphs.repvgg import FloatLayers, Fp16Rounding, GraphOptions, add_conv, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers, Fp16Rounding, add_conv
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
+from repvgg_deploy.nets.activations import Activation
 from repvgg_deploy.quantization.bias_headroom import FP16_ROOM, rescale, smallest_scale
 from repvgg_deploy.quantization.net import IntegerLayer, QuantizedNet
 from repvgg_deploy.quantization.pair_sums import INT16_MAX, largest_pair_sum
@@ -56,15 +58,20 @@ class IntegerLayers:
         bias = self.floats.value(g, f"{name}.bias", layer.bias)
         return add_conv(g, name, conv, [x, self._weight(g, name, layer), bias])
 
-    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
-        """A Relu."""
-        return self.floats.relu(g, name, x)
+    def activate(self, g: GraphBuilder, name: str, activation: Activation, x: str) -> str:
+        """The activation's own nodes."""
+        return self.floats.activate(g, name, activation, x)
+
+    def read_map(self, g: GraphBuilder, reader: str | None, x: str) -> str:
+        """The map as the block behind it reads it; Q/DQ of the last one."""
+        if reader is None:
+            scale = self.net.pool_scale
+            return x if scale is None else self._rounded(g, POOL, "pool.input", x, scale)
+        return x if self.net.integer_layer(reader) is None else f"{reader}.input.dequantized"
 
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
         """Q/DQ in front of the global average pool, and behind it, in front of the classifier."""
-        if self.net.pool_scale is not None:
-            x = self._rounded(g, POOL, f"{name}.input", x, self.net.pool_scale)
-        x = self.floats.pool(g, name, x)
+        x = self.floats.pool(g, name, self.read_map(g, None, x))
         classifier = self.net.integer_layer(CLASSIFIER)
         return x if classifier is None else self._rounded(g, CLASSIFIER, f"{name}.output", x, classifier.input_scale)
 

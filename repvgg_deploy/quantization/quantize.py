@@ -20,7 +20,7 @@ from repvgg_deploy.quantization.equalize import equalize
 from repvgg_deploy.quantization.layer_report import report_layers
 from repvgg_deploy.quantization.learned_rounding import learn
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
-from repvgg_deploy.quantization.points import Images, point_names, rebatch
+from repvgg_deploy.quantization.points import Images, layer_names, rebatch
 from repvgg_deploy.quantization.recipe import Recipe
 from repvgg_deploy.quantization.reconstruct import Reconstruction, reconstruct, take_images
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
@@ -126,7 +126,7 @@ def _prepare(
 
 def _finish(prepared: _Prepared, result: Reconstruction, images: Images, recipe: Recipe) -> QuantizedNet:
     result = make_room_for_biases(result)
-    sample = next(rebatch(images, prepared.net.classifier.weight.device))
+    sample = next(rebatch(images, prepared.net.device))
     rows = report_layers(prepared.net, result, prepared.removed, sample)
     about = prepared.statistics
     summary = QuantizationSummary(recipe.name, about.images, about.images_sha256, recipe.seed, rows)
@@ -144,7 +144,7 @@ def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> d
 
 
 def _check_names(net: RepVGG, names: Collection[str]) -> None:
-    known = [name for name in point_names(net) if name != "pool"]
+    known = layer_names(net)
     for name in names:
         if name not in known:
-            raise DeployError(f"no layer is called {name!r}", f"from {known[0]} to {known[-2]}, and {known[-1]}")
+            raise DeployError(f"no layer is called {name!r}", f"from {known[0]} to {known[-1]}")

@@ -20,6 +20,7 @@ from repvgg_deploy.quantization.points import (
     Images,
     after_conv,
     fused_blocks,
+    layer_names,
     per_channel,
     rebatch,
 )
@@ -62,8 +63,7 @@ class Reconstruction:
 
     def float_layers(self, net: RepVGG) -> tuple[str, ...]:
         """The names of the layers of `net` that stay float."""
-        names = [*(name for name, _ in fused_blocks(net)), CLASSIFIER]
-        return tuple(name for name in names if name not in self.layers)
+        return tuple(name for name in layer_names(net) if name not in self.layers)
 
 
 @torch.no_grad()
@@ -103,7 +103,9 @@ def reconstruct(
         progress.step("rounding", index + 1, len(blocks) + 1)
     if CLASSIFIER in keep_float:
         return Reconstruction(layers, None)
-    pool = _choose_scale(streams, nn.Identity(), recipe)
+    pool = _choose_scale(streams, None if net.spec.maps else nn.Identity(), recipe)
+    if not net.has_classifier:
+        return Reconstruction(layers, pool)
     if chained:
         streams.rounded = quantize_activations(streams.rounded, pool)
     streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
@@ -116,7 +118,7 @@ def reconstruct(
 
 def take_images(net: RepVGG, images: Images, count: int, most: int) -> Tensor:
     """Evenly spaced ones of `count` images, at most `most` and as many as the memory allows, where `net` is."""
-    device = net.classifier.weight.device
+    device = net.device
     kept: list[Tensor] = []
     wanted: set[int] = set()
     start = 0
@@ -156,7 +158,7 @@ def _widest(net: RepVGG, shape: torch.Size) -> int:
     return int(values)
 
 
-def _choose_scale(streams: Streams, layer: nn.Module, recipe: Recipe) -> float:
+def _choose_scale(streams: Streams, layer: nn.Module | None, recipe: Recipe) -> float:
     scale = scale_by_output(streams, layer, recipe.scales.thresholds)
     # What the graph stores is float32.
     return float(torch.tensor(scale, dtype=torch.float32))

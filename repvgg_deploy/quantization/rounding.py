@@ -126,16 +126,17 @@ def quantize_activations(x: Tensor, scale: float) -> Tensor:
     return (x / scale).round_().clamp_(LOWEST, CLIPPING).mul_(scale)
 
 
-def output_error(streams: Streams, layer: nn.Module, scale: float) -> float:
+def output_error(streams: Streams, layer: nn.Module | None, scale: float) -> float:
     """The square error of `layer`'s output where its input is quantized; a constant offset a channel is no error.
 
-    `layer` is a convolution or linear layer, or anything else for the mean over height and width.
+    `layer` is a convolution or linear layer, None for the values themselves, or anything else for the mean over height
+    and width.
     """
     exact, rounded = streams.exact, quantize_activations(streams.rounded, scale)
     if isinstance(layer, nn.Conv2d | nn.Linear):
         difference = run_layer(layer, rounded - exact, layer.weight, None)
     else:
-        difference = (rounded - exact).mean((2, 3))
+        difference = rounded - exact if layer is None else (rounded - exact).mean((2, 3))
     weights = streams.image_weights()[:, None]
     flat = difference.flatten(2) if difference.dim() > 2 else difference.unsqueeze(2)
     # The mean is what bias correction removes.
@@ -143,7 +144,7 @@ def output_error(streams: Streams, layer: nn.Module, scale: float) -> float:
     return float(((flat - mean[:, None]).square().sum((1, 2)) * weights[:, 0]).double().sum())
 
 
-def scale_by_output(streams: Streams, layer: nn.Module, thresholds: tuple[float, ...]) -> float:
+def scale_by_output(streams: Streams, layer: nn.Module | None, thresholds: tuple[float, ...]) -> float:
     """The scale with the least output error; `thresholds` are shares of the largest input that images usually have.
 
     The usual one is the largest of those images that count in full (see `Streams.image_weights`).

@@ -176,7 +176,7 @@ def collect_statistics(
     observers = {name: _PointObserver() for name in point_names(net)}
     seen = count_steps(progress, "calibrating", augmentations * count)
     digest = hashlib.sha256()
-    device = net.classifier.weight.device
+    device = net.device
     for batch in rebatch(AugmentedImages(images, augmentations), device):
         _add_to(digest, batch)
         for name, x in walk(net, batch):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, SqueezeExciteBlock
-from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
+from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks, point_names
 
 LOWEST = -128
 CLIPPING = 127
@@ -23,7 +23,7 @@ UNSIGNED_HIGHEST = 255
 def unsigned_points(net: RepVGG) -> frozenset[str]:
     """The points of a fused net that never hold a negative value: all behind a ReLU."""
     blocks = fused_blocks(net)
-    readers = [[name] for name, _ in blocks[1:]] + [[POOL, CLASSIFIER]]
+    readers = [[name] for name, _ in blocks[1:]] + [[POOL, CLASSIFIER] if net.has_classifier else [POOL]]
     found = zip(blocks, readers, strict=True)
     return frozenset(name for (_, block), names in found if _ends_in_relu(block) for name in names)
 
@@ -31,8 +31,7 @@ def unsigned_points(net: RepVGG) -> frozenset[str]:
 def highest_integers(net: RepVGG, unsigned_highest: int) -> dict[str, int]:
     """The integer at which each point saturates: `unsigned_highest` where nothing is negative, 127 elsewhere."""
     unsigned = unsigned_points(net)
-    names = [*(name for name, _ in fused_blocks(net)), POOL, CLASSIFIER]
-    return {name: unsigned_highest if name in unsigned else CLIPPING for name in names}
+    return {name: unsigned_highest if name in unsigned else CLIPPING for name in point_names(net)}
 
 
 def is_plain(block: FusedBlock) -> bool:

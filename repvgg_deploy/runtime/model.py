@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repvgg_deploy.artifacts import Array, Preprocessing, PreprocessingOptions, Provenance
-from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.checkpoints import CheckpointOptions, build
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.graphs.repvgg import read_metadata
+from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.images.decoding import Pixels, normalize, take_luma
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing, require_channels
@@ -23,10 +23,10 @@ from repvgg_deploy.runtime.torch import TorchRunner
 
 @dataclass(frozen=True)
 class Model:
-    """A classifier that can be run on pixels.
+    """A classifier, or a backbone, that can be run on pixels.
 
     Attributes:
-        classes: how many there are; None where the model does not say.
+        classes: how many there are; None where the model does not say, 0 for a backbone.
         channels: of the input; None where the model does not say.
         takes_pixels: the model takes uint8 NHWC and normalizes itself.
         half_input: its input is float16.
@@ -42,6 +42,11 @@ class Model:
     takes_pixels: bool = False
     half_input: bool = False
     notes: tuple[str, ...] = ()
+
+    def require_classes(self) -> None:
+        """Raise DeployError if the model gives features and no classes."""
+        if self.classes == 0:
+            raise DeployError(f"{self.path} gives features, not classes", "take a model that has its classifier")
 
     def run_pixels(self, pixels: Pixels) -> dict[str, Array]:
         """The outputs for cropped pixels (n, H, W, channels); of RGB pixels a net of one channel gets the luma.
@@ -118,41 +123,43 @@ def is_engine(path: Path) -> bool:
 def open_model(
     path: Path,
     options: PreprocessingOptions | None = None,
-    arch: str | None = None,
-    ema: bool | None = None,
+    checkpoint: CheckpointOptions | None = None,
     trust: bool = False,
     exact_integers: bool = True,
 ) -> Model:
     """The model in a checkpoint (run in torch), an ONNX graph (in ONNX Runtime), or an engine (on the GPU).
 
+    `checkpoint` says how a checkpoint is read; of a graph or an engine its `arch` is the one expected.
     `exact_integers`: an INT8 graph whose sums may saturate on this CPU is run with slower kernels that add exactly, so
     that its outputs are those of every other machine; a note says so.
 
     Raises:
         DeployError: there is no such file, it is none of these, it cannot be run here, or the options contradict it.
     """
-    options = options or PreprocessingOptions()
-    if ema is not None and path.is_file() and (is_engine(path) or is_onnx(path)):
-        raise DeployError(f"{path} holds one set of weights", "--ema and --no-ema are for checkpoints")
+    options, said = options or PreprocessingOptions(), checkpoint or CheckpointOptions()
+    if replace(said, arch=None) != CheckpointOptions() and path.is_file() and (is_engine(path) or is_onnx(path)):
+        raise DeployError(
+            f"{path} is what was exported", "--ema, --no-ema, --net, --strides, --act and --bn-eps are for checkpoints"
+        )
     if path.is_file() and is_engine(path):
-        return _open_engine(path, options, arch, trust)
+        return _open_engine(path, options, said.arch, trust)
     if path.is_file() and is_onnx(path):
         runner = OnnxRunner(path, exact_integers=exact_integers)
         dtype = runner.input_type.removeprefix("tensor(").removesuffix(")")
         outputs = dict(zip(runner.output_names, runner.output_shapes, strict=True))
         signature = _Signature(runner.input_shape, dtype, outputs)
         provenance = read_metadata(runner.metadata)
-        require_arch(path, provenance, arch)
+        require_arch(path, provenance, said.arch)
         model = _describe(path, runner, signature, provenance, options)
         return replace(model, notes=_saturation_notes(path, runner))
-    checkpoint = load_checkpoint(path, arch, ema)
+    found = said.load(path)
     return Model(
         path,
-        TorchRunner(build(checkpoint)),
-        choose_preprocessing(checkpoint.spec, options),
-        checkpoint.class_names,
-        checkpoint.spec.classes,
-        checkpoint.spec.in_channels,
+        TorchRunner(build(found)),
+        choose_preprocessing(found.spec, options, found.settings),
+        found.class_names,
+        found.spec.classes,
+        found.spec.in_channels,
     )
 
 
@@ -213,14 +220,15 @@ def _describe(
             "leave --size out, or export for that size",
         )
     require_channels(preprocessing, channels)
-    if any(len(shape) != 2 for shape in signature.outputs.values()):
+    classes = _classes(signature, provenance)
+    if classes != 0 and any(len(shape) != 2 for shape in signature.outputs.values()):
         raise GraphError(f"{path} does not give one score a class", "an image classifier has one output N,classes")
     return Model(
         path,
         runner,
         preprocessing,
         provenance.class_names if provenance is not None else None,
-        _classes(signature, provenance),
+        classes,
         channels,
         takes_pixels,
         half_input=signature.dtype == "float16",
@@ -228,7 +236,9 @@ def _describe(
 
 
 def _classes(signature: _Signature, provenance: Provenance | None) -> int | None:
-    """How many classes there are; a top-k graph says so in its metadata."""
+    """How many classes there are; a top-k graph says so in its metadata, and a backbone that it has none."""
+    if provenance is not None and "outputs" in provenance.extra:
+        return 0
     if "classes" not in signature.outputs:
         return next(iter(signature.outputs.values()))[-1]
     known = provenance.extra.get("classes") if provenance is not None else None

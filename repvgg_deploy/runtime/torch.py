@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.torch_precision import float32
 
 TorchPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -65,7 +66,8 @@ class TorchOptions:
 class TorchRunner:
     """A net in torch: without options in eager mode, on the CPU, in the type of its weights.
 
-    `net` gives logits (N, classes) for normalized images (N, C, H, W). With options it is copied first.
+    `net` gives logits (N, classes) for normalized images (N, C, H, W), or a backbone its features. With options it is
+    copied first.
     """
 
     backend_version: str = torch.__version__
@@ -85,15 +87,16 @@ class TorchRunner:
             self._net = copy.deepcopy(net).eval().requires_grad_(False).to(options.device, self.dtype)
             if options.channels_last:
                 self._net = self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._output = net.spec.output_names[0] if isinstance(net, RepVGG) and not net.spec.classes else "logits"
         self._forward: Callable[[Tensor], Tensor] = self._net
         self._compiled_shapes: set[torch.Size] = set()
         if self.options.mode == "compiled":
             self._forward = torch.compile(self._net, dynamic=False, fullgraph=True)
 
     def run(self, images: Array) -> dict[str, Array]:
-        """`logits` (N, classes) of normalized images (N, C, H, W), on the host."""
+        """`logits` (N, classes) or `features` (N, C) of normalized images (N, C, H, W), on the host."""
         logits = self.forward(self.place(images))
-        return {"logits": (logits.float() if logits.dtype == torch.bfloat16 else logits).cpu().numpy()}
+        return {self._output: (logits.float() if logits.dtype == torch.bfloat16 else logits).cpu().numpy()}
 
     def place(self, images: Array) -> Tensor:
         """`images` on the device, in the net's type and memory format."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from repvgg_deploy.artifacts import Array, PreprocessingOptions
+from repvgg_deploy.checkpoints import CheckpointOptions
 from repvgg_deploy.errors import GraphError, ImageError
 from repvgg_deploy.images.decoding import DecodingOptions, ImageData, Pixels
 from repvgg_deploy.images.reading import decode_ahead
@@ -184,8 +185,7 @@ class PredictorSpec:
 
     model: Path
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
-    arch: str | None = None
-    ema: bool | None = None
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     trust: bool = False
     exact_integers: bool = True
     options: PredictOptions = field(default_factory=PredictOptions)
@@ -196,7 +196,7 @@ class PredictorSpec:
         Raises:
             DeployError: as `open_model`.
         """
-        model = open_model(self.model, self.preprocessing, self.arch, self.ema, self.trust, self.exact_integers)
+        model = open_model(self.model, self.preprocessing, self.checkpoint, self.trust, self.exact_integers)
         return Predictor(model, self.options)
 
     def identity(self, predictor: Predictor) -> dict[str, Any]:
@@ -210,5 +210,5 @@ class PredictorSpec:
             "max_bytes": self.options.decoding.max_bytes,
             "preprocessing": predictor.model.preprocessing.to_json(),
             "backend": predictor.model.runner.backend,
-            "ema": self.ema,
+            "checkpoint": asdict(self.checkpoint),
         }

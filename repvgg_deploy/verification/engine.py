@@ -17,7 +17,7 @@ from repvgg_deploy.files import scratch_folder
 from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
-from repvgg_deploy.verification.parity import compare, require_parity
+from repvgg_deploy.verification.parity import compare_outputs, require_parity
 
 # Largest relative differences of the scores. TF32 has the mantissa of FP16; in INT8 a value on the border between two
 # steps may fall to either side in every layer.
@@ -27,16 +27,17 @@ MAX_RELATIVE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 3e-2, "int8": 1e-1, "unknown
 def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Array]) -> Parity:
     """How the engine's outputs on `images` differ from those that ONNX Runtime gives for the same graph.
 
-    `images` is as the engine takes it, `expected` the outputs of the graph by name: `logits` or `probabilities`, or
-    the `scores` and `classes` of a top-k.
+    `images` is as the engine takes it, `expected` the outputs of the graph by name: `logits` or `probabilities`,
+    the `scores` and `classes` of a top-k, or features.
 
     Raises:
         VerificationError: the outputs are all zero, NaN or constant, or too far from those expected.
     """
     outputs = runner.run(images)
-    scores = next(name for name in expected if name != "classes")
-    require_signal(outputs[scores])
-    parity = compare(expected[scores], outputs[scores])
+    names = [name for name in expected if name != "classes"]
+    for name in names:
+        require_signal(outputs[name])
+    parity = compare_outputs({name: expected[name] for name in names}, {name: outputs[name] for name in names})
     if "classes" in expected:
         # The K scores are sorted, so their argmax says nothing; the classes beside them do.
         same = expected["classes"][:, 0] == outputs["classes"][:, 0]
@@ -94,14 +95,14 @@ def run_as_engine(onnx: Path, images: Array) -> dict[str, Array]:
 
 
 def require_signal(scores: Array) -> None:
-    """Nothing, where `scores` (images, classes) look like a classifier's at all.
+    """Nothing, where `scores` (images, …) look like those of a net at all.
 
     Seen in the field: RepVGG-B1 in FP16 gave all zeros (NVIDIA/TensorRT#3548), which agrees with itself.
 
     Raises:
         VerificationError: they hold NaN or Inf, are all zero or all the same, or do not depend on the image.
     """
-    values = scores.astype(np.float64)
+    values = scores.astype(np.float64).reshape(len(scores), -1)
     what = None
     if not np.isfinite(values).all():
         what = "NaN or Inf"

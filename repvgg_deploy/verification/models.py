@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from repvgg_deploy.artifacts import Array, Parity, PreprocessingOptions
+from repvgg_deploy.checkpoints import CheckpointOptions
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, ThresholdError
 from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import Model, is_engine, is_onnx, open_model, softmax
 from repvgg_deploy.verification.inputs import choose_pixels
-from repvgg_deploy.verification.parity import compare, require_parity
+from repvgg_deploy.verification.parity import compare_outputs, require_parity
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def verify_models(
     tolerance: Tolerance,
     data: Path | None = None,
     count: int | None = None,
-    arch: str | None = None,
-    ema: bool | None = None,
+    checkpoint: CheckpointOptions | None = None,
     trust: bool = False,
     exact_integers: bool = True,
     progress: Progress = SILENT,
@@ -85,9 +85,8 @@ def verify_models(
     for path in sorted((first, second), key=lambda path: not (is_onnx(path) or is_engine(path))):
         shared = options
         if models and graphs.count(True) == 1:
-            known = models[0].preprocessing
-            shared = PreprocessingOptions((known.height, known.width), known.resize, known.mean, known.std)
-        models.append(open_model(path, shared, arch, ema, trust, exact_integers))
+            shared = PreprocessingOptions.same_as(models[0].preprocessing)
+        models.append(open_model(path, shared, checkpoint, trust, exact_integers))
         for note in models[-1].notes:
             progress.note(f"note: {note}")
     if models[0].path != first:
@@ -96,7 +95,7 @@ def verify_models(
     if a.preprocessing != b.preprocessing:
         raise DeployError(
             f"the models take different pixels: {a.preprocessing.to_json()} and {b.preprocessing.to_json()}",
-            "give --size, --resize, --mean and --std that fit both",
+            "give the preprocessing options that fit both",
         )
     pixels = None if data is not None else choose_pixels(a.preprocessing, _channels(a, b), 8)
     parity = _compare_outputs(a, b, data, pixels, count)
@@ -115,21 +114,24 @@ def _compare_outputs(first: Model, second: Model, data: Path | None, pixels: Arr
         batches: Iterable[Array] = (found for found, _ in read_batches(paths, first.preprocessing, 16, broken))
     else:
         batches = [pixels]
-    outputs = [(_scores(first, found), _scores(second, found)) for found in batches]
+    outputs = [(_all_outputs(first, found), _all_outputs(second, found)) for found in batches]
     if broken.reasons:
         raise ImageError(next(iter(broken.reasons.values())), "remove it, or give another folder")
-    kinds = {pair[i][0] for pair in outputs for i in (0, 1)}
-    # Where one model gives probabilities, those of the other's logits are computed.
-    first_scores, second_scores = (
-        np.concatenate([softmax(v) if len(kinds) > 1 and kind == "logits" else v for kind, v in side])
-        for side in ([pair[0] for pair in outputs], [pair[1] for pair in outputs])
+    a, b = (
+        {name: np.concatenate([pair[side][name] for pair in outputs]) for name in outputs[0][side]} for side in (0, 1)
     )
-    return compare(first_scores, second_scores)
+    # Where one model gives probabilities, those of the other's logits are computed.
+    for one, other in ((a, b), (b, a)):
+        if "probabilities" in one and "logits" in other:
+            other["probabilities"] = softmax(other.pop("logits"))
+    return compare_outputs(a, b)
 
 
-def _scores(model: Model, pixels: Array) -> tuple[str, Array]:
+def _all_outputs(model: Model, pixels: Array) -> dict[str, Array]:
+    """The outputs by name; the scores of a graph of unknown origin are logits."""
     outputs = model.run_pixels(pixels)
     if "classes" in outputs:
         raise GraphError(f"{model.path} gives only its best classes", "export without --topk to compare all scores")
-    name, values = next(iter(outputs.items()))
-    return ("probabilities" if name == "probabilities" else "logits"), values
+    if model.classes == 0 or "probabilities" in outputs:
+        return outputs
+    return {"logits": next(iter(outputs.values()))}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,7 +12,7 @@ from repvgg_deploy.errors import VerificationError
 
 
 def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) -> Parity:
-    """The differences of `candidate` from `reference`, both (images, classes), computed in float64.
+    """The differences of `candidate` from `reference`, both (images, …), computed in float64.
 
     Raises:
         VerificationError: the shapes differ, or one of them holds NaN or Inf.
@@ -34,6 +36,30 @@ def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) ->
         cosine=float(np.where(both_zero, 1.0, cosine).min(initial=1.0)),
         top1_agreement=100 * float((a.argmax(1) == b.argmax(1)).mean()) if len(a) else 100.0,
         images=len(a),
+    )
+
+
+def compare_outputs(
+    reference: Mapping[str, NDArray[np.floating]], candidate: Mapping[str, NDArray[np.floating]]
+) -> Parity:
+    """The worst differences over all outputs of two models, of any shapes (images, …), by their names.
+
+    Of outputs that are no scores, `top1_agreement` is the share of images with the same largest value.
+
+    Raises:
+        VerificationError: the outputs have other names or shapes, or hold NaN or Inf.
+    """
+    if reference.keys() != candidate.keys():
+        raise VerificationError(
+            f"the models give {', '.join(reference)} and {', '.join(candidate)}", "compare models with the same outputs"
+        )
+    found = [compare(reference[name], candidate[name]) for name in reference]
+    return Parity(
+        max_abs=max(parity.max_abs for parity in found),
+        relative=max(parity.relative for parity in found),
+        cosine=min(parity.cosine for parity in found),
+        top1_agreement=min(parity.top1_agreement for parity in found),
+        images=found[0].images,
     )
 
 

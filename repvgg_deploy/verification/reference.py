@@ -15,21 +15,26 @@ from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
 
 @torch.no_grad()
-def run_in_float64(net: RepVGG, images: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Logits (N, classes) of `net`, or features, in float64 arithmetic, whatever its own type; `net` is not changed.
+def run_in_float64(net: RepVGG, images: NDArray[np.floating[Any]]) -> dict[str, NDArray[np.float64]]:
+    """The outputs of `net` in float64 arithmetic, whatever its own type; `net` is not changed.
 
     No kernel is in float64 as a whole, so this takes little more memory than `net` itself.
     """
     x = torch.from_numpy(np.asarray(images, dtype=np.float64))
     wide = x.new_empty(_WIDENED_VALUES)
-    for block in net.blocks():
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, block in net.named_blocks():
         # deepcopy takes what it finds in the memo for the copy: so the kernels are not copied.
         memo: dict[int, object] = {id(m): _Float64Conv(m, wide) for m in block.modules() if isinstance(m, nn.Conv2d)}
         x = copy.deepcopy(block, memo).double()(x)
-    output = x.mean((2, 3))
-    if net.spec.classes:
-        output = nn.functional.linear(output, net.classifier.weight.double(), net.classifier.bias.double())
-    return cast("NDArray[np.float64]", output.numpy())
+        if name in net.map_names:
+            found[net.map_names[name]] = x.numpy()
+    if found:
+        return found
+    x = x.mean((2, 3))
+    if net.has_classifier:
+        x = nn.functional.linear(x, net.classifier.weight.double(), net.classifier.bias.double())
+    return {net.spec.output_names[0]: x.numpy()}
 
 
 class _Float64Conv(nn.Module):
@@ -71,17 +76,23 @@ _WIDENED_VALUES = 1 << 21
 @torch.no_grad()
 def run_fused(
     net: RepVGG, *inputs: NDArray[np.floating[Any]], wait_for: Callable[[str], None] = lambda _: None
-) -> tuple[list[NDArray[np.float32]], dict[str, float]]:
-    """Logits (N, classes) of a fused net in float32 for each of `inputs`, and each convolution's largest magnitude.
+) -> tuple[list[dict[str, NDArray[np.float32]]], dict[str, float]]:
+    """The outputs of a fused net in float32 for each of `inputs`, and each convolution's largest magnitude.
 
     `wait_for` is called with the name of a block's kernel before it is used; see `Fusion.wait_for`.
     """
     xs = [torch.from_numpy(np.asarray(images, dtype=np.float32)) for images in inputs]
     largest: dict[str, float] = {}
+    found: list[dict[str, NDArray[np.float32]]] = [{} for _ in xs]
     for name, block in net.named_blocks():
         wait_for(f"{name}.conv.weight")
         fused = cast(FusedBlock, block)
         totals = [fused.conv(x) for x in xs]
         largest[name] = max(float(total.abs().max()) for total in totals)
         xs = [fused.se_after(fused.act(fused.se_before(total))) for total in totals]
-    return [net.head(x).numpy() for x in xs], largest
+        if name in net.map_names:
+            for outputs, x in zip(found, xs, strict=True):
+                outputs[net.map_names[name]] = x.numpy()
+    if not net.spec.maps:
+        found = [{net.spec.output_names[0]: net.head(x).numpy()} for x in xs]
+    return found, largest

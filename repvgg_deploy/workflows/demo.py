@@ -116,7 +116,7 @@ def _make_forms(
     path = data_folder("models") / "demo.safetensors"
     progress.note(f"loading {path.name}")
     checkpoint = load_checkpoint(path)
-    preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
+    preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions(), checkpoint.settings)
     net = build(checkpoint)
     fused = fuse(net)
 

@@ -78,6 +78,7 @@ def evaluate(
         VerificationError: the scores are NaN or infinite, or do not depend on the image.
         DeployError: the folders cannot be the model's classes.
     """
+    model.require_classes()
     options = options or EvaluationOptions()
     images = list_labelled_images(folder, options.ground_truth)
     to_class = _map_classes(model, images)

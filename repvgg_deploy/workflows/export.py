@@ -18,12 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from repvgg_deploy.artifacts import Array, Parity, Precision, Preprocessing, Provenance
-from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
+from repvgg_deploy.checkpoints import Checkpoint, build
 from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.files import flush_files, hash_file, stage_files
 from repvgg_deploy.fusion.fuse import Fusion, begin_fusion
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
-from repvgg_deploy.graphs.repvgg import FP16_MAX, FloatLayers, Fp16Rounding, GraphOptions, make_metadata, to_onnx
+from repvgg_deploy.graphs.layers import FP16_MAX, FloatLayers, Fp16Rounding
+from repvgg_deploy.graphs.metadata import make_metadata
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
@@ -34,13 +36,16 @@ from repvgg_deploy.runtime.model import Model, softmax
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.threads import start_workers
 from repvgg_deploy.verification.inputs import VerificationInputs, choose_inputs
-from repvgg_deploy.verification.parity import compare, require_parity
+from repvgg_deploy.verification.parity import compare_outputs, require_parity
 from repvgg_deploy.verification.reference import run_fused, run_in_float64
+from repvgg_deploy.workflows.choices import Choices, describe_choices, warn_of_choices
 from repvgg_deploy.workflows.export_request import ExportRequest, ExportResult
 
 if TYPE_CHECKING:
     from repvgg_deploy.engine import Engine
     from repvgg_deploy.quantization.net import QuantizationSummary
+
+Outputs = Mapping[str, NDArray[np.float32]]
 
 # Largest relative differences of the logits. Float32 arithmetic alone costs 1e-6 to 1e-5 on nets of this depth; FP16
 # has a rounding of 5e-4, accumulated over the layers; in INT8 a value on the border between two steps may fall to
@@ -50,13 +55,13 @@ MAX_RELATIVE = {Precision.FP32: 1e-4, Precision.FP16: 3e-2, Precision.INT8: 1e-1
 
 @dataclass(frozen=True)
 class _Product:
-    """A graph ready to be written, and `run`, which gives the logits that it must give on the full-size inputs.
+    """A graph ready to be written, and `run`, which gives what it must give on the full-size inputs, by output.
 
     `run` fails where the stages before the graph do not agree.
     """
 
     graph: OnnxGraph
-    run: Callable[[], NDArray[np.float32]]
+    run: Callable[[], Outputs]
     rounding: Fp16Rounding | None = None
     quantization: QuantizationSummary | None = None
 
@@ -87,13 +92,17 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
         raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
     backend = _find_backend(request, progress)
     progress.note(f"reading {request.checkpoint}")
-    checkpoint = load_checkpoint(request.checkpoint, request.arch, request.ema, request.bn_eps)
+    checkpoint = request.source.load(request.checkpoint)
     for note in checkpoint.notes:
         progress.note(f"note: {note}")
-    preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing)
-    inputs = choose_inputs(checkpoint.spec, preprocessing, request.verify_data, request.verify_full)
+    preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing, checkpoint.settings)
+    choices = describe_choices(checkpoint, preprocessing, request.preprocessing)
+    for warning in warn_of_choices(checkpoint, preprocessing, request.preprocessing):
+        progress.note(f"warning: {warning}")
+    taken = _take_outputs(checkpoint, request)
+    inputs = choose_inputs(taken.spec, preprocessing, request.verify_data, request.verify_full)
     progress.note(f"fusing {checkpoint.arch} ({checkpoint.layout}, {checkpoint.form} form)")
-    net = build(checkpoint)
+    net = build(taken)
     # Before the net runs in another thread: torch traces a net by replacing what calls every module of the process.
     fusion = begin_fusion(net, torch.float32)
     with start_workers(1) as reference:
@@ -102,8 +111,8 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
         known = checkpoint.without_tensors()
         # Only pictures made from its BN statistics need the training form beyond this.
         training = net if request.int8 is not None and request.int8.images is None else None
-        stage = _Stage(request, known, fusion, trained, preprocessing, inputs, training)
-        del checkpoint, net, trained
+        stage = _Stage(request, known, fusion, trained, preprocessing, choices, inputs, training)
+        del checkpoint, taken, net, fusion, trained
         parity: dict[str, Parity] = {}
         progress.note(f"making the {request.precision} graph")
         if request.precision is Precision.INT8:
@@ -122,6 +131,7 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
             parity=parity,
             rounding=product.rounding,
             quantization=product.quantization,
+            choices=choices,
             seconds=0.0,
             peak_bytes=0,
         )
@@ -147,6 +157,25 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
                 engine = _build_and_compare(staged, backend, request, inputs, preprocessing, outputs, parity, progress)
     seconds = time.perf_counter() - start
     return replace(result, engine=engine, seconds=seconds, peak_bytes=peak_bytes())
+
+
+def _take_outputs(checkpoint: Checkpoint, request: ExportRequest) -> Checkpoint:
+    """The checkpoint as the graph needs it: whole, or the backbone that gives the features asked for.
+
+    Raises:
+        DeployError: there is no such stage, or what was asked for needs classes.
+    """
+    features = request.features
+    if features is None and checkpoint.spec.classes == 0:
+        features = ()
+    if features is None:
+        return checkpoint
+    for option, value in (("--topk", request.topk), ("--labels", request.class_names)):
+        if value is not None:
+            raise DeployError(f"{option} is for classes, and features have none", f"leave {option} or --features out")
+    if request.int8 is not None and request.int8.max_drop is not None:
+        raise DeployError("--max-drop is for classes, and features have none", "leave --max-drop or --features out")
+    return checkpoint.backbone(features)
 
 
 def _note_other_engine(onnx: Path, plan: Path, progress: Progress) -> None:
@@ -181,15 +210,16 @@ def _find_backend(request: ExportRequest, progress: Progress) -> Any:
 class _Stage:
     """A net between fusing and its graph: the fused form, what the training form gives, and on what.
 
-    `trained`: the logits of the training form in float64 on `inputs.small`; `training`: that form itself, where it is
+    `trained`: the outputs of the training form in float64 on `inputs.small`; `training`: that form itself, where it is
     needed still.
     """
 
     request: ExportRequest
     checkpoint: Checkpoint
     fusion: Fusion
-    trained: Future[NDArray[np.float64]]
+    trained: Future[dict[str, NDArray[np.float64]]]
     preprocessing: Preprocessing
+    choices: Choices
     inputs: VerificationInputs
     training: RepVGG | None = None
 
@@ -204,8 +234,8 @@ class _Stage:
         self.fusion.finish()
         return self.unfinished
 
-    def run(self, parity: dict[str, Parity]) -> tuple[NDArray[np.float32], dict[str, float]]:
-        """The fused net's logits in float32 on `inputs.full`, and the largest magnitude of each convolution.
+    def run(self, parity: dict[str, Parity]) -> tuple[Outputs, dict[str, float]]:
+        """The fused net's outputs in float32 on `inputs.full`, and the largest magnitude of each convolution.
 
         How it compares with the training form on `inputs.small` goes to `parity`.
 
@@ -213,10 +243,10 @@ class _Stage:
             VerificationError: they differ by more than float32 arithmetic does.
         """
         small, full = (normalize(pixels, self.preprocessing) for pixels in (self.inputs.small, self.inputs.full))
-        (fused, logits), largest = run_fused(self.unfinished, small, full, wait_for=self.fusion.wait_for)
-        parity["fused"] = compare(self.trained.result(), fused)
+        (fused, outputs), largest = run_fused(self.unfinished, small, full, wait_for=self.fusion.wait_for)
+        parity["fused"] = compare_outputs(self.trained.result(), fused)
         require_parity("fusing", parity["fused"], MAX_RELATIVE[Precision.FP32])
-        return logits, largest
+        return outputs, largest
 
 
 def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
@@ -226,11 +256,11 @@ def _make_float_graph(stage: _Stage, parity: dict[str, Parity]) -> _Product:
     net = stage.fused if half else stage.unfinished
     graph = to_onnx(net, layers, _graph_options(stage), _metadata(stage, {}))
 
-    def run() -> NDArray[np.float32]:
-        logits, largest = stage.run(parity)
+    def run() -> Outputs:
+        outputs, largest = stage.run(parity)
         if half:
             _require_fp16_range(largest)
-        return logits
+        return outputs
 
     return _Product(graph, run, layers.rounding if half else None)
 
@@ -253,8 +283,8 @@ def _make_int8_graph(stage: _Stage, parity: dict[str, Parity], for_engine: bool,
     with torch.inference_mode():
         images = torch.from_numpy(normalize(stage.inputs.full, stage.preprocessing))
         computed = quantized if request.activation_type == "uint8" else quantized.as_tensorrt()
-        expected: NDArray[np.float32] = computed(images).numpy()
-    parity["quantized"] = compare(reference, expected)
+        expected: Outputs = {name: values.numpy() for name, values in computed.outputs(images).items()}
+    parity["quantized"] = compare_outputs(reference, expected)
     about = {
         "recipe": summary.recipe,
         "images": summary.images,
@@ -290,6 +320,9 @@ def _metadata(stage: _Stage, extra: dict[str, Any]) -> dict[str, str]:
     checkpoint = stage.checkpoint
     wanted = stage.request.class_names
     names = checkpoint.class_names if wanted is None else wanted
+    outputs = stage.unfinished.spec.output_names
+    if outputs != ("logits",):
+        names, extra = None, {"outputs": list(outputs), **extra}
     if names is not None and len(names) != checkpoint.spec.classes:
         raise DeployError(
             f"{len(names)} labels for {checkpoint.spec.classes} classes", "the file of --labels has one class a line"
@@ -303,7 +336,7 @@ def _metadata(stage: _Stage, extra: dict[str, Any]) -> dict[str, str]:
         preprocessing=stage.preprocessing,
         class_names=names,
         tools=tool_versions(),
-        extra={"classes": checkpoint.spec.classes, **extra},
+        extra={"classes": stage.unfinished.spec.classes, "assumed": stage.choices, **extra},
     )
     return make_metadata(provenance)
 
@@ -321,16 +354,16 @@ def _run_and_compare(
     path: Path,
     inputs: VerificationInputs,
     preprocessing: Preprocessing,
-    expected: NDArray[np.float32],
+    expected: Outputs,
     request: ExportRequest,
     parity: dict[str, Parity],
 ) -> dict[str, Array]:
-    """The outputs of the written graph in ONNX Runtime, once they have agreed with the logits expected."""
+    """The outputs of the written graph in ONNX Runtime, once they have agreed with those expected."""
     runner = OnnxRunner(path, quick_start=True)
     model = Model(path, runner, preprocessing, None, takes_pixels=request.uint8_input, half_input=_is_half(request))
     outputs = model.run_images(_inputs_of(request, inputs, preprocessing))
     reference, candidate = comparable(expected, outputs, request.softmax)
-    parity["onnx"] = compare(reference, candidate)
+    parity["onnx"] = compare_outputs(reference, candidate)
     require_parity("the ONNX graph", parity["onnx"], max(MAX_RELATIVE[request.precision], MAX_RELATIVE[request.io]))
     return outputs
 
@@ -374,12 +407,14 @@ def _build_and_compare(
     return engine
 
 
-def comparable(logits: Array, outputs: dict[str, Array], as_probabilities: bool) -> tuple[Array, Array]:
-    """What of the logits is to be compared with what a graph gives: all scores, or the best K of its own choice."""
-    scores = softmax(logits) if as_probabilities else logits
+def comparable(expected: Outputs, outputs: dict[str, Array], as_probabilities: bool) -> tuple[Outputs, Outputs]:
+    """What is expected and what a graph gives under the same names: all scores, or the best K of the graph's choice."""
+    if "logits" not in expected:
+        return expected, outputs
+    scores = softmax(expected["logits"]) if as_probabilities else expected["logits"]
     if "classes" not in outputs:
-        return scores, next(iter(outputs.values()))
-    return np.take_along_axis(scores, outputs["classes"], axis=1), outputs["scores"]
+        return {"scores": scores}, {"scores": next(iter(outputs.values()))}
+    return {"scores": np.take_along_axis(scores, outputs["classes"], axis=1)}, {"scores": outputs["scores"]}
 
 
 def file_stem(checkpoint: Path) -> str:

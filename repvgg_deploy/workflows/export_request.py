@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
-from repvgg_deploy.checkpoints import Checkpoint
+from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions
 from repvgg_deploy.engine.options import BuildOptions
-from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET, Fp16Rounding
+from repvgg_deploy.graphs.layers import Fp16Rounding
+from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET
+from repvgg_deploy.workflows.choices import Choices
 
 if TYPE_CHECKING:
     from repvgg_deploy.engine import Engine
@@ -50,13 +52,14 @@ class Int8Request:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """All that `export` is asked for; see `GraphOptions` for the graph's part and `BuildOptions` for the engine's."""
+    """All that `export` is asked for; see `GraphOptions` for the graph's part and `BuildOptions` for the engine's.
+
+    `features`: () for the pooled features in place of logits, stage numbers for the maps of these, None for logits.
+    """
 
     checkpoint: Path
     output: Path
-    arch: str | None = None
-    ema: bool | None = None
-    bn_eps: float = 1e-5
+    source: CheckpointOptions = field(default_factory=CheckpointOptions)
     precision: Precision = Precision.FP32
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     int8: Int8Request | None = None
@@ -66,6 +69,7 @@ class ExportRequest:
     uint8_input: bool = False
     softmax: bool = False
     topk: int | None = None
+    features: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
     verify_data: Path | None = None
     verify_full: bool = False
@@ -76,6 +80,8 @@ class ExportRequest:
 @dataclass(frozen=True)
 class ExportResult:
     """What an export wrote, and how each stage compares with the one before.
+
+    `choices` are the settings that no tensor tells, see `describe_choices`.
 
     `parity` has `fused` (against the training form in float64), `quantized` (INT8 simulated, against fused), `onnx`
     (the graph in ONNX Runtime, against the stage before) and `engine` (where a GPU could run it).
@@ -91,6 +97,7 @@ class ExportResult:
     parity: dict[str, Parity]
     rounding: Fp16Rounding | None
     quantization: QuantizationSummary | None
+    choices: Choices
     seconds: float
     peak_bytes: int
 
@@ -110,6 +117,7 @@ class ExportResult:
             "precision": str(self.precision),
             "parameters": self.parameters,
             "sha256": self.checkpoint.sha256,
+            "assumed": self.choices,
             "ops": self.ops,
             "parity": {stage: parity.to_dict() for stage, parity in self.parity.items()},
             "seconds": round(self.seconds, 3),

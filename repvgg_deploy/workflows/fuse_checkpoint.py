@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from repvgg_deploy.artifacts import Parity, PreprocessingOptions
-from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.checkpoints import CheckpointOptions, build, load_checkpoint
 from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
@@ -16,8 +16,9 @@ from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
+from repvgg_deploy.nets.settings import StructureOptions
 from repvgg_deploy.verification.inputs import choose_small_pixels
-from repvgg_deploy.verification.parity import compare, require_parity
+from repvgg_deploy.verification.parity import compare_outputs, require_parity
 from repvgg_deploy.verification.reference import run_fused, run_in_float64
 
 _MAX_RELATIVE = 1e-4
@@ -38,9 +39,7 @@ def write_fused(
     source: Path,
     target: Path,
     layout: str | None = None,
-    arch: str | None = None,
-    ema: bool | None = None,
-    bn_eps: float = 1e-5,
+    options: CheckpointOptions | None = None,
 ) -> FusedFile:
     """Write the deploy form of the checkpoint `source` to `target`, float32, and verify what was written.
 
@@ -48,9 +47,7 @@ def write_fused(
         source: a checkpoint of any layout and form.
         target: `.safetensors`, or any other ending for a torch file.
         layout: `official` or `timm`; by default timm for a checkpoint from timm, else official.
-        arch: an architecture that the file must have.
-        ema: as `load_checkpoint` takes it.
-        bn_eps: the ε of the BNs.
+        options: how `source` is read.
 
     Raises:
         DeployError: whatever the user can mend; `target` is not touched then.
@@ -61,11 +58,11 @@ def write_fused(
         raise DeployError(f"{target} is the checkpoint itself, and its branches would be gone", "give another name: -o")
     if target.suffix not in (".pth", ".pt", ".safetensors"):
         raise DeployError(f"{target} has no ending of a checkpoint", "-o FILE.pth or FILE.safetensors")
-    checkpoint = load_checkpoint(source, arch, ema, bn_eps)
+    checkpoint = (options or CheckpointOptions()).load(source)
     chosen = layout or ("timm" if checkpoint.layout == "timm" else "official")
     net = build(checkpoint)
     fused = fuse(net, torch.float32)
-    preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
+    preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions(), checkpoint.settings)
     images = normalize(choose_small_pixels(checkpoint.spec, preprocessing), preprocessing)
     reference = run_in_float64(net, images)
     with stage_files(target.absolute().parent) as staging:
@@ -73,8 +70,10 @@ def write_fused(
         state = name_state_dict(fused, chosen)
         write_state_dict(state, written, class_names_metadata(checkpoint.class_names))
         # What counts is what a reader gets from the file, not what was handed to the writer.
-        again = build(load_checkpoint(written))
-        parity = compare(reference, run_fused(again, images)[0][0])
+        spec = checkpoint.spec
+        same = StructureOptions(spec.strides, str(spec.activation), spec.bn_eps)
+        again = build(load_checkpoint(written, structure=same))
+        parity = compare_outputs(reference, run_fused(again, images)[0][0])
         require_parity("the written file", parity, _MAX_RELATIVE)
         del again
     return FusedFile(target, checkpoint.arch, chosen, count_parameters(fused.spec), parity)

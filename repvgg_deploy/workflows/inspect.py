@@ -6,32 +6,34 @@ from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.artifacts import PreprocessingOptions
-from repvgg_deploy.checkpoints import Checkpoint, load_checkpoint
+from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.files import hash_file
 from repvgg_deploy.nets.cards import Card, match_card
 from repvgg_deploy.nets.cost import count_flops, count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.runtime.model import is_engine, is_onnx, require_arch
+from repvgg_deploy.workflows.choices import describe_choices
 
 Description = dict[str, Any]
 
 
-def inspect_file(path: Path, arch: str | None = None, ema: bool | None = None) -> Description:
+def inspect_file(path: Path, options: CheckpointOptions | None = None) -> Description:
     """What a checkpoint, an ONNX graph or an engine consists of and comes from, ready for a table or JSON.
 
     Raises:
         DeployError: the file is none of these, or is damaged.
     """
+    options = options or CheckpointOptions()
     if path.is_file() and is_engine(path):
         from repvgg_deploy.engine.inspection import inspect_engine
 
         report = inspect_engine(path)
-        require_arch(path, report.side.provenance, arch)
+        require_arch(path, report.side.provenance, options.arch)
         return report.to_dict()
     if path.is_file() and is_onnx(path):
-        return _describe_graph(path, arch)
-    return _describe_checkpoint(load_checkpoint(path, arch, ema))
+        return _describe_graph(path, options.arch)
+    return _describe_checkpoint(options.load(path))
 
 
 def describe_card(card: Card) -> Description:
@@ -58,7 +60,9 @@ def describe_card(card: Card) -> Description:
 def _describe_checkpoint(checkpoint: Checkpoint) -> Description:
     spec = checkpoint.spec
     card = match_card(spec)
-    preprocessing = choose_preprocessing(checkpoint.spec, PreprocessingOptions())
+    nothing = PreprocessingOptions()
+    preprocessing = choose_preprocessing(spec, nothing, checkpoint.settings)
+    assumed = describe_choices(checkpoint, preprocessing, nothing)
     height, width = preprocessing.height, preprocessing.width
     squeeze = next((b.squeeze_excite for b in spec.blocks if b.squeeze_excite is not None), None)
     return {
@@ -79,6 +83,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> Description:
         "parameters": count_parameters(spec),
         "parameters_deploy": count_parameters(spec.fused()),
         "input_size": [height, width],
+        "assumed": assumed,
         "flops": count_flops(spec, height, width),
         "flops_deploy": count_flops(spec.fused(), height, width),
         "notes": list(checkpoint.notes),
@@ -92,7 +97,7 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
     import onnx
     from google.protobuf.message import DecodeError
 
-    from repvgg_deploy.graphs.repvgg import METADATA_PREFIX, read_metadata
+    from repvgg_deploy.graphs.metadata import METADATA_PREFIX, read_metadata
 
     try:
         model = onnx.load(path, load_external_data=False)

@@ -128,7 +128,7 @@ def _quantize_within(
     validation, max_drop = request.validation, request.max_drop
     if validation is None or max_drop is None:
         raise AssertionError("a drop is measured on labelled images")
-    device = fused.classifier.weight.device.type
+    device = fused.device.type
     options = None if device == "cpu" else TorchOptions(device)
 
     def top1(net: nn.Module) -> float:

@@ -73,12 +73,9 @@ def export_for_refit(side: Sidecar, checkpoint: Path, folder: Path, progress: Pr
         checkpoint=checkpoint,
         output=folder,
         precision=side.provenance.precision,
-        preprocessing=PreprocessingOptions(
-            (options.height, options.width),
-            images.resize if images is not None else None,
-            images.mean if images is not None else None,
-            images.std if images is not None else None,
-        ),
+        preprocessing=PreprocessingOptions((options.height, options.width))
+        if images is None
+        else PreprocessingOptions.same_as(images),
         batch=options.batch,
         io=options.io,
         uint8_input=options.uint8_input is not None,

@@ -23,7 +23,8 @@ from repvgg_deploy.engine.sidecar import read_sidecar
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 PLAN = BuildOptions(batch_range=(1, 128, 512), optimization_level=2)

@@ -15,7 +15,8 @@ from repvgg_deploy.benchmark.record import check_record, read_record
 from repvgg_deploy.cli.main import main
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 
 QUICK = ["--duration", "0.05", "--iterations", "3", "--warmup", "0"]
 

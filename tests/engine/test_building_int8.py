@@ -14,7 +14,8 @@ from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.network import parse_onnx
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import GraphOptions, make_metadata
+from repvgg_deploy.graphs.metadata import make_metadata
+from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.quantization.net import QuantizedNet
 from repvgg_deploy.quantization.qdq import ActivationType, to_qdq_onnx
 from repvgg_deploy.quantization.quantize import quantize

@@ -18,7 +18,9 @@ from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, make_metadata, read_metadata, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.metadata import make_metadata, read_metadata
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cards import load_cards
 from repvgg_deploy.nets.repvgg import RepVGG

@@ -13,7 +13,8 @@ from helpers.small_nets import make_net
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.graphs.serialization import read_onnx_metadata, read_skeleton
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner

@@ -13,7 +13,9 @@ from torch import nn
 from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
 from repvgg_deploy.engine.backends import Backend, Unavailable, import_backend
 from repvgg_deploy.graphs.builder import GraphBuilder, write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, Layers, add_conv, make_metadata, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers, Layers, add_conv
+from repvgg_deploy.graphs.metadata import make_metadata
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.spec import ArchSpec, BlockSpec

@@ -13,7 +13,8 @@ from helpers.quantized_nets import QUICK, SHAPES, draw_images, fused_net
 
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
-from repvgg_deploy.graphs.repvgg import FloatLayers, GraphOptions, to_onnx
+from repvgg_deploy.graphs.layers import FloatLayers
+from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
 from repvgg_deploy.quantization import QuantizedNet, quantize
 from repvgg_deploy.quantization.points import fused_blocks
 from repvgg_deploy.quantization.qdq import as_tensorrt_reads, to_qdq_onnx, with_fp16_scales

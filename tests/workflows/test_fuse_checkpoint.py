@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.checkpoints import CheckpointOptions, build, load_checkpoint
 from repvgg_deploy.errors import CheckpointError, DeployError, VerificationError
 from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.nets.settings import StructureOptions
 from repvgg_deploy.nets.spec import SqueezeExcite
 from repvgg_deploy.workflows.fuse_checkpoint import write_fused
 
@@ -143,13 +144,14 @@ def test_tensors_that_share_one_storage_are_written_each_by_itself(net, save: Sa
 def test_ema_copy_is_fused_on_request(state: State, save: Save, tmp_path: Path, images: Tensor) -> None:
     averaged = make_net(seed=5)
     path = save({"model": state, "model_ema": name_in_layout(averaged, "official")})
-    write_fused(path, tmp_path / "fused.pth", ema=True)
+    write_fused(path, tmp_path / "fused.pth", options=CheckpointOptions(ema=True))
     fused = build(load_checkpoint(tmp_path / "fused.pth"))
     assert relative(logits_of(fused, images), logits_of(averaged, images)) < 1e-6
 
 
 def test_epsilon_of_the_bns_can_be_given(net, checkpoint_file: Path, tmp_path: Path) -> None:
-    write_fused(checkpoint_file, tmp_path / "fused.pth", bn_eps=0.1)
+    options = CheckpointOptions(structure=StructureOptions(bn_eps=0.1))
+    write_fused(checkpoint_file, tmp_path / "fused.pth", options=options)
     stem, bias = net.stages[0][0], load(tmp_path / "fused.pth")["stage0.rbr_reparam.bias"]
     expected = torch.zeros(8)
     for branch in (stem.branch_3x3.bn, stem.branch_1x1.bn):
