@@ -190,4 +190,4 @@ def print_object(name: str, values: Mapping[str, Any]) -> None:
     from repvgg_deploy.cli.schemas import VERSIONS
 
     head = {"schema": f"repvgg-deploy/{name}", "version": VERSIONS[name]}
-    click.echo(json.dumps({**head, **values}, indent=2, ensure_ascii=False, allow_nan=False))
+    click.echo(json.dumps({**head, **dict(values)}, indent=2, ensure_ascii=False, allow_nan=False))

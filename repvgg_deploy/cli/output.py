@@ -150,6 +150,8 @@ def print_fields(values: Mapping[str, Any]) -> None:
 def describe(value: Any) -> str:
     """A value in one line: `name value, …` of a mapping, without what it does not know; the items of a list."""
     if isinstance(value, Mapping):
+        if value.keys() == {"name", "dtype", "shape"}:
+            return f"{value['name']} ({', '.join(map(str, value['shape']))}) {value['dtype']}"
         known = {k: v for k, v in value.items() if v not in (None, "", [], {})}
         return ", ".join(f"{k.replace('_', ' ')} {describe(v)}" for k, v in known.items())
     if isinstance(value, list | tuple):

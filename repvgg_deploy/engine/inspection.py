@@ -55,6 +55,8 @@ class EngineReport:
     def to_dict(self) -> dict[str, Any]:
         """As `inspect --json` prints it."""
         values: dict[str, Any] = json.loads(self.side.to_json())
+        # The object has a schema of its own.
+        values["sidecar_schema"] = values.pop("schema")
         layers = None if self.layers is None else [vars(layer) for layer in self.layers]
         return {"kind": "engine", "file": str(self.plan), **values, "layers": layers, "note": self.why_no_layers}
 

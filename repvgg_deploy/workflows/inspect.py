@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +128,26 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
         "bytes": path.stat().st_size,
         "external_data": any(item.data_location == onnx.TensorProto.EXTERNAL for item in weights),
         "sha256": hash_file(path),
-        "provenance": {key.removeprefix(METADATA_PREFIX): value for key, value in properties.items()},
+        "provenance": {
+            key.removeprefix(METADATA_PREFIX): _parse_metadata(value)
+            for key, value in properties.items()
+            if key.startswith(METADATA_PREFIX)
+        },
+        "metadata": {key: value for key, value in properties.items() if not key.startswith(METADATA_PREFIX)},
     }
 
 
-def _describe_tensor(info: Any) -> str:
+def _parse_metadata(text: str) -> Any:
+    """The value of an entry of a graph's metadata: objects, lists and whole numbers are JSON there, the rest text."""
+    if text[:1] in "[{" or (text.isdecimal() and len(text) < 16):
+        with suppress(ValueError):
+            return json.loads(text)
+    return text
+
+
+def _describe_tensor(info: Any) -> Description:
     import onnx
 
     kind = info.type.tensor_type
-    shape = ", ".join(d.dim_param or str(d.dim_value) for d in kind.shape.dim)
-    return f"{info.name} ({shape}) {onnx.TensorProto.DataType.Name(kind.elem_type).lower()}"
+    shape = [dimension.dim_param or dimension.dim_value for dimension in kind.shape.dim]
+    return {"name": info.name, "dtype": onnx.TensorProto.DataType.Name(kind.elem_type).lower(), "shape": shape}

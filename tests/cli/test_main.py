@@ -196,8 +196,8 @@ def test_inspect_describes_a_checkpoint(checkpoint_file: Path) -> None:
 def test_inspect_describes_a_graph_with_its_provenance(graph: Path, checkpoint_file: Path) -> None:
     value = object_of(run("inspect", graph, "--json"))
     assert value["kind"] == "onnx"
-    assert value["inputs"] == ["images (batch, 3, 32, 32) float"]
-    assert value["outputs"] == ["logits (batch, 5) float"]
+    assert value["inputs"] == [{"name": "images", "dtype": "float", "shape": ["batch", 3, 32, 32]}]
+    assert value["outputs"] == [{"name": "logits", "dtype": "float", "shape": ["batch", 5]}]
     assert value["ops"] == {"Conv": 10, "Flatten": 1, "Gemm": 1, "GlobalAveragePool": 1, "Relu": 10}
     assert value["provenance"]["sha256"] == hashlib.sha256(checkpoint_file.read_bytes()).hexdigest()
 
@@ -347,7 +347,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_label(checkpoint_file: Path, 
     options = ["--labels", labels, "--size", 32, "-o", tmp_path, *NO_ENGINE]
     assert run("export", checkpoint_file, *options).exit_code == 0
     names = object_of(run("inspect", tmp_path / "checkpoint.fp32.onnx", "--json"))["provenance"]["class_names"]
-    assert json.loads(names)[0] == "a"
+    assert names[0] == "a"
 
 
 @pytest.mark.parametrize("options", [["--size", "00"], ["--size", "99999999"], ["--batch-range", "5", "2", "1"]])
