@@ -97,7 +97,8 @@ def export(ckpt: Path, output: Path, fp16: bool, int8: bool, layers: bool, label
     )
     with show_progress() as progress:
         result = run_export(request, progress)
-    return Outcome(result.to_dict(), lambda: print_export(result, layers))
+    images = "synthetic images" if request.verify_data is None else f"images of {request.verify_data}"
+    return Outcome(result.to_dict(), lambda: print_export(result, layers, images))
 
 
 @click.command(

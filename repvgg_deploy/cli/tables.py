@@ -25,8 +25,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def print_export(result: ExportResult, layers: bool) -> None:
-    """What an export wrote, and how every stage compares with the one before."""
+def print_export(result: ExportResult, layers: bool, images: str) -> None:
+    """What an export wrote, and how every stage compares with the one before on `images`."""
+    print(f"Each stage compared with the one before, on {images}:")
     rows = [
         [stage, p.images, p.max_abs, p.relative, f"{p.cosine:.8f}", f"{p.top1_agreement:.1f} %"]
         for stage, p in result.parity.items()
@@ -46,6 +47,7 @@ def print_export(result: ExportResult, layers: bool) -> None:
     if result.engine is not None:
         plan = result.onnx.parent / result.engine.plan.name
         print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
+    print()
     _print_choices(result.choices)
 
 
@@ -53,7 +55,9 @@ def print_description(description: Mapping[str, Any]) -> None:
     """What a file is."""
     labels = {"flops": "multiply-adds", "flops_deploy": "multiply-adds deploy", "input_size": "height, width px"}
     print_fields({labels.get(name, name): value for name, value in description.items() if name != "assumed"})
-    _print_choices(description.get("assumed", {}))
+    if description.get("assumed"):
+        print()
+        _print_choices(description["assumed"])
 
 
 def _print_choices(choices: Choices) -> None:
