@@ -24,11 +24,14 @@ class Case:
         backend: one of `BACKENDS`; None for the natural one of the file, on a GPU where the library finds one.
         precision: fp32, fp16, int8; on torch also bf16, on torch and engines tf32. None for the file's own, else fp32.
         form: `deploy`, or `training` for a RepVGG with all its branches.
-        mode, channels_last: see `TorchOptions`.
+        mode: see `TorchOptions`.
+        channels_last: NHWC in memory, in torch; None for what is best: NHWC in fp16 and bf16 on a GPU, whose tensor
+            cores take nothing else without a copy.
         threads: of the CPU; 0 for the backend's choice.
         transfers: whether the copies to and from a GPU are part of a query.
         streams: of an engine, or of torch on a GPU.
         size: of the input in pixels, for an architecture.
+        input_type: of what is exported from an architecture: float32, float16, or uint8 (NHWC).
         build: the options of the plan that an engine's baseline is built like; see `comparable_options`.
     """
 
@@ -37,11 +40,12 @@ class Case:
     precision: str | None = None
     form: str = "deploy"
     mode: str = "eager"
-    channels_last: bool = False
+    channels_last: bool | None = None
     threads: int = 0
     transfers: bool = False
     streams: int = 1
     size: int | None = None
+    input_type: str = "float32"
     build: BuildOptions | None = None
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repvgg_deploy.artifacts import Precision
+from repvgg_deploy.artifacts import Precision, Preprocessing
 from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
 from repvgg_deploy.graphs.layers import FloatLayers
@@ -49,7 +49,14 @@ class NamedNet:
         return sum(parameter.numel() for parameter in self.net.parameters())
 
 
-def write_net(named: NamedNet, precision: Precision, form: str, folder: Path, for_engine: bool = False) -> Path:
+def write_net(
+    named: NamedNet,
+    precision: Precision,
+    form: str,
+    folder: Path,
+    for_engine: bool = False,
+    input_type: str = "float32",
+) -> Path:
     """Write the graph of `named` to `folder` and return its path.
 
     In int8 the scales are those of a few images of noise, rounded to nearest: that is enough to time it, and says
@@ -61,8 +68,9 @@ def write_net(named: NamedNet, precision: Precision, form: str, folder: Path, fo
         form: `deploy` or `training`.
         folder: where to.
         for_engine: place the Q/DQ nodes of a baseline for TensorRT, not for ONNX Runtime.
+        input_type: float32, float16 (the output as well), or uint8: NHWC pixels that the graph normalizes.
     """
-    options = GraphOptions(named.size, named.size)
+    options = _graph_options(named, input_type)
     metadata = {
         METADATA_PREFIX + "precision": str(precision),
         METADATA_PREFIX + "form": "train" if form == "training" else "deploy",
@@ -74,9 +82,20 @@ def write_net(named: NamedNet, precision: Precision, form: str, folder: Path, fo
         graph = _repvgg_graph(named, precision, options, metadata)
     else:
         graph = _baseline_graph(named, precision, options, metadata, for_engine)
-    path = folder / f"{named.name}.{form}.{precision}.onnx"
+    taking = "" if input_type == "float32" else f".{input_type}"
+    path = folder / f"{named.name}.{form}{taking}.{precision}.onnx"
     write_graph(graph, path)
     return path
+
+
+def _graph_options(named: NamedNet, input_type: str) -> GraphOptions:
+    pixels = Preprocessing(named.size, named.size, named.size, (0.5,) * named.in_channels, (0.5,) * named.in_channels)
+    return GraphOptions(
+        named.size,
+        named.size,
+        io=Precision.FP16 if input_type == "float16" else Precision.FP32,
+        uint8_input=pixels if input_type == "uint8" else None,
+    )
 
 
 def _noise(named: NamedNet) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

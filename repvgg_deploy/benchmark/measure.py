@@ -47,7 +47,11 @@ class Query:
 
 @dataclass(frozen=True)
 class Label:
-    """What is measured: the model, how it is run, on how many images at a time, and of which height and width."""
+    """What is measured: the model, how it is run, on how many images at a time, and of which height and width.
+
+    `input_type` is that of a graph or an engine (uint8 is NHWC), `profile` an engine's smallest, best and largest
+    batch. `notes` are what a reader of the figures should know.
+    """
 
     model: str
     backend: str
@@ -57,11 +61,14 @@ class Label:
     form: str = "deploy"
     mode: str = ""
     size: tuple[int, int] | None = None
+    input_type: str | None = None
+    profile: tuple[int, int, int] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def conditions(self) -> tuple[object, ...]:
         """What two models must have in common to be compared."""
-        return self.backend, self.precision, self.mode, self.batch, self.size
+        return self.backend, self.precision, self.mode, self.batch, self.size, self.input_type
 
 
 class Workload(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
-    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
 """The backends of ONNX Runtime, with the names of their execution providers."""
 

@@ -27,7 +27,7 @@ from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.seeding import seeded_baseline, seeded_inputs, seeded_repvgg
 from repvgg_deploy.runtime.model import is_engine, is_onnx
-from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, OnnxRunner, import_onnxruntime
+from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, BoundRun, OnnxRunner, import_onnxruntime
 from repvgg_deploy.runtime.torch import TorchEvents, TorchOptions, TorchPrecision, TorchRunner, TorchStream
 
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ def _open_torch(case: Case, named: NamedNet) -> OpenedCase:
     if precision not in get_args(TorchPrecision):
         raise DeployError(f"torch does not run {precision} here", f"one of: {', '.join(get_args(TorchPrecision))}")
     device = cast(str, case.backend).removeprefix("torch-")
-    options = TorchOptions(device, cast(TorchPrecision, precision), cast(Any, case.mode), case.channels_last)
+    channels_last = case.channels_last
+    if channels_last is None:
+        channels_last = device == "cuda" and precision in ("fp16", "bf16")
+    options = TorchOptions(device, cast(TorchPrecision, precision), cast(Any, case.mode), channels_last)
     if device == "cpu" and case.threads:
         torch.set_num_threads(case.threads)
     runner = TorchRunner(named.net, options)
@@ -138,7 +141,7 @@ def _open_exported(case: Case, named: NamedNet, folder: Path) -> OpenedCase:
     stored = "fp32" if for_engine and precision == "tf32" else precision
     if stored not in [str(known) for known in Precision]:
         raise DeployError(f"a graph has no precision {precision!r}", "fp32, fp16 or int8; tf32 for an engine")
-    path = write_net(named, Precision(stored), case.form, folder, for_engine)
+    path = write_net(named, Precision(stored), case.form, folder, for_engine, case.input_type)
     if for_engine:
         plan = _build_plan(case, path, folder)
         opened = replace(_open_plan(case, plan, named.name), build=case.build, cost=_graph_cost(path, precision))
@@ -175,20 +178,35 @@ def _open_graph(case: Case, path: Path, name: str) -> OpenedCase:
     if dtype is None or None in runner.input_shape[1:]:
         raise DeployError(f"{path} takes {runner.input_type} of {runner.input_shape}", "export it with a fixed size")
     shape = cast("tuple[int, ...]", runner.input_shape[1:])
-    # On a GPU ONNX Runtime copies from and to the host within the call.
-    mode = "" if backend == "onnxruntime-cpu" else "with copies"
+    on_cpu = backend == "onnxruntime-cpu"
+    mode = "" if on_cpu else "cuda-graph, channels-last" + _streams_and_copies(replace(case, streams=1))
     if runner.saturating:
         # Its speed is that of a right one, its outputs are not: whoever reads the figure should know.
         mode = "sums may saturate"
     label = _label(known, name, runner.backend_version, _pixels(shape, dtype), mode)
+    label = replace(label, input_type=np.dtype(dtype).name)
 
     def at_batch(batch: int) -> Workload:
         if runner.batch not in (None, batch):
             raise DeployError(f"{path} takes batches of {runner.batch}, not {batch}", "export it without --batch")
         images = seeded_inputs((batch, *shape), dtype)
-        return BlockingWorkload(replace(label, batch=batch), lambda: runner.run(images))
+        here = replace(label, batch=batch)
+        if on_cpu:
+            return BlockingWorkload(here, lambda: runner.run(images))
+        bound = runner.bind(images)
+        # Nothing of it waits on a core of the CPU between two turns.
+        return BlockingWorkload(here, _with_copies(bound) if case.transfers else bound.run, spins=False)
 
     return OpenedCase(label, at_batch, None, _graph_cost(path, label.precision))
+
+
+def _with_copies(bound: BoundRun) -> Callable[[], object]:
+    def call() -> object:
+        bound.upload()
+        bound.run()
+        return bound.download()
+
+    return call
 
 
 def _pixels(shape: Sequence[int], dtype: Any) -> Sequence[int]:
@@ -211,6 +229,13 @@ def _graph_cost(path: Path, precision: str) -> Callable[[int], Cost]:
     return lambda batch: total_cost(graph_costs(model, batch, known))
 
 
+def away_from_the_best_batch(profile: tuple[int, int, int], batch: int) -> tuple[str, ...]:
+    """A note where an engine is not run at the batch that its kernels were chosen for."""
+    if batch == profile[1]:
+        return ()
+    return (f"the kernels of the plan were chosen for a batch of {profile[1]}",)
+
+
 def _streams_and_copies(case: Case) -> str:
     """What a label says of both, behind a mode."""
     streams = "" if case.streams == 1 else f", {case.streams} streams"
@@ -228,6 +253,8 @@ def _open_plan(case: Case, path: Path, name: str) -> OpenedCase:
     known = replace(case, backend=runner.backend, precision=_require_precision(case, path, runner.precision))
     size, mode = _pixels(runner.input.shape[1:], runner.input.dtype), _streams_and_copies(case).removeprefix(", ")
     label = _label(known, name, runner.backend_version, size, mode)
+    warnings = tuple(f"{runner.backend} warns: {warning}" for warning in runner.warnings)
+    label = replace(label, input_type=runner.input.dtype, profile=runner.profile, notes=warnings)
     build = None
     if runner.options is not None:
         # A graph with a fixed batch has a profile of its own, whatever range the build was asked for.
@@ -238,7 +265,12 @@ def _open_plan(case: Case, path: Path, name: str) -> OpenedCase:
         streams = runner.batch_streams(images)
         captured = runner.cuda.has_graphs and not any(stream.without_graph for stream in streams)
         notes = [label.mode, "" if captured else "no CUDA graph"]
-        here = replace(label, batch=batch, mode=", ".join(filter(None, notes)))
+        here = replace(
+            label,
+            batch=batch,
+            mode=", ".join(filter(None, notes)),
+            notes=(*label.notes, *away_from_the_best_batch(runner.profile, batch)),
+        )
         return StreamWorkload(here, streams, runner.cuda, case.transfers)
 
     return OpenedCase(label, at_batch, build, cleanup=cleanup)

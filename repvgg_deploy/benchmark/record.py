@@ -57,7 +57,12 @@ _RESULT: dict[str, tuple[type, ...]] = {
     "samples": (dict,),
 }
 # What results of earlier releases do not have.
-_OPTIONAL_RESULT: dict[str, tuple[type, ...]] = {"input": (str, type(None))}
+_OPTIONAL_RESULT: dict[str, tuple[type, ...]] = {
+    "input": (str, type(None)),
+    "input_type": (str, type(None)),
+    "profile": (list, type(None)),
+    "notes": (list,),
+}
 _RATIO: dict[str, tuple[type, ...]] = {
     "group": (str,),
     "model": (str,),
@@ -103,6 +108,9 @@ def describe_measurement(
         "mode": label.mode,
         "batch": label.batch,
         "input": None if label.size is None else "x".join(map(str, label.size)),
+        "input_type": label.input_type,
+        "profile": None if label.profile is None else list(label.profile),
+        "notes": list(label.notes),
         "parameters": parameters,
         "top1": top1,
         "images_per_sec": _rounded(measurement.images_per_sec),

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from repvgg_deploy.benchmark.cases import Case, OpenedCase
 from repvgg_deploy.benchmark.measure import Label, Measurement, MeasureOptions, measure
+from repvgg_deploy.benchmark.names import ENGINES
 from repvgg_deploy.benchmark.opening import open_case
 from repvgg_deploy.benchmark.record import (
     SCHEMA_NAME,
@@ -153,6 +154,7 @@ def _method(request: BenchRequest) -> dict[str, Any]:
 
 def _with_precisions(group: Group, open_all: OpenAll) -> tuple[Case, ...]:
     """All cases of the group; the baseline's are run as the models turn out to run once they are open."""
+    group = replace(group, cases=tuple(_with_own_plan(case, group.batch) for case in group.cases))
     if group.baseline is None:
         return group.cases
     known = []
@@ -164,9 +166,23 @@ def _with_precisions(group: Group, open_all: OpenAll) -> tuple[Case, ...]:
                 "give --precision, or leave --baseline out",
             )
         how = replace(case, backend=label.backend, precision=label.precision, build=opened_case.build)
+        how = replace(how, input_type=label.input_type or case.input_type)
         known.append(replace(how, size=_square(case, label)))
     twins = replace(group, cases=tuple(known)).all_cases()[len(dict.fromkeys(known)) :]
     return (*group.cases, *(twin for twin in twins if twin not in known))
+
+
+def _with_own_plan(case: Case, batch: int) -> Case:
+    """`case` with a plan for `batch` alone, where one has to be built: kernels are chosen for one batch of a range."""
+    if case.backend not in ENGINES or case.build is not None:
+        return case
+    from repvgg_deploy.engine.options import BuildOptions
+
+    return replace(case, build=BuildOptions(batch_range=(batch, batch, batch)))
+
+
+def _is_for_one_batch(case: Case) -> bool:
+    return case.build is not None and case.build.batch_range[0] == case.build.batch_range[2]
 
 
 def _square(case: Case, label: Label) -> int | None:
@@ -181,13 +197,17 @@ def _square(case: Case, label: Label) -> int | None:
 
 @contextmanager
 def _open_cases(progress: Progress) -> Iterator[OpenAll]:
-    """A function that opens cases, and closes those that are not asked for again, but for their baseline."""
+    """A function that opens cases, and closes those that are not asked for again.
+
+    A baseline stays open, unless it is a plan for one batch: the next batch has another.
+    """
     opened: dict[Case, OpenedCase] = {}
     with scratch_folder() as folder:
 
         def open_all(cases: Sequence[Case], baseline: str | None = None) -> list[OpenedCase]:
-            for case in [case for case in opened if case not in cases and case.model != baseline]:
-                opened.pop(case).close()
+            for case in [case for case in opened if case not in cases]:
+                if case.model != baseline or _is_for_one_batch(case):
+                    opened.pop(case).close()
             for case in cases:
                 if case not in opened:
                     how = (case.precision, case.backend, f"{case.size} px" if case.size else None)

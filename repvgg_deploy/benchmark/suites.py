@@ -78,7 +78,7 @@ def _cases(table: dict[str, Any], models: list[str], threads: int) -> Iterator[C
         table.get("precisions", ["fp32"]),
         table.get("forms", ["deploy"]),
         table.get("modes", ["eager"]),
-        table.get("channels_last", [False]),
+        table.get("channels_last", [None]),
     ):
         yield Case(
             model=model,

@@ -15,10 +15,11 @@ IN_FLIGHT = 2
 class BlockingWorkload:
     """A call that returns when the batch is done; what it takes is compute and latency alike."""
 
-    spins = True
-
-    def __init__(self, label: Label, call: Callable[[], object], clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self, label: Label, call: Callable[[], object], clock: Clock = time.perf_counter, spins: bool = True
+    ) -> None:
         self.label = label
+        self.spins = spins
         self._call = call
         self._clock = clock
 

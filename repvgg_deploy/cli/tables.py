@@ -163,7 +163,8 @@ def print_record(record: dict[str, Any]) -> None:
         [
             r["model"], r["form"], f"{r['backend']} {r['backend_version']}", r["precision"], r["batch"],
             _digits(r["images_per_sec"]), *(_digits(r["latency_ms"][p]) for p in ("p50", "p90", "p99")),
-            _digits(r["compute_ms"]), ", ".join(filter(None, [r["mode"], "unstable" if r["unstable"] else ""])),
+            _digits(r["compute_ms"]),
+            ", ".join(filter(None, [r["mode"], "unstable" if r["unstable"] else "", *r.get("notes", ())])),
         ]
         for r in results
     ]  # fmt: skip

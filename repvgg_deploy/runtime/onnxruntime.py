@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ import numpy as np
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.graphs.serialization import read_skeleton
-from repvgg_deploy.runtime.saturation import EXACT, find_saturating_layers, saturates_here
+from repvgg_deploy.runtime.saturation import EXACT, find_saturating_layers, has_integers, saturates_here
 
 _CUDA = "CUDAExecutionProvider"
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 """Of the inputs of the graphs that this project makes."""
+
+# FP32 without TF32, as in torch; channels last, which tensor cores take without a copy; kernels enqueued by one graph.
+_CUDA_OPTIONS = {"use_tf32": "0", "prefer_nhwc": "1", "enable_cuda_graph": "1"}
+_GRAPH_OF_A_RUN = "gpu_graph_id"
+_NO_GRAPH = "-1"
 
 _INSTALL = "install what that provider needs, or leave it out; `repvgg-deploy doctor` tells more"
 
@@ -55,7 +61,14 @@ class OnnxRunner:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
             model = read_skeleton(path).SerializeToString()
         options.log_severity_level = 4
+        self._path = path
         on_cpu = provider == "CPUExecutionProvider"
+        if provider == _CUDA and has_integers(path):
+            # It would run the convolutions in float, behind as many conversions.
+            raise DeployError(
+                f"ONNX Runtime has no integer convolutions for CUDA, so {path} would run in float there",
+                "take an fp16 graph there, or TensorRT for INT8",
+            )
         self.saturating = find_saturating_layers(path) if on_cpu and saturates_here() else ()
         self.exact_integers = exact_integers and bool(self.saturating)
         if self.exact_integers:
@@ -65,11 +78,12 @@ class OnnxRunner:
             # A node that the provider cannot take fails the session, where it would run on the CPU in silence.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             _load_cuda(runtime)
+        self._runtime = runtime
+        self._graphs = 0
         try:
             self._session = runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:
-            # ONNX Runtime's exceptions share no base class but Exception.
-            if type(error).__module__.split(".")[0] != "onnxruntime":
+            if not _is_its_own(error):
                 raise
             raise _explain(error, path, provider) from error
         first = self._session.get_providers()[0]
@@ -86,6 +100,8 @@ class OnnxRunner:
         self.input_type: str = first_input.type
         self.input_shape = tuple(size if isinstance(size, int) else None for size in first_input.shape)
         outputs = self._session.get_outputs()
+        if not outputs:
+            raise GraphError(f"{path} gives nothing: it has no output", "an image classifier has one output N,classes")
         self.output_names: tuple[str, ...] = tuple(output.name for output in outputs)
         self.output_shapes = [tuple(s if isinstance(s, int) else None for s in output.shape) for output in outputs]
 
@@ -101,9 +117,103 @@ class OnnxRunner:
         return self.input_shape[0]
 
     def run(self, images: Array) -> dict[str, Array]:
-        """The outputs by name for a batch of images as the graph declares its input."""
-        values = self._session.run(None, {self.input_name: images})
+        """The outputs by name for a batch of images as the graph declares its input.
+
+        Raises:
+            GraphError: the graph cannot be run on them.
+        """
+        with self._explaining(images):
+            values = self._session.run(None, {self.input_name: images}, self._run_options(_NO_GRAPH))
         return dict(zip(self.output_names, values, strict=True))
+
+    def bind(self, images: Array) -> BoundRun:
+        """`images` in the memory of the device, ready to be run again and again; on CUDA as a graph of its own.
+
+        Raises:
+            GraphError: the graph cannot be run on them.
+        """
+        # Tells the shapes of the outputs, and prepares the kernels before anything is captured.
+        outputs = self.run(images)
+        self._graphs += 1
+        device = "cuda" if self.backend == "onnxruntime-cuda" else "cpu"
+        with self._explaining(images):
+            binding = _Binding(self._runtime, self._session, device)
+            bound = BoundRun(binding, self.input_name, images, outputs, self._run_options(str(self._graphs)))
+            bound.run()
+        return bound
+
+    def _run_options(self, graph: str) -> Any:
+        options = self._runtime.RunOptions()
+        options.log_severity_level = 4
+        if self.backend == "onnxruntime-cuda":
+            # A graph holds for one shape and one set of addresses, those of `bind`.
+            options.add_run_config_entry(_GRAPH_OF_A_RUN, graph)
+        return options
+
+    @contextmanager
+    def _explaining(self, images: Array) -> Iterator[None]:
+        """Inside the block ONNX Runtime's failures are the project's, with the input that was given."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_its_own(error) and not isinstance(error, MemoryError | RuntimeError | ValueError):
+                raise
+            raise _explain_run(error, self._path, images) from error
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """What a run with bound memory needs of ONNX Runtime."""
+
+    runtime: Any
+    session: Any
+    device: str
+
+    def place(self, values: Array) -> Any:
+        """`values` in the memory of the device."""
+        return self.runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values), self.device, 0)
+
+
+class BoundRun:
+    """One batch whose input and outputs stay where they are on the device; see `OnnxRunner.bind`."""
+
+    def __init__(
+        self, binding: _Binding, name: str, images: Array, outputs: Mapping[str, Array], run_options: Any
+    ) -> None:
+        self._session, self._options = binding.session, run_options
+        self._host = np.ascontiguousarray(images)
+        self._images = binding.place(images)
+        self._outputs = {output: binding.place(values) for output, values in outputs.items()}
+        self._bound = binding.session.io_binding()
+        self._bound.bind_ortvalue_input(name, self._images)
+        for output, value in self._outputs.items():
+            self._bound.bind_ortvalue_output(output, value)
+
+    def upload(self) -> None:
+        """Copy the batch to the device once more."""
+        self._images.update_inplace(self._host)
+
+    def run(self) -> None:
+        """One run, from its begin to its end; no copies between host and device."""
+        self._session.run_with_iobinding(self._bound, self._options)
+
+    def download(self) -> dict[str, Array]:
+        """The outputs by name, copied to the host."""
+        return {name: value.numpy() for name, value in self._outputs.items()}
+
+
+def _is_its_own(error: Exception) -> bool:
+    """Whether ONNX Runtime raised it: its exceptions share no base class but Exception."""
+    return type(error).__module__.split(".")[0] == "onnxruntime"
+
+
+def _explain_run(error: Exception, path: Path, images: Array) -> DeployError:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    said = lines[0].strip() if lines else type(error).__name__
+    what = f"an input of {'x'.join(map(str, images.shape))} {images.dtype}"
+    if isinstance(error, MemoryError) or any(word in str(error) for word in ("bad_alloc", "Failed to allocate memory")):
+        return GraphError(f"there is too little memory to run {path} on {what}", "a smaller batch")
+    return GraphError(f"{path} cannot be run on {what}: {said}", "`inspect` tells which input the graph takes")
 
 
 def _explain(error: Exception, path: Path, provider: str) -> DeployError:
@@ -127,22 +237,18 @@ def _load_cuda(runtime: Any) -> None:
 
 
 def choose_providers(runtime: Any, provider: str) -> list[Any]:
-    """The providers of a session that is to run on `provider` alone; TensorRT's leaves what it lacks to CUDA.
-
-    FP32 is without TF32 on CUDA, as it is in torch; ONNX Runtime's default is with it.
+    """The providers of a session that is to run on `provider` alone.
 
     Raises:
         DeployError: the installed ONNX Runtime was built without it.
     """
     available = runtime.get_available_providers()
-    wanted = [provider, _CUDA] if provider == "TensorrtExecutionProvider" else [provider]
     if provider not in available:
-        instead = next((name for name in wanted if name in available), "CPUExecutionProvider")
         raise DeployError(
-            f"this ONNX Runtime has no {provider}; it would have run on {instead} instead",
+            f"this ONNX Runtime has no {provider}; it would have run on CPUExecutionProvider instead",
             f"it has {', '.join(available)}; pip install onnxruntime-gpu after removing onnxruntime",
         )
-    return [(name, {"use_tf32": "0"}) if name == _CUDA else name for name in wanted]
+    return [(provider, _CUDA_OPTIONS) if provider == _CUDA else provider]
 
 
 def import_onnxruntime() -> Any:

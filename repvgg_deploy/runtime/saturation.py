@@ -59,6 +59,16 @@ def saturates_here() -> bool:
     return bool((product != 4 * 255 * 127).any())
 
 
+def has_integers(path: Path) -> bool:
+    """Whether an ONNX graph quantizes anything."""
+    try:
+        skeleton = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError):
+        # What is wrong with the file is told by whoever opens it to run it.
+        return False
+    return any(node.op_type in _QUANTIZED for node in skeleton.graph.node)
+
+
 def find_saturating_layers(path: Path) -> tuple[str, ...]:
     """The layers of an ONNX graph whose sums of two products may not fit 16 bits, as ONNX Runtime would run them.
 
@@ -67,12 +77,7 @@ def find_saturating_layers(path: Path) -> tuple[str, ...]:
     """
     from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 
-    try:
-        skeleton = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError):
-        # What is wrong with the file is told by whoever opens it to run it.
-        return ()
-    if not any(node.op_type in _QUANTIZED for node in skeleton.graph.node):
+    if not has_integers(path):
         return ()
     runtime = import_onnxruntime()
     with scratch_folder() as scratch:

@@ -15,8 +15,9 @@ from repvgg_deploy.hardware.cpu import read_cpu
 from repvgg_deploy.hardware.gpus import FoundGpus, find_gpus
 from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 
-# The CUDA and TensorRT providers are listed even where they cannot load; the wheel's own list is all that is said here.
-_PROVIDERS = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
+# The CUDA provider is listed even where it cannot load; the wheel's own list is all that is said here. TensorRT's is
+# left out: weakly typed as it is, it runs neither fp16 nor INT8 graphs in their own types.
+_PROVIDERS = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,18 @@ from helpers.engine_graphs import write_onnx
 from helpers.small_nets import make_net
 
 from repvgg_deploy.artifacts import Precision
+from repvgg_deploy.benchmark import opening
 from repvgg_deploy.benchmark.cases import Case, OpenedCase
+from repvgg_deploy.benchmark.graphs import NamedNet
 from repvgg_deploy.benchmark.measure import Label, Measurement, Query, Slice
-from repvgg_deploy.benchmark.opening import _build_plan, _pixels, comparable_options, open_case
+from repvgg_deploy.benchmark.opening import (
+    _build_plan,
+    _open_torch,
+    _pixels,
+    away_from_the_best_batch,
+    comparable_options,
+    open_case,
+)
 from repvgg_deploy.benchmark.run import Group, _add_group, _with_precisions
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.sidecar import read_sidecar
@@ -25,6 +34,7 @@ from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.layers import FloatLayers
 from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
+from repvgg_deploy.runtime.torch import TorchOptions
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 PLAN = BuildOptions(batch_range=(1, 128, 512), optimization_level=2)
@@ -126,3 +136,61 @@ def test_an_engine_is_built_as_the_entry_says(precision: str, tf32: bool, tmp_pa
     side = read_sidecar(plan)
     assert side.options == replace(PLAN, tf32=tf32)
     assert side.profile == (1, 128, 512)
+
+
+@needs_rtx
+@pytest.mark.parametrize("batch", [1, 128])
+def test_what_is_built_for_a_batch_has_its_kernels_chosen_for_it(batch: int, tmp_path: Path) -> None:
+    cases = (Case("net", "tensorrt-rtx", "fp16"), Case("net.plan"), Case("net", "torch-cuda", "fp16"))
+    built, plan, torch_case = _with_precisions(Group("group", cases, batch), lambda *_: pytest.fail("nothing is run"))
+    assert (plan, torch_case) == cases[1:]
+    net: Any = fuse(make_net(), torch.float32)
+    graph = write_onnx(tmp_path, net, Precision.FP16, GraphOptions(32, 32))
+    assert read_sidecar(_build_plan(built, graph, tmp_path)).profile == (batch, batch, batch)
+
+
+def test_a_plan_that_is_measured_away_from_its_best_batch_has_a_note() -> None:
+    assert away_from_the_best_batch((1, 32, 256), 32) == ()
+    assert away_from_the_best_batch((1, 32, 256), 128) == ("the kernels of the plan were chosen for a batch of 32",)
+
+
+@pytest.mark.parametrize("input_type", ["float32", "float16", "uint8"])
+def test_the_baseline_takes_its_images_as_the_model_does(input_type: str, tmp_path: Path) -> None:
+    case = Case("a.onnx", "onnxruntime-cpu", "fp16", size=32)
+    model = replace(opened(case, (32, 32), "fp16"), label=Label("a", "onnxruntime-cpu", "1", "fp16", 0, size=(32, 32)))
+    model = replace(model, label=replace(model.label, input_type=input_type))
+    (twin,) = twins(Group("batch 1", (case,), 1, "resnet18"), model)
+    assert twin.input_type == input_type
+    baseline = open_case(twin, tmp_path)
+    assert baseline.label.input_type == input_type
+    assert replace(baseline.label, mode="").conditions == replace(model.label, mode="").conditions
+    baseline.at_batch(2).run(1)
+
+
+def test_models_that_take_other_inputs_are_not_compared() -> None:
+    label = Label("a", "tensorrt", "1", "fp16", 1, size=(32, 32), input_type="uint8")
+    assert label.conditions != replace(label, input_type="float32").conditions
+
+
+@pytest.mark.parametrize(("precision", "wanted"), [("fp16", True), ("bf16", True), ("fp32", False), ("tf32", False)])
+def test_half_precision_in_torch_on_a_gpu_is_channels_last_unless_told(
+    precision: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[TorchOptions] = []
+
+    class Opened(Exception):
+        pass
+
+    def refuse(_: object, options: TorchOptions) -> None:
+        seen.append(options)
+        raise Opened
+
+    monkeypatch.setattr(opening, "TorchRunner", refuse)
+    named = NamedNet("net", fuse(make_net(), torch.float32), 32)
+    for told in (None, False, True):
+        with pytest.raises(Opened):
+            _open_torch(Case("net", "torch-cuda", precision, channels_last=told), named)
+    assert [options.channels_last for options in seen] == [wanted, False, True]
+    with pytest.raises(Opened):
+        _open_torch(Case("net", "torch-cpu", "bf16"), named)
+    assert not seen[-1].channels_last

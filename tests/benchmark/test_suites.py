@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
+from helpers.engine_graphs import rtx_backend
+from helpers.small_nets import make_net
 
+from repvgg_deploy.artifacts import Precision
+from repvgg_deploy.benchmark.graphs import NamedNet, write_net
+from repvgg_deploy.benchmark.opening import _build_plan
+from repvgg_deploy.benchmark.run import _with_own_plan
 from repvgg_deploy.benchmark.suites import load_suite
+from repvgg_deploy.engine.sidecar import read_sidecar
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.nets.baselines import find_baseline
 from repvgg_deploy.nets.cards import find_card
 
@@ -29,7 +40,14 @@ def test_every_suite_of_the_project_names_models_that_there_are(path: Path) -> N
 
 
 def test_there_are_suites() -> None:
-    assert {path.stem for path in SUITES} >= {"cpu", "cpu_fused_vs_training", "paper", "gpu_torch", "gpu_tensorrt"}
+    assert {path.stem for path in SUITES} >= {
+        "cpu",
+        "cpu_fused_vs_training",
+        "paper",
+        "gpu_torch",
+        "gpu_tensorrt",
+        "gpu_tensorrt_rtx",
+    }
 
 
 def test_a_group_is_every_combination_side_by_side(tmp_path: Path) -> None:
@@ -91,3 +109,24 @@ def test_a_group_is_another_one_with_other_copies_streams_threads_or_baseline(tm
     texts = [*(plain + line for line in lines), "threads = 1\n" + plain]
     keys = [load_suite(write(tmp_path, text)).groups[0].key for text in texts]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("suite", ["gpu_tensorrt", "gpu_tensorrt_rtx"])
+def test_a_suite_of_engines_builds_a_plan_for_each_batch(suite: str, tmp_path: Path) -> None:
+    """Built by TensorRT-RTX, which needs no GPU for it, from the layers of a small net."""
+    rtx_backend()
+    (path,) = (path for path in SUITES if path.stem == suite)
+    net = fuse(make_net(), torch.float32)
+    seen = set()
+    for group in load_suite(path).groups:
+        for case in group.cases:
+            kind = (case.precision, group.batch)
+            if kind in seen:
+                continue
+            seen.add(kind)
+            built = _with_own_plan(replace(case, backend="tensorrt-rtx"), group.batch)
+            graph = write_net(NamedNet("net", net, 32), Precision(case.precision), case.form, tmp_path, for_engine=True)
+            assert "LeakyRelu" not in {node.op_type for node in onnx.load(graph).graph.node}
+            assert read_sidecar(_build_plan(built, graph, tmp_path)).profile == (group.batch,) * 3
+    assert {precision for precision, _ in seen} == {"fp16", "int8"}
+    assert {128, 256} <= {batch for _, batch in seen}

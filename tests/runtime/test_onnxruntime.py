@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from helpers.engine_graphs import PIXELS, small_onnx
 
+from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.runtime import onnxruntime as onnx_runner
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 
 
-@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "ROCMExecutionProvider"])
 def test_a_provider_that_is_not_there_is_an_error_not_the_cpu(provider: str, tmp_path: Path) -> None:
     if provider in onnxruntime.get_available_providers():
         pytest.skip(f"this ONNX Runtime has {provider}")
@@ -36,7 +38,7 @@ def test_a_provider_that_takes_nothing_of_the_graph_is_named_not_the_graph(tmp_p
 
 
 class Runtime:
-    """An ONNX Runtime with the providers of a GPU, of which the second does not load."""
+    """An ONNX Runtime with the provider of a GPU."""
 
     __version__ = "1.99"
     preloaded = 0
@@ -44,7 +46,7 @@ class Runtime:
     given: tuple[object, ...] = ()
 
     def get_available_providers(self) -> list[str]:
-        return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def SessionOptions(self) -> onnxruntime.SessionOptions:
         return onnxruntime.SessionOptions()
@@ -68,18 +70,106 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     return fake
 
 
-def test_what_tensorrt_falls_back_to_is_named(tmp_path: Path, runtime: Runtime) -> None:
-    del runtime
-    said = r"TensorrtExecutionProvider .* would have run on CUDAExecutionProvider"
-    with pytest.raises(DeployError, match=said) as raised:
-        OnnxRunner(small_onnx(tmp_path), "TensorrtExecutionProvider")
-    assert "CPU" not in raised.value.message
+def test_a_provider_that_loads_another_one_is_an_error(tmp_path: Path, runtime: Runtime) -> None:
+    runtime.loads = ("CPUExecutionProvider",)
+    with pytest.raises(DeployError, match=r"CUDAExecutionProvider .* would have run on CPUExecutionProvider"):
+        OnnxRunner(small_onnx(tmp_path), "CUDAExecutionProvider")
+
+
+def test_int8_graphs_are_refused_on_cuda_which_would_run_them_in_float(tmp_path: Path, runtime: Runtime) -> None:
+    path = small_onnx(tmp_path, Precision.INT8)
+    with pytest.raises(DeployError, match="no integer convolutions for CUDA") as raised:
+        OnnxRunner(path, "CUDAExecutionProvider")
+    assert "fp16" in raised.value.hint
+    assert runtime.given == ()
+
+
+def test_what_is_bound_is_run_without_copies_between(tmp_path: Path) -> None:
+    """On the CPU, whose memory is bound in the same way as a GPU's."""
+    runner = OnnxRunner(small_onnx(tmp_path))
+    images = [np.random.default_rng(n).normal(size=(2, 3, PIXELS, PIXELS)).astype(np.float32) for n in range(2)]
+    bound, other = runner.bind(images[0]), runner.bind(images[1][:1])
+    for _ in range(2):
+        bound.upload()
+        bound.run()
+        other.run()
+    np.testing.assert_array_equal(bound.download()["logits"], runner.run(images[0])["logits"])
+    np.testing.assert_array_equal(other.download()["logits"], runner.run(images[1][:1])["logits"])
+
+
+def conv_graph(path: Path, channels: int = 3, size: int | str = "height", outputs: bool = True) -> Path:
+    """A convolution, then a Gemm for maps of 8 x 8 pixels only."""
+
+    def value(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+    weights = {"kernel": (2, channels, 3, 3), "matrix": (2 * 64, 5)}
+    nodes = [
+        onnx.helper.make_node("Conv", ["images", "kernel"], ["map"], pads=[1, 1, 1, 1]),
+        onnx.helper.make_node("Flatten", ["map"], ["row"]),
+        onnx.helper.make_node("Gemm", ["row", "matrix"], ["logits"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [value("images", ["batch", channels, size, size])],
+        [value("logits", ["batch", 5])] if outputs else [],
+        [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in weights.items()],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 3, 16, 16), np.float32),
+        ((1, 1, 8, 8), np.float32),
+        ((1, 4, 8, 8), np.float32),
+        ((1, 3, 8, 8), np.float16),
+        ((3, 8, 8), np.float32),
+    ],
+    ids=["another size", "1 channel", "4 channels", "another type", "no batch"],
+)
+def test_inputs_that_a_graph_cannot_take_are_errors_of_this_tool(
+    shape: tuple[int, ...], dtype: type, tmp_path: Path
+) -> None:
+    runner = OnnxRunner(conv_graph(tmp_path / "net.onnx"))
+    said = f"cannot be run on an input of {'x'.join(map(str, shape))} {np.dtype(dtype)}"
+    for run in (runner.run, runner.bind):
+        with pytest.raises(GraphError, match=said) as raised:
+            run(np.zeros(shape, dtype))
+        assert raised.value.hint
+
+
+def test_a_batch_that_memory_cannot_hold_is_told_as_that(tmp_path: Path) -> None:
+    runner = OnnxRunner(conv_graph(tmp_path / "net.onnx"))
+    session = runner._session
+
+    class Session:
+        def run(self, *_: object) -> None:
+            # Of ONNX Runtime's own classes, with its own words.
+            raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException(
+                "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : bad_alloc: Failed to allocate memory for requested buffer"
+            )
+
+    runner._session = Session()
+    with pytest.raises(GraphError, match=r"too little memory to run .* on an input of 4x3x8x8") as raised:
+        runner.run(np.zeros((4, 3, 8, 8), np.float32))
+    assert raised.value.hint == "a smaller batch"
+    runner._session = session
+
+
+def test_a_graph_without_outputs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(GraphError):
+        OnnxRunner(conv_graph(tmp_path / "net.onnx", outputs=False))
 
 
 def test_fp32_on_cuda_is_without_tf32(tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
     runner = OnnxRunner(small_onnx(tmp_path), "CUDAExecutionProvider")
     # The libraries of pip's packages were loaded before the session, without a word on standard output.
-    assert runtime.given == (("CUDAExecutionProvider", {"use_tf32": "0"}), 1)
+    wanted = {"use_tf32": "0", "prefer_nhwc": "1", "enable_cuda_graph": "1"}
+    assert runtime.given == (("CUDAExecutionProvider", wanted), 1)
     assert capsys.readouterr().out == ""
     assert runner.backend == "onnxruntime-cuda"
 
