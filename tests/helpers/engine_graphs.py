@@ -16,6 +16,7 @@ from repvgg_deploy.graphs.builder import GraphBuilder, write_graph
 from repvgg_deploy.graphs.layers import FloatLayers, Layers, add_conv
 from repvgg_deploy.graphs.metadata import make_metadata
 from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
+from repvgg_deploy.nets.activations import Activation
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.spec import ArchSpec, BlockSpec
@@ -92,8 +93,11 @@ class QuantizedLayers:
         weight = self._weight(g, f"{name}.weight", conv.weight)
         return add_conv(g, name, conv, [x, weight, self.floats.value(g, f"{name}.bias", conv.bias)])
 
-    def relu(self, g: GraphBuilder, name: str, x: str) -> str:
-        return self.floats.relu(g, name, x)
+    def activate(self, g: GraphBuilder, name: str, activation: Activation, x: str) -> str:
+        return self.floats.activate(g, name, activation, x)
+
+    def read_map(self, g: GraphBuilder, reader: str | None, x: str) -> str:
+        return self.floats.read_map(g, reader, x)
 
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
         return g.add("GlobalAveragePool", [self._activation(g, f"{name}.input", x)], name)
