@@ -16,7 +16,13 @@ Array = NDArray[Any]
 
 
 class Precision(StrEnum):
-    """Number format of the convolutions: it is carried by the ONNX graph, never by a builder's flag."""
+    """Number format of the convolutions: it is carried by the ONNX graph, never by a builder's flag.
+
+    Example:
+        >>> from repvgg_deploy import Precision
+        >>> Precision("fp16") is Precision.FP16
+        True
+    """
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -36,6 +42,11 @@ class Preprocessing:
 
     `resize`, `height` and `width` are pixels; `mean` and `std` are per channel, of values between 0 and 1, in the
     order `color_order` of the channels that the net takes.
+
+    Example:
+        >>> from repvgg_deploy import Preprocessing
+        >>> Preprocessing(height=160, width=160, resize=183).mean
+        (0.485, 0.456, 0.406)
     """
 
     height: int = 224

@@ -5,6 +5,14 @@ class DeployError(Exception):
     """A failure that the user can mend; the command line prints it as `error:` and `hint:` and exits 1.
 
     A programming error is never a `DeployError`: it keeps its traceback.
+
+    Example:
+        >>> from repvgg_deploy import DeployError, load_checkpoint
+        >>> try:
+        ...     load_checkpoint("missing.pth")
+        ... except DeployError as error:
+        ...     print(error.message)
+        there is no file missing.pth
     """
 
     def __init__(self, message: str, hint: str = "") -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import repvgg_deploy
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
+from repvgg_deploy.workflows.fuse_checkpoint import write_fused
 
 
 def test_every_public_name_is_what_its_module_defines() -> None:
@@ -33,6 +38,34 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     script = "import sys, repvgg_deploy; print([m for m in ('torch', 'onnx', 'numpy', 'click') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def example_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples of the docstrings name: the embedded model in both forms, and a folder of images."""
+    folder = tmp_path_factory.mktemp("examples")
+    torch.save(load_file(data_folder("models") / "demo.safetensors"), folder / "net.pth")
+    write_fused(folder / "net.pth", folder / "deploy.pth")
+    write_image_folder(folder / "images", 36, seed=5, size=64)
+    return folder
+
+
+EXAMPLES = [name for name in repvgg_deploy.__all__ if name != "__version__"]
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration images are few")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_each_public_name_runs(
+    name: str, example_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(example_folder)
+    names = {"torch": torch, "np": np, "Path": Path}
+    found = doctest.DocTestParser().get_doctest(
+        inspect.getdoc(getattr(repvgg_deploy, name)) or "", names, name, None, 0
+    )
+    assert found.examples, f"{name} has no example"
+    failed = doctest.DocTestRunner().run(found).failed
+    assert not failed, capsys.readouterr().out
 
 
 SCRIPT = """

@@ -79,6 +79,15 @@ def run_benchmark(
 
     Raises:
         DeployError: whatever the user can mend.
+
+    Example:
+        >>> from repvgg_deploy import run_benchmark
+        >>> from repvgg_deploy.benchmark.cases import Case
+        >>> from repvgg_deploy.benchmark.run import BenchRequest, Group
+        >>> group = Group("batch 1", (Case("net.pth", backend="torch-cpu"),), batch=1)
+        >>> record = run_benchmark(BenchRequest("mine", (group,)))
+        >>> record["results"][0]["batch"]
+        1
     """
     for group in request.groups:
         if group.baseline is not None:

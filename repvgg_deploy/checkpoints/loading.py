@@ -51,6 +51,12 @@ class Checkpoint:
             empty for a state dict.
         settings: what the configuration says of the net and its images.
         origins: what decided the parts of `spec` that leave no tensor.
+
+    Example:
+        >>> from repvgg_deploy import load_checkpoint
+        >>> checkpoint = load_checkpoint("net.pth")
+        >>> checkpoint.spec.classes
+        12
     """
 
     path: Path
@@ -121,6 +127,12 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file is damaged, unsafe, holds another network or several, lacks tensors or has surplus
             ones, shapes contradict each other, values are not finite, a variance is negative, or `arch` does not match.
+
+    Example:
+        >>> from repvgg_deploy import load_checkpoint
+        >>> checkpoint = load_checkpoint("net.pth")
+        >>> checkpoint.arch, checkpoint.layout, checkpoint.form
+        ('RepVGG-demo', 'official', 'train')
     """
     path = Path(path)
     wanted = find_card(arch) if arch is not None else None
@@ -176,6 +188,12 @@ def build(checkpoint: Checkpoint) -> RepVGG:
     """The net that a checkpoint holds, in evaluation mode, in the form that the file has.
 
     The net shares the checkpoint's tensors: nothing is copied, except where half precision becomes float32.
+
+    Example:
+        >>> from repvgg_deploy import build, load_checkpoint
+        >>> net = build(load_checkpoint("net.pth"))
+        >>> net(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 12])
     """
     with torch.device("meta"):
         net = RepVGG(checkpoint.spec)

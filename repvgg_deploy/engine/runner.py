@@ -269,10 +269,13 @@ def open_engine(
 def load_engine(path: str | os.PathLike[str], **options: Any) -> Iterator[EngineRunner]:
     """An engine for the length of a `with` block, with the options of `open_engine`.
 
-    Example: `with load_engine("B2.fp16.plan") as engine: logits = engine(images)`.
-
     Raises:
         DeployError: as `open_engine` does.
+
+    Example:
+        >>> from repvgg_deploy import load_engine
+        >>> with load_engine("net.fp16.plan") as engine:  # doctest: +SKIP
+        ...     logits = engine(images)
     """
     with open_engine(path, **options) as runner:
         yield runner

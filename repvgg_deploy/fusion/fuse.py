@@ -39,6 +39,12 @@ def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         FusionError: a block has no equivalent convolution (no running statistics, a squeeze-excite in front of a BN,
             padding that shifts the branches against each other, a branch that is not known), or there is none at all.
+
+    Example:
+        >>> from repvgg_deploy import build, fuse, load_checkpoint
+        >>> deploy = fuse(build(load_checkpoint("net.pth")))
+        >>> [name for name, _ in deploy.get_submodule("stages.0.0").named_parameters()]
+        ['conv.weight', 'conv.bias']
     """
     fusion = begin_fusion(module, dtype)
     fusion.finish()
@@ -111,6 +117,10 @@ def find_blocks(module: nn.Module) -> dict[str, tuple[nn.Module, BlockParts]]:
         FusionError: one of them has no equivalent convolution.
     """
     found: dict[str, tuple[nn.Module, BlockParts]] = {}
+    if isinstance(module, RepVGG):
+        # Its blocks have names, and nothing else in it is one: there is no need to look at what each part does.
+        parts_of = ((name, block, take_apart_by_name(block, name)) for name, block in module.named_blocks())
+        return {name: (block, parts) for name, block, parts in parts_of if parts is not None}
     known: set[type[nn.Module]] = set()
     alone: list[tuple[str, nn.Module]] = []
     inside = "/"
@@ -149,6 +159,13 @@ def equivalent_kernel_bias(block: nn.Module, dtype: torch.dtype = torch.float64)
 
     Raises:
         FusionError: `block` is no RepVGG block in training form, or has no equivalent convolution.
+
+    Example:
+        >>> from repvgg_deploy import build, equivalent_kernel_bias, load_checkpoint
+        >>> net = build(load_checkpoint("net.pth"))
+        >>> kernel, bias = equivalent_kernel_bias(net.get_submodule("stages.0.0"))
+        >>> kernel.dtype, kernel.shape[2:]
+        (torch.float64, torch.Size([3, 3]))
     """
     parts = take_apart(block, type(block).__name__)
     if parts is None:

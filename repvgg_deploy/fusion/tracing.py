@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,9 @@ from repvgg_deploy.fusion.blocks import BlockParts
 
 _MOST_PARTS = 80
 """Modules in a block; MobileOne's with eight branches have half as many. Larger modules are never one block."""
+
+# Two threads that trace at once would each take the other's replacement of `nn.Module.__call__` for the original.
+_ONE_AT_A_TIME = threading.RLock()
 
 _RELUS: tuple[object, ...] = (F.relu, torch.relu, "relu", "relu_", torch.relu_)
 _ADDS: tuple[object, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -97,6 +101,24 @@ class _Tracer(fx.Tracer):
     def __init__(self, known: dict[int, bool]) -> None:
         super().__init__()
         self._known = known
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """As torch's own, for the modules of what is traced; those that other threads run meanwhile just run.
+
+        Tracing replaces `nn.Module.__call__` for the whole process while it lasts.
+        """
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As torch's own for what is traced, see `call_module`; the tensors are shared with nets that run elsewhere."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Conv2d) or is_norm(m) or super().is_leaf_module(m, module_qualified_name):
@@ -110,7 +132,8 @@ class _Tracer(fx.Tracer):
 def _trace(module: nn.Module, known: dict[int, bool]) -> tuple[fx.Graph, dict[fx.Node, Affine]] | None:
     """The graph of a module's forward, and which of its values are affine; None where it cannot be traced."""
     try:
-        graph = _Tracer(known).trace(module)
+        with _ONE_AT_A_TIME:
+            graph = _Tracer(known).trace(module)
     except Exception:
         # The forward is anybody's code, run on placeholders: there is hardly an error that it cannot end in.
         return None

@@ -113,6 +113,12 @@ class QuantizedNet(nn.Module):
     Input normalized images (N, C, H, W), output as that of `float_net`, as ONNX Runtime computes them from the graph;
     see `as_tensorrt`. `float_net` is the prepared net (equalized, dead inputs removed), with the geometry, the
     squeeze-excites and the layers that stay float.
+
+    Example:
+        >>> from repvgg_deploy import build, fuse, load_checkpoint, load_recipe, quantize
+        >>> int8 = quantize(fuse(build(load_checkpoint("net.pth"))), [torch.randn(32, 3, 64, 64)], load_recipe("fast"))
+        >>> int8.integers()["classifier"].weight.dtype
+        torch.int8
     """
 
     def __init__(

@@ -73,6 +73,12 @@ def quantize(
     Raises:
         DeployError: there are no images, an image is not finite, a name in `keep_float` is not a layer's, or
             `statistics` are of other augmentations than the recipe's.
+
+    Example:
+        >>> from repvgg_deploy import build, fuse, load_checkpoint, load_recipe, quantize
+        >>> int8 = quantize(fuse(build(load_checkpoint("net.pth"))), [torch.randn(32, 3, 64, 64)], load_recipe("fast"))
+        >>> int8(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 12])
     """
     prepared = _prepare(fused, images, recipe, statistics, keep_float, progress)
     result = reconstruct(prepared.net, prepared.chosen, recipe, keep_float, progress)

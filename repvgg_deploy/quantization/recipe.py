@@ -102,6 +102,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
     Raises:
         DeployError: there is no such recipe, or it holds a key or value that is not known.
+
+    Example:
+        >>> from repvgg_deploy import load_recipe
+        >>> recipe = load_recipe("accurate")
+        >>> recipe.count
+        512
     """
     path = Path(name_or_path)
     if path.suffix != ".toml":

@@ -31,6 +31,12 @@ class Model:
         takes_pixels: the model takes uint8 NHWC and normalizes itself.
         half_input: its input is float16.
         notes: what a user should know of how it is run here.
+
+    Example:
+        >>> from repvgg_deploy import open_model
+        >>> model = open_model(Path("net.pth"))
+        >>> model.classes
+        12
     """
 
     path: Path
@@ -135,6 +141,12 @@ def open_model(
 
     Raises:
         DeployError: there is no such file, it is none of these, it cannot be run here, or the options contradict it.
+
+    Example:
+        >>> from repvgg_deploy import open_model
+        >>> model = open_model(Path("net.pth"))
+        >>> model.run_images(np.zeros((2, 3, 64, 64), np.float32))["logits"].shape
+        (2, 12)
     """
     options, said = options or PreprocessingOptions(), checkpoint or CheckpointOptions()
     if replace(said, arch=None) != CheckpointOptions() and path.is_file() and (is_engine(path) or is_onnx(path)):

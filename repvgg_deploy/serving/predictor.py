@@ -33,6 +33,12 @@ class PredictOptions:
         output: `logits` or `features` adds all values of that output of the graph to each prediction.
         batch: images per run; a model with a fixed batch has its own.
         decoding: how image files are decoded.
+
+    Example:
+        >>> from repvgg_deploy import PredictOptions, predict
+        >>> (first, *_) = predict("net.pth", "images", PredictOptions(topk=2))
+        >>> len(first.classes)
+        2
     """
 
     topk: int = 5
@@ -53,6 +59,12 @@ class Prediction:
         logits: of all classes, where they were asked for.
         features: the pooled features, where they were asked for.
         error: why there is nothing; None where there is.
+
+    Example:
+        >>> from repvgg_deploy import predict
+        >>> (first, *_) = predict("net.pth", "images")
+        >>> first.error is None
+        True
     """
 
     path: str
@@ -75,9 +87,11 @@ class Prediction:
 class Predictor:
     """A model that takes images of any size and gives their classes.
 
-    predictor = Predictor("model.onnx")
-    (first,) = predictor([Path("photo.jpg").read_bytes()])
-    print(first.names, first.scores)
+    Example:
+        >>> from repvgg_deploy import Predictor
+        >>> (first,) = Predictor("net.pth")([np.zeros((64, 64, 3), np.uint8)])
+        >>> len(first.scores)
+        5
     """
 
     def __init__(self, model: Model | Path | str, options: PredictOptions | None = None) -> None:

@@ -79,6 +79,14 @@ def verify_models(
     Raises:
         VerificationError, ThresholdError: they differ by more than `tolerance`; see `Tolerance.require`.
         DeployError: a model cannot be opened, or they do not take the same pixels.
+
+    Example:
+        >>> from repvgg_deploy import verify_models
+        >>> from repvgg_deploy.artifacts import PreprocessingOptions
+        >>> from repvgg_deploy.verification.models import Tolerance
+        >>> parity = verify_models(Path("net.pth"), Path("deploy.pth"), PreprocessingOptions(), Tolerance())
+        >>> parity.relative < 1e-4
+        True
     """
     graphs = [is_onnx(path) or is_engine(path) for path in (first, second)]
     models: list[Model] = []

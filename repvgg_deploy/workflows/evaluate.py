@@ -77,6 +77,12 @@ def evaluate(
         ImageError: no images, broken ones with `strict`, or nothing but broken ones.
         VerificationError: the scores are NaN or infinite, or do not depend on the image.
         DeployError: the folders cannot be the model's classes.
+
+    Example:
+        >>> from repvgg_deploy import evaluate, open_model
+        >>> result = evaluate(open_model(Path("net.pth")), Path("images"))
+        >>> result.images
+        36
     """
     model.require_classes()
     options = options or EvaluationOptions()

@@ -81,6 +81,12 @@ def export(
 
     Raises:
         DeployError: whatever the user can mend; nothing is written then.
+
+    Example:
+        >>> from repvgg_deploy import ExportRequest, Precision, export
+        >>> result = export(ExportRequest(Path("net.pth"), Path("out"), precision=Precision.FP16))
+        >>> result.onnx.name
+        'net.fp16.onnx'
     """
     with simplification or SimplificationCheck() as check:
         return _export(request, progress, check)

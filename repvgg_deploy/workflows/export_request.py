@@ -35,6 +35,12 @@ class Int8Request:
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
         seconds: the time that making pictures may take; None for no limit.
+
+    Example:
+        >>> from repvgg_deploy import Int8Request
+        >>> request = Int8Request(Path("images"), recipe="thorough")
+        >>> request.activation_type
+        'uint8'
     """
 
     images: Path | None
@@ -55,6 +61,12 @@ class ExportRequest:
     """All that `export` is asked for; see `GraphOptions` for the graph's part and `BuildOptions` for the engine's.
 
     `features`: () for the pooled features in place of logits, stage numbers for the maps of these, None for logits.
+
+    Example:
+        >>> from repvgg_deploy import ExportRequest, Precision
+        >>> request = ExportRequest(Path("net.pth"), Path("out"), precision=Precision.FP16)
+        >>> str(request.precision)
+        'fp16'
     """
 
     checkpoint: Path
@@ -85,6 +97,12 @@ class ExportResult:
 
     `parity` has `fused` (against the training form in float64), `quantized` (INT8 simulated, against fused), `onnx`
     (the graph in ONNX Runtime, against the stage before) and `engine` (where a GPU could run it).
+
+    Example:
+        >>> from repvgg_deploy import ExportRequest, export
+        >>> result = export(ExportRequest(Path("net.pth"), Path("out")))
+        >>> result.parity["onnx"].relative < 1e-4
+        True
     """
 
     onnx: Path

@@ -32,9 +32,6 @@ def predict(
 ) -> Iterator[Prediction]:
     """The predictions of a model for images, in their order, one at a time; a broken image has an `error`.
 
-    for prediction in predict("model.onnx", "photos"):
-        print(prediction.path, prediction.names, prediction.scores)
-
     Args:
         model: a checkpoint, an ONNX graph or an engine, or what `open_model` gave.
         images: a folder, pattern, list, tar archive or image file; or an iterable of image files, of their bytes, or
@@ -43,6 +40,13 @@ def predict(
 
     Raises:
         DeployError: the model cannot be opened, or there is no image.
+
+    Example:
+        >>> from repvgg_deploy import predict
+        >>> for prediction in predict("net.pth", "images"):
+        ...     print(len(prediction.classes))
+        ...     break
+        5
     """
     found: Iterable[ImageInput] = find_images([images]) if isinstance(images, Path | str) else images
     return Predictor(model, options).stream(found)

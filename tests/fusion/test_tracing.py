@@ -1,10 +1,13 @@
 """`fuse` on blocks whose names it does not know: any sum of branches of one input."""
 
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers.foreign_blocks import ScaledBranches, SumOfBranches, YoloRepConv, conv_norm, freeze_norms
+from helpers.small_nets import make_net
 from helpers.wide_statistics import randomize, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -171,3 +174,29 @@ def test_the_gradient_reaches_every_branch_of_a_traced_block() -> None:
     kernel, bias = equivalent_kernel_bias(block)
     (kernel.square().sum() + bias.square().sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+
+
+def test_nets_run_in_other_threads_while_one_is_traced_and_so_may_be_tracing() -> None:
+    """torch replaces `nn.Module.__call__` for the whole process while it traces."""
+    call = nn.Module.__call__
+    net = make_net()
+    images = torch.randn(1, 3, 32, 32)
+    expected = net(images)
+    stop = threading.Event()
+
+    def run() -> int:
+        runs = 0
+        while not stop.is_set():
+            assert torch.equal(net(images), expected)
+            runs += 1
+        return runs
+
+    with ThreadPoolExecutor(3) as pool:
+        runner = pool.submit(run)
+        wrapped = nn.Sequential(net.stages)
+        fused = [pool.submit(fuse, wrapped) for _ in range(8)]
+        results = [future.result() for future in fused]
+        stop.set()
+        assert runner.result() > 0
+    assert len({tuple(name for name, _ in result.named_parameters()) for result in results}) == 1
+    assert nn.Module.__call__ is call
