@@ -3,10 +3,12 @@
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from repvgg_deploy.cli.main import main
 
@@ -53,6 +55,60 @@ def test_the_readme_shows_the_two_commands_that_do_everything() -> None:
     for target in ("demo", "test"):
         assert f"    make {target}" in readme
         assert f"\n{target}: " in makefile
+
+
+@pytest.mark.slow
+def test_the_quick_start_works_as_it_stands(tmp_path, monkeypatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quick start")[2]
+    lines = re.search(r"(?:^    .+\n)+", text, flags=re.M)[0].split("\n")[:-1]
+    assert len(lines) == 5
+    assert lines[0].strip().startswith("pip install '.[")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    for line in lines[1:]:
+        result = CliRunner().invoke(main, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}: {result.output}"
+    assert (tmp_path / "out" / "demo.fp16.onnx").exists()
+
+
+def test_the_badges_are_true() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    badges = re.findall(r"^!\[([^\]]+)\]\(https://img\.shields\.io/badge/([^)]+)\)", readme, flags=re.M)
+    versions = [c.rpartition(" ")[2] for c in project["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert dict(badges) == {
+        f"Python {versions[0]} to {versions[-1]}": f"python-{versions[0]}%20%E2%80%93%20{versions[-1]}-blue",
+        f"License: {project['project']['license']}": f"license-{project['project']['license']}-green",
+        "Types: mypy strict": "types-mypy%20strict-blue",
+    }
+    assert project["tool"]["mypy"]["strict"]
+
+
+def test_an_index_shows_the_readme_without_links_that_lead_nowhere() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](docs/" in text
+    for change in config["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"].replace("\\1", r"\g<1>"), text)
+    assert set(re.findall(r"\]\((?!https:)[^)]*\)", text)) == set()
+    assert "the tutorial" in text.replace("\n", " ").lower()
+
+
+def test_the_image_s_requirements_are_hashed_and_agree_with_the_pins() -> None:
+    lines = (ROOT / "requirements" / "cpu.txt").read_text(encoding="utf-8").splitlines()
+    found = dict(re.match(r"([\w.-]+)==([^ ]+)", line).groups() for line in lines if line[0].isalpha())
+    blocks = re.split(r"\n(?=\w)", "\n".join(lines[1:]))
+    assert all("--hash=sha256:" in block for block in blocks)
+    pins = dict(
+        line.lower().replace("_", "-").split("==")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    )
+    assert {name: found[name] for name in found if name in pins} == {name: pins[name] for name in found if name in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    names = {re.match(r"[\w.-]+", need)[0].lower() for need in needed} - {"torch"}
+    assert names <= set(found), "run: make requirements"
 
 
 def test_no_page_names_the_address_of_a_package_registry() -> None:

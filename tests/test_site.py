@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ TROUBLESHOOTING = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
 MADE = {"contributing.md", "changelog.md"}
 
 
+@cache
 def load_script(name: str) -> ModuleType:
     """A module of docs/_site, which is no package."""
     spec = importlib.util.spec_from_file_location(name, DOCS / "_site" / f"{name}.py")
