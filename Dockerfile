@@ -33,15 +33,21 @@ WORKDIR /work
 ENTRYPOINT ["repvgg-deploy"]
 CMD ["--help"]
 
-# The base brings CUDA and TensorRT with its Python bindings; torch brings its own CUDA.
+# The base brings CUDA and TensorRT 10 with its Python bindings (25.10: TensorRT 10.13, the oldest that is supported);
+# torch brings its own CUDA. Engines and ONNX graphs need nothing of each other: ONNX Runtime runs on its CUDA provider.
 FROM ${GPU_BASE} AS gpu
 ARG TORCH=2.13.0
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir "torch==${TORCH}" \
-    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu]" cuda-python \
+COPY constraints.txt /wheels/
+# The base has pins of its own for what it brings; here those of this project hold.
+RUN sed -i 's/^onnxruntime==/onnxruntime-gpu==/' /wheels/constraints.txt \
+    && export PIP_CONSTRAINT=/wheels/constraints.txt \
+    && pip install --no-cache-dir "torch==${TORCH}" \
+    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu]" "cuda-python>=12.9" \
     && rm -rf /wheels \
     && useradd --create-home deploy
+COPY docker/gpu-entrypoint.sh /usr/local/bin/
 USER deploy
 WORKDIR /work
-ENTRYPOINT ["repvgg-deploy"]
+ENTRYPOINT ["gpu-entrypoint.sh"]
 CMD ["--help"]

@@ -350,14 +350,20 @@ def test_a_gpu_that_is_not_listed_is_named(tmp_path: Path) -> None:
     assert not said or (gpu.name in said and gpu.compute_capability in said)
 
 
-@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
-@pytest.mark.parametrize("precision", list(Precision))
-def test_onnx_runtime_runs_on_the_gpu(provider: str, precision: Precision, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_onnx_runtime_runs_on_the_gpu(precision: Precision, tmp_path: Path) -> None:
     onnx = write_onnx(tmp_path, make_net(narrow_spec("A0")), precision)
-    images = draw(4)
     try:
-        runner = OnnxRunner(onnx, provider)
+        runner = OnnxRunner(onnx, "CUDAExecutionProvider")
     except DeployError as error:
         pytest.skip(error.message)
-    expected = OnnxRunner(onnx).run(images)["logits"]
-    np.testing.assert_allclose(runner.run(images)["logits"], expected, atol=5e-2 * np.abs(expected).max())
+    plain = OnnxRunner(onnx)
+    # Each batch is a graph of its own, and none of them is another's.
+    bound = {count: runner.bind(draw(count, count)) for count in (4, 1, 7)}
+    for _ in range(3):
+        for count, run in bound.items():
+            run.upload()
+            run.run()
+            expected = plain.run(draw(count, count))["logits"]
+            for found in (run.download()["logits"], runner.run(draw(count, count))["logits"]):
+                np.testing.assert_allclose(found, expected, atol=5e-2 * np.abs(expected).max())
