@@ -47,6 +47,16 @@ def test_every_page_is_named_in_the_navigation() -> None:
     assert set(pages_in(nav)) == pages | MADE, "name each page of docs/ once under `nav` in mkdocs.yml"
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.name)
+def test_lists_and_tables_are_written_as_every_renderer_reads_them(page) -> None:
+    """Python-Markdown nests a list at four spaces, and begins a list or a table only after an empty line."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    item = r"(?:[-*]|\d+\.) "
+    assert re.findall(rf"^ {{1,3}}{item}.*", text, flags=re.M) == []
+    assert re.findall(rf"^(?!{item})[^ #\n].*\n{item}.*", text, flags=re.M) == []
+    assert re.findall(r"^(?!\|).+\n\|.*", text, flags=re.M) == []
+
+
 def test_every_figure_is_drawn_by_a_script_and_shown_in_a_page(tmp_path) -> None:
     mpl = pytest.importorskip("matplotlib")
     script = load_script("make_figures")
