@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from repvgg_deploy.benchmark.report.tables import name_machine
 from repvgg_deploy.errors import DeployError
 
 if TYPE_CHECKING:
@@ -33,6 +35,14 @@ STYLE: Any = {
 
 
 @dataclass(frozen=True)
+class Title:
+    """What a plot shows, and below it where that was measured."""
+
+    text: str
+    machine: str
+
+
+@dataclass(frozen=True)
 class Plot:
     """A picture with its title; `name` is that of its files."""
 
@@ -52,46 +62,72 @@ def draw_plots(records: Sequence[dict[str, Any]], baseline: str = "ResNet-50") -
         import matplotlib as mpl
     except ImportError as error:
         raise DeployError("matplotlib is not installed", "pip install matplotlib") from error
-    results = [result for record in records for result in record["results"]]
-    ratios = [ratio for record in records for ratio in record["ratios"]]
     plots: list[Plot] = []
     with mpl.rc_context(STYLE):
-        for backend, precision, batch in _distinct(results, "backend", "precision", "batch"):
-            chosen = [
-                r for r in results
-                if (r["backend"], r["precision"], r["batch"]) == (backend, precision, batch) and r["form"] == "deploy"
-                and r["top1"] is not None
-            ]  # fmt: skip
-            if len({r["model"] for r in chosen}) >= 3:
-                where = f"{backend} {precision}, batch {batch}"
-                plots.append(_draw(f"accuracy_{backend}_{precision}_b{batch}", where, _accuracy, chosen))
-        for backend, precision in _distinct(results, "backend", "precision"):
-            chosen = [
-                r for r in results if (r["backend"], r["precision"]) == (backend, precision) and r["form"] == "deploy"
-            ]
-            if len({r["batch"] for r in chosen}) >= 2:
-                where = f"{backend} {precision}"
-                plots.append(_draw(f"throughput_{backend}_{precision}", where, _throughput, chosen))
-                plots.append(_draw(f"latency_{backend}_{precision}", where, _latency, chosen))
-        for (backend,) in _distinct(ratios, "backend"):
-            to_baseline = [r for r in ratios if r["backend"] == backend and _is_ratio_to(r, baseline)]
-            if to_baseline:
-                where = f"{backend}: images/s over those of {baseline}"
-                plots.append(_draw(f"ratio_{backend}", where, _ratios, to_baseline, baseline))
-        fused = [r for r in ratios if r["form"] == "deploy" and r["baseline_form"] == "training"]
-        if fused:
-            plots.append(_draw("fused_over_training", "fused form over training form", _fused, fused))
-        for name, ceiling in _ceilings(records).items():
-            device, precision = name.split(" ")
-            chosen = [
-                r for r in results
-                if r["roofline"] and r["precision"] == precision and r["form"] == "deploy" and _runs_on(r, device)
-            ]  # fmt: skip
-            if chosen:
-                plots.append(
-                    _draw(f"roofline_{device}_{precision}", f"{device} {precision}", _roofline, chosen, ceiling)
-                )
+        plots += _plots_of_results(records)
+        plots += _plots_of_ratios(records, baseline)
+        plots += _rooflines(records)
     return plots
+
+
+def _all(records: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    return [row for record in records for row in record[key]]
+
+
+def _machine(records: Sequence[dict[str, Any]], backend: str) -> str:
+    """The processors that a backend ran on."""
+    names = [
+        name_machine(record, [backend])
+        for record in records
+        if any(result["backend"] == backend for result in record["results"])
+    ]
+    return "; ".join(dict.fromkeys(names))
+
+
+def _plots_of_results(records: Sequence[dict[str, Any]]) -> Iterator[Plot]:
+    """Accuracy over speed, throughput and latency over the batch size."""
+    results = [r for r in _all(records, "results") if r["form"] == "deploy"]
+    for backend, precision, batch in _distinct(results, "backend", "precision", "batch"):
+        chosen = [
+            r for r in results
+            if (r["backend"], r["precision"], r["batch"]) == (backend, precision, batch) and r["top1"] is not None
+        ]  # fmt: skip
+        if len({r["model"] for r in chosen}) >= 3:
+            title = Title(f"Accuracy and speed: {backend} {precision}, batch {batch}", _machine(records, backend))
+            yield _draw(f"accuracy_{backend}_{precision}_b{batch}", title, _accuracy, chosen)
+    for backend, precision in _distinct(results, "backend", "precision"):
+        chosen = [r for r in results if (r["backend"], r["precision"]) == (backend, precision)]
+        if len({r["batch"] for r in chosen}) >= 2:
+            where, machine = f"{backend} {precision}", _machine(records, backend)
+            title = Title(f"Throughput by batch size: {where}", machine)
+            yield _draw(f"throughput_{backend}_{precision}", title, _throughput, chosen)
+            title = Title(f"Latency by batch size: {where}", machine)
+            yield _draw(f"latency_{backend}_{precision}", title, _latency, chosen)
+
+
+def _plots_of_ratios(records: Sequence[dict[str, Any]], baseline: str) -> Iterator[Plot]:
+    """Models against the baseline, and the deploy form against the training form."""
+    ratios = _all(records, "ratios")
+    for (backend,) in _distinct(ratios, "backend"):
+        to_baseline = [r for r in ratios if r["backend"] == backend and _is_ratio_to(r, baseline)]
+        if to_baseline:
+            title = Title(f"Speed against {baseline}: {backend}", _machine(records, backend))
+            yield _draw(f"ratio_{backend}", title, _ratios, to_baseline, baseline)
+    fused = [r for r in ratios if r["form"] == "deploy" and r["baseline_form"] == "training"]
+    if fused:
+        machines = dict.fromkeys(_machine(records, backend) for (backend,) in _distinct(fused, "backend"))
+        title = Title("Gain of fusing: deploy form over training form", "; ".join(machines))
+        yield _draw("fused_over_training", title, _fused, fused)
+
+
+def _rooflines(records: Sequence[dict[str, Any]]) -> Iterator[Plot]:
+    results = [r for r in _all(records, "results") if r["form"] == "deploy" and r["roofline"]]
+    for name, ceiling in _ceilings(records).items():
+        device, precision = name.split(" ")
+        chosen = [r for r in results if r["precision"] == precision and _runs_on(r, device)]
+        if chosen:
+            title = Title(f"Roofline: {device} {precision}", _machine(records, chosen[0]["backend"]))
+            yield _draw(f"roofline_{device}_{precision}", title, _roofline, chosen, ceiling)
 
 
 def _is_ratio_to(ratio: dict[str, Any], baseline: str) -> bool:
@@ -110,14 +146,16 @@ def _distinct(rows: Iterable[dict[str, Any]], *keys: str) -> list[tuple[Any, ...
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
 
 
-def _draw(name: str, title: str, paint: Callable[..., None], *arguments: Any) -> Plot:
+def _draw(name: str, title: Title, paint: Callable[..., None], *arguments: Any) -> Plot:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     paint(axes, *arguments)
-    axes.set_title(title, loc="left", fontsize=10)
-    return Plot(name, title, _save(figure, "png"), _save(figure, "svg").decode())
+    # The paper's own width: long names of processors go to a second line.
+    figure.suptitle(title.text, x=0.01, ha="left", fontsize=10)
+    axes.set_title("\n".join(textwrap.wrap(title.machine, 90)), loc="left", fontsize=8, color="#555555")
+    return Plot(name, f"{title.text}. {title.machine}", _save(figure, "png"), _save(figure, "svg").decode())
 
 
 def _save(figure: Figure, kind: str) -> bytes:
@@ -143,7 +181,12 @@ def _by_family(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
-    """The paper's figure: published top-1 over measured speed, a line a family."""
+    """The paper's figure: top-1 over measured speed, one line per family.
+
+    The accuracy is that of the fp32 model as published; that of an INT8 one is lower, by how much is not measured here.
+    """
+    exact = results[0]["precision"] != "int8"
+    points: list[tuple[float, float, str]] = []
     for index, (family, members) in enumerate(sorted(_by_family(results).items())):
         # Where two runs measured the same model, the first counts.
         unique = list({member["model"]: member for member in reversed(members)}.values())
@@ -151,22 +194,24 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
             (m for m in unique if "g" not in m["model"].rsplit("-", 1)[-1]), key=lambda m: -m["images_per_sec"]
         )
         style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
-        axes.plot(*_columns(plain, "images_per_sec", "top1"), label=family, linewidth=1.4, markersize=5, **style)
+        line: dict[str, Any] = {"linestyle": "-"} if exact else {"linestyle": ":", "markerfacecolor": "white"}
+        axes.plot(
+            *_columns(plain, "images_per_sec", "top1"), label=family, linewidth=1.4, markersize=5, **line, **style
+        )
         grouped = [m for m in unique if m not in plain]
         axes.plot(*_columns(grouped, "images_per_sec", "top1"), linestyle="none", markerfacecolor="white", **style)
-        # Above the RepVGGs, below the others: where the lines meet, the names do not.
-        place: dict[str, Any] = (
-            {"xytext": (4, 4)} if family.startswith("RepVGG") else {"xytext": (-4, -11), "ha": "right"}
-        )
-        for member in unique:
-            name, point = member["model"].rsplit("-", 1)[-1], (member["images_per_sec"], member["top1"])
-            axes.annotate(name, point, textcoords="offset points", fontsize=8, color=style["color"], **place)
+        points += [(m["images_per_sec"], m["top1"], _short_name(m["model"])) for m in unique]
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis)
     axes.set_xlabel("images / s")
-    axes.set_ylabel("ImageNet top-1, as published (%)")
+    axes.set_ylabel("fp32 ImageNet top-1, as published (%)")
+    if not exact:
+        axes.set_xlabel("images / s\nAccuracy is that of fp32, as published; that of INT8 is not measured here.")
     axes.margins(x=0.12, y=0.12)
     axes.legend()
+    from repvgg_deploy.benchmark.report.labels import label_points
+
+    label_points(axes, points, fontsize=8, color="#333333")
 
 
 def _columns(rows: Sequence[Result], *names: str) -> tuple[list[float], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import subprocess
@@ -20,8 +21,16 @@ from repvgg_deploy.benchmark.record import (
     check_record,
     write_record,
 )
-from repvgg_deploy.benchmark.report.html import paper_rows, ratio_rows, render_markdown, render_page, result_rows
+from repvgg_deploy.benchmark.report.html import render_page
 from repvgg_deploy.benchmark.report.plots import draw_plots, family_of
+from repvgg_deploy.benchmark.report.tables import (
+    name_machine,
+    render_markdown,
+    summarize,
+    tabulate_paper,
+    tabulate_ratios,
+    tabulate_results,
+)
 from repvgg_deploy.cli.main import main
 
 
@@ -64,13 +73,56 @@ def test_the_page_has_every_result_and_escapes_names(record: dict[str, Any]) -> 
     assert "made &lt;up&gt;" in page
     assert "made <up>" not in page
     assert page.count("<img") == page.count("data:image/png;base64,") == 7
-    for row in result_rows(record):
-        assert all(f"<td>{cell}</td>" in page for cell in row if "&" not in cell)
+    for row in tabulate_results(record).rows:
+        assert all(f">{cell}</td>" in page for cell in row if not set("&<>'") & set(cell))
+
+
+def test_the_summary_and_the_table_come_before_the_plots_and_the_details_after(record: dict[str, Any]) -> None:
+    page = render_page([record], draw_plots([record]), "ResNet-50")
+    order = [page.index(text) for text in (summarize(record, "ResNet-50")[0], ">Throughput<", "<img", ">Results<")]
+    assert order == sorted(order)
+
+
+def test_every_table_and_plot_names_the_processor(record: dict[str, Any]) -> None:
+    machine = name_machine(record)
+    assert record["machine"]["cpu"]["model"] in machine
+    page = render_page([record], [], "ResNet-50")
+    captions = re.findall(r"<caption>(.*?)</caption>", page)
+    assert len(captions) >= 5
+    assert all(html.escape(record["machine"]["cpu"]["model"]) in caption for caption in captions)
+    plots = draw_plots([record])
+    assert all(machine in plot.title for plot in plots)
+    assert len({plot.title for plot in plots}) == len(plots)
+
+
+def test_a_gpu_is_named_where_the_backend_ran_on_it(record: dict[str, Any]) -> None:
+    machine = {**record["machine"], "gpus": [{"name": "NVIDIA L4"}]}
+    assert name_machine({**record, "machine": machine}, ["tensorrt"]) == "NVIDIA L4"
+    assert "NVIDIA L4" not in name_machine({**record, "machine": machine}, ["torch-cpu"])
+
+
+def test_unstable_results_are_marked_beside_the_model(record: dict[str, Any]) -> None:
+    first, *others = record["results"]
+    shaky = {**record, "results": [{**first, "unstable": True, "warnings": ["busy"]}, *others]}
+    table = tabulate_results(shaky)
+    assert table.columns[:2] == ("model", "unstable")
+    assert table.rows[0][:2] == (first["model"], "unstable")
+    assert re.search(r"\d\* \(", render_markdown([shaky], "ResNet-50"))
+    assert any("unstable" in line for line in summarize(shaky, "ResNet-50"))
+
+
+def test_the_accuracy_axis_of_int8_says_that_it_is_fp32s(record: dict[str, Any]) -> None:
+    int8 = {**record, "results": [{**r, "precision": "int8"} for r in record["results"]]}
+    (plot, *_) = (plot for plot in draw_plots([int8]) if plot.name.startswith("accuracy"))
+    assert "that of INT8 is not measured here" in plot.svg
+    (plot, *_) = (plot for plot in draw_plots([record]) if plot.name.startswith("accuracy"))
+    assert "INT8" not in plot.svg
 
 
 def test_ratios_of_the_baseline_to_itself_are_left_out(record: dict[str, Any]) -> None:
-    rows = ratio_rows(record)
-    assert rows
+    table = tabulate_ratios(record)
+    assert table is not None
+    rows = table.rows
     assert not any(row[0].split()[0] == row[1].split()[0] == "ResNet-50" for row in rows)
 
 
@@ -93,9 +145,11 @@ def test_the_markdown_says_what_fusing_gains(record: dict[str, Any]) -> None:
 
 
 def test_the_papers_column_stands_beside_torchs_speed(record: dict[str, Any]) -> None:
-    rows = paper_rows(record)
+    table = tabulate_paper(record)
+    assert table is not None
+    rows = table.rows
     assert [row[0] for row in rows] == ["RepVGG-A0", "ResNet-50", "RepVGG-A2", "RepVGG-B1g4"]
-    assert rows[0][3:] == ["3,256", "4.53"]
+    assert rows[0][3:] == ("3,256", "4.53")
 
 
 @pytest.mark.parametrize(
