@@ -15,6 +15,7 @@ from repvgg_deploy.checkpoints.assembly import assemble, require_arrays
 from repvgg_deploy.checkpoints.choice import choose_net
 from repvgg_deploy.checkpoints.containers import read_contents
 from repvgg_deploy.checkpoints.inert import printable
+from repvgg_deploy.checkpoints.module_settings import read_modules
 from repvgg_deploy.checkpoints.settings import read_settings
 from repvgg_deploy.checkpoints.sources import open_source
 from repvgg_deploy.errors import CheckpointError
@@ -46,9 +47,6 @@ class Checkpoint:
             configuration's text at `configuration["meta"]["cfg"]`, the official trainer's has a record of a yacs
             `CfgNode` at `configuration["config"]`, Lightning's its `hyper_parameters`; `attributes_of` reads dicts
             and records alike. Of a safetensors file it is the metadata, a string each.
-        modules: of a pickle of whole modules, the attributes of each module of the net by its name in the net that
-            was pickled ("stage1.0.rbr_dense.conv": {"class": "torch.nn.modules.conv.Conv2d", "stride": (2, 2), …});
-            empty for a state dict.
         settings: what the configuration says of the net and its images.
         origins: what decided the parts of `spec` that leave no tensor.
 
@@ -69,7 +67,6 @@ class Checkpoint:
     notes: tuple[str, ...]
     prefix: str = ""
     configuration: Mapping[str, Any] = field(default_factory=dict)
-    modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Settings = NO_SETTINGS
     origins: Origins = field(default_factory=dict)
 
@@ -163,14 +160,16 @@ def load_checkpoint(
             chosen.net.prefix,
             contents.configuration,
         )
-    return _settle(checkpoint, structure or StructureOptions())
+        modules = read_modules(contents.modules, chosen.net)
+    return _settle(checkpoint, structure or StructureOptions(), modules)
 
 
-def _settle(checkpoint: Checkpoint, structure: StructureOptions) -> Checkpoint:
+def _settle(checkpoint: Checkpoint, structure: StructureOptions, modules: StructureOptions) -> Checkpoint:
     """The checkpoint with what its user, or else its configuration, says of the parts that leave no tensor."""
     spec, names = checkpoint.spec, checkpoint.class_names
     card = match_card(spec)
-    settings = read_settings(checkpoint.path, checkpoint.configuration, None if card is None else card.name)
+    name = None if card is None else card.name
+    settings = read_settings(checkpoint.path, checkpoint.configuration, name, modules)
     settings = fit_settings(settings, spec)
     if names is None and settings.class_names is not None and len(settings.class_names) == spec.classes:
         names = settings.class_names

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.checkpoints.openmmlab_settings import read_openmmlab
+from repvgg_deploy.checkpoints.plain_trees import as_tree
 from repvgg_deploy.checkpoints.python_config import read_python_config
 from repvgg_deploy.checkpoints.settings_values import (
     as_activation,
@@ -27,6 +28,7 @@ from repvgg_deploy.nets.cards import find_named_card
 from repvgg_deploy.nets.settings import NO_SETTINGS, Settings, StructureOptions
 
 IN_FILE = "the checkpoint's configuration"
+IN_MODULES = "the pickled modules"
 _MAX_JSON = 8 << 20
 
 _STRIDES = ("strides", "stagestrides", "blockstrides", "downsamplestrides", "stride")
@@ -44,15 +46,22 @@ _LABELS = ("labelnames", "classnames", "id2label")
 _CIFAR100 = ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047))
 
 
-def read_settings(path: Path, configuration: Mapping[str, Any], card: str | None) -> Settings:
+def read_settings(
+    path: Path, configuration: Mapping[str, Any], card: str | None, modules: StructureOptions
+) -> Settings:
     """All that is said beside the weights; what the file itself says goes before what lies beside it.
 
     Args:
         path: the checkpoint.
         configuration: plain data, see `Checkpoint`; nothing of it is executed.
         card: the name of the architecture that the weights have, if it has one.
+        modules: what the pickled modules say, where the file is a pickle of such; it goes before all else.
     """
-    inside = _inside(configuration)
+    tree = as_tree(configuration)
+    inside = _inside(tree if isinstance(tree, Mapping) else {})
+    if modules != StructureOptions():
+        source = IN_MODULES if inside == NO_SETTINGS else f"{IN_MODULES} and {inside.source}"
+        inside = replace(inside, source=source, structure=modules.over(inside.structure))
     beside = read_config_files(path.parent, card)
     if inside == NO_SETTINGS or beside == NO_SETTINGS:
         return beside if inside == NO_SETTINGS else inside
