@@ -18,6 +18,7 @@ from repvgg_deploy.files import hash_file
 from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.serialization import read_onnx_metadata
+from repvgg_deploy.nets.settings import recorded_structure
 from repvgg_deploy.threads import run_cancellable
 
 _REBUILD = "build the engine with --refittable: `repvgg-deploy export CHECKPOINT --refittable`"
@@ -57,7 +58,7 @@ def graph_options(side: Sidecar) -> GraphOptions:
         io=Precision.FP16 if first.dtype == "float16" else Precision.FP32,
         uint8_input=provenance.preprocessing if pixels else None,
         softmax=first.name == "probabilities",
-        topk=first.shape[-1] if len(side.outputs) == 2 else None,
+        topk=first.shape[-1] if any(output.name == "classes" for output in side.outputs) else None,
     )
 
 
@@ -73,6 +74,13 @@ def require_same_net(side: Sidecar, graph: Provenance | None) -> None:
         built, new = (str(getattr(provenance, what)) for provenance in (side.provenance, graph))
         if built != new:
             raise DeployError(f"the engine is {built}, the new weights are {new}", "refit takes the same architecture")
+    old, given = (recorded_structure(known.extra.get("assumed")) for known in (side.provenance, graph))
+    for what in ("strides", "activation"):
+        built, new = getattr(old, what), getattr(given, what)
+        if built is not None and new is not None and built != new:
+            raise DeployError(
+                f"the engine has the {what} {built}, the net of the new weights {new}", "build a new engine"
+            )
 
 
 def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:

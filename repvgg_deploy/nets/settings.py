@@ -49,6 +49,19 @@ class StructureOptions:
         )
 
 
+def recorded_structure(choices: object) -> StructureOptions:
+    """What the metadata of a graph (`assumed`) record of the net that it was made from; nothing where they do not."""
+    if not isinstance(choices, Mapping):
+        return StructureOptions()
+    found = {name: choice.get("value") for name, choice in choices.items() if isinstance(choice, Mapping)}
+    strides, activation, bn_eps = (found.get(name) for name in ("strides", "activation", "bn_eps"))
+    return StructureOptions(
+        tuple(strides) if isinstance(strides, list) and all(isinstance(stride, int) for stride in strides) else None,
+        activation if isinstance(activation, str) else None,
+        bn_eps if isinstance(bn_eps, float) else None,
+    )
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a configuration beside the weights says of the net and of its images.

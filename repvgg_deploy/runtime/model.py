@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.images.decoding import Pixels, normalize, take_luma
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing, require_channels
+from repvgg_deploy.nets.settings import StructureOptions, recorded_structure
 from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchRunner
@@ -31,6 +32,7 @@ class Model:
         takes_pixels: the model takes uint8 NHWC and normalizes itself.
         half_input: its input is float16.
         notes: what a user should know of how it is run here.
+        structure: what a graph or an engine records of the net that it was made from.
 
     Example:
         >>> from repvgg_deploy import open_model
@@ -48,6 +50,7 @@ class Model:
     takes_pixels: bool = False
     half_input: bool = False
     notes: tuple[str, ...] = ()
+    structure: StructureOptions = field(default_factory=StructureOptions)
 
     def require_classes(self) -> None:
         """Raise DeployError if the model gives features and no classes."""
@@ -244,6 +247,7 @@ def _describe(
         channels,
         takes_pixels,
         half_input=signature.dtype == "float16",
+        structure=recorded_structure(provenance.extra.get("assumed") if provenance is not None else None),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,8 @@ def verify_models(
     """How the outputs of model `second` differ from those of `first`, on the images of `data` or on drawn ones.
 
     Both get the same pixels: prepared as the user says, else as the metadata of an exported graph say, else as the
-    card of a checkpoint does.
+    card of a checkpoint does. `checkpoint` is for those that are checkpoints; what it leaves open of the strides and
+    the activation is taken from the metadata of the graph beside it.
 
     Raises:
         VerificationError, ThresholdError: they differ by more than `tolerance`; see `Tolerance.require`.
@@ -90,11 +91,16 @@ def verify_models(
     """
     graphs = [is_onnx(path) or is_engine(path) for path in (first, second)]
     models: list[Model] = []
+    said = checkpoint or CheckpointOptions()
     for path in sorted((first, second), key=lambda path: not (is_onnx(path) or is_engine(path))):
-        shared = options
-        if models and graphs.count(True) == 1:
-            shared = PreprocessingOptions.same_as(models[0].preprocessing)
-        models.append(open_model(path, shared, checkpoint, trust, exact_integers))
+        shared, how = options, said
+        if graphs.count(True) == 1:
+            if models:
+                shared = PreprocessingOptions.same_as(models[0].preprocessing)
+                how = replace(said, structure=said.structure.over(models[0].structure))
+            else:
+                how = CheckpointOptions(said.arch)
+        models.append(open_model(path, shared, how, trust, exact_integers))
         for note in models[-1].notes:
             progress.note(f"note: {note}")
     if models[0].path != first:

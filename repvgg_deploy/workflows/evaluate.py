@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Evaluation:
     """Top-1 and top-5 in percent; `top5` is None where the model gives fewer than five classes.
 
     `integers`: `exact` or `native` for a graph whose sums may saturate on this CPU, else None; see `open_model`.
-    `decoder`: what decoded JPEG files, `pillow` or `simplejpeg`.
+    `decoder`: what decoded JPEG files, `pillow` or `simplejpeg`. `notes`: what a user should know of the result.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Evaluation:
     broken: dict[str, str]
     integers: str | None = None
     decoder: str = "pillow"
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `eval --json` prints."""
@@ -63,7 +65,8 @@ def evaluate(
 ) -> Evaluation:
     """The accuracy of `model` on labelled images, in any layout of `list_labelled_images`.
 
-    Threads decode while the model runs. Broken images, folders and archives are left out and named in the result.
+    Threads decode while the model runs. Broken images, folders and archives are left out and named in the result. An
+    accuracy that guessing gives as well is reported as a warning, with its usual reasons.
 
     Args:
         model: as `open_model` gives it.
@@ -104,6 +107,10 @@ def evaluate(
     if broken.reasons and (strict or not hits.count):
         raise ImageError(next(iter(broken.reasons.values())), "remove it, or leave --strict out to skip such images")
     scores.require_dependence()
+    classes = len(images.class_names) if images.class_names is not None else model.classes
+    notes = (_CHANCE,) if hits.is_chance(classes or 1) else ()
+    for note in notes:
+        progress.note(f"warning: {note}")
     return Evaluation(
         model=str(model.path),
         backend=model.runner.backend,
@@ -115,7 +122,15 @@ def evaluate(
         broken={str(path): reason for path, reason in broken.reasons.items()},
         integers=_integers(model.runner),
         decoder=(options.decoding or DecodingOptions()).library,
+        notes=notes,
     )
+
+
+_CHANCE = (
+    "top-1 is what guessing gives. The usual reasons: another input size, mean, std or colour order than in training"
+    " (--size, --mean, --std, --color-order), classes in another order (--labels at the export), or strides, an"
+    " activation or a BN epsilon that the checkpoint does not tell (--strides, --act, --bn-eps); `inspect` shows them"
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,12 @@ class Hits:
             self.among_five + int((ranked == truth[:, None]).any(axis=1).sum()),
             min(self.width, ranked.shape[1]),
         )
+
+    def is_chance(self, classes: int) -> bool:
+        """Whether as many are right as guessing gets, within two standard deviations; False where too few were seen."""
+        share = 1 / classes
+        limit = self.count * share + 2 * math.sqrt(self.count * share * (1 - share))
+        return self.first <= limit < self.count * (1 + share) / 2
 
     @property
     def top1(self) -> float:

@@ -110,9 +110,7 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
     properties = {p.key: p.value for p in model.metadata_props}
     require_arch(path, read_metadata(properties), arch)
     ops = [node.op_type for node in model.graph.node]
-    # What a number is multiplied with is a parameter; a shape, a K or the pixels' normalization is none.
-    weights = [item for item in model.graph.initializer if item.name.endswith((".weight", ".bias"))]
-    weights = weights or [item for item in model.graph.initializer if len(item.dims)]
+    weights = _find_parameters(model, is_ours="repvgg_deploy.version" in properties)
     types = onnx.TensorProto.DataType.Name
     return {
         "file": str(path),
@@ -143,6 +141,36 @@ def _parse_metadata(text: str) -> Any:
         with suppress(ValueError):
             return json.loads(text)
     return text
+
+
+# What is no parameter among the inputs of an operator, by their places: scales, zero-points, shapes, statistics.
+_BESIDE = {
+    "QuantizeLinear": (1, 2), "DequantizeLinear": (1, 2), "QLinearConv": (1, 2, 4, 5, 6, 7),
+    "QLinearMatMul": (1, 2, 4, 5, 6, 7), "BatchNormalization": (3, 4), "Clip": (1, 2), "Pad": (2,), "Resize": (1, 2, 3),
+}  # fmt: skip
+
+
+def _find_parameters(model: Any, is_ours: bool) -> list[Any]:
+    """The constant tensors that are parameters; a shape, a scale of Q/DQ or the pixels' normalization is none."""
+    import onnx
+
+    found = list(model.graph.initializer)
+    if is_ours:
+        return [item for item in found if item.name.endswith((".weight", ".bias"))]
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.name == "value":
+                attribute.t.name = node.output[0]
+                found.append(attribute.t)
+    beside = {
+        node.input[place]
+        for node in model.graph.node
+        for place in _BESIDE.get(node.op_type, ())
+        if place < len(node.input)
+    }
+    types = onnx.TensorProto
+    learned = (types.FLOAT, types.FLOAT16, types.BFLOAT16, types.DOUBLE, types.INT8, types.UINT8, types.INT32)
+    return [item for item in found if len(item.dims) and item.data_type in learned and item.name not in beside]
 
 
 def _describe_tensor(info: Any) -> Description:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
+from repvgg_deploy.checkpoints import CheckpointOptions
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.refit import graph_options, refit_engine, require_refittable
 from repvgg_deploy.engine.sidecar import Sidecar
@@ -15,6 +16,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import scratch_folder, stage_files
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
+from repvgg_deploy.nets.settings import recorded_structure
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import is_onnx
 from repvgg_deploy.verification.engine import check_where_possible, run_as_engine
@@ -81,5 +83,14 @@ def export_for_refit(side: Sidecar, checkpoint: Path, folder: Path, progress: Pr
         uint8_input=options.uint8_input is not None,
         softmax=options.softmax,
         topk=options.topk,
+        source=CheckpointOptions(structure=recorded_structure(side.provenance.extra.get("assumed"))),
+        features=_features(side.provenance.extra.get("outputs")),
     )
     return export(request, progress).onnx
+
+
+def _features(outputs: object) -> tuple[int, ...] | None:
+    """What `export` was asked for by a graph's metadata: the stages of its maps, () for pooled features, or None."""
+    if not isinstance(outputs, list):
+        return None
+    return tuple(int(str(name).removeprefix("stage")) for name in outputs if str(name).startswith("stage"))

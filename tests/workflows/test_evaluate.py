@@ -23,7 +23,7 @@ from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.runtime.model import Model, open_model, softmax
 from repvgg_deploy.verification.models import Tolerance, verify_models
-from repvgg_deploy.workflows.evaluate import EvaluationOptions, evaluate
+from repvgg_deploy.workflows.evaluate import EvaluationOptions, Hits, evaluate
 from repvgg_deploy.workflows.export import ExportRequest, export
 
 Save = Callable[..., Path]
@@ -365,3 +365,25 @@ def test_a_first_word_of_two_classes_names_none(model: Model, image_folder: Path
     (image_folder / "class1").rename(image_folder / "great grey owl")
     with pytest.raises(DeployError, match="great is none"):
         evaluate(replace(model, class_names=names), image_folder)
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "classes", "chance"),
+    [
+        (1000, 1, 1000, True), (1000, 30, 1000, False), (10, 0, 1000, True), (10, 5, 2, False), (30, 16, 2, True),
+        (30, 24, 2, False), (5, 5, 5, False), (40, 40, 1, False),
+    ],
+)  # fmt: skip
+def test_what_guessing_gives_is_told_from_little_data(count: int, first: int, classes: int, chance: bool) -> None:
+    assert Hits(count, first).is_chance(classes) is chance
+
+
+def test_an_accuracy_at_chance_level_is_a_warning_that_names_the_usual_reasons(
+    model: Model, image_folder: Path
+) -> None:
+    heard = Heard()
+    found = evaluate(model, image_folder, progress=heard)
+    assert found.top1 <= 40
+    assert len(found.notes) == 1
+    assert [f"warning: {found.notes[0]}"] == [note for note in heard.notes if note.startswith("warning")]
+    assert "--size, --mean, --std" in found.notes[0]

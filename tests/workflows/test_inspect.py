@@ -1,0 +1,45 @@
+"""`inspect` of graphs that other tools made."""
+
+from dataclasses import replace
+
+import onnx
+from helpers.small_nets import make_spec, name_in_layout, randomize
+
+from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.graphs.training import to_training_onnx
+from repvgg_deploy.nets.activations import parse_activation
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.workflows.inspect import inspect_file
+
+
+def test_all_parameters_of_a_foreign_graph_are_counted(net, tmp_path) -> None:
+    """Whatever their names are, and where they are constants; a BN's statistics are none."""
+    model = to_training_onnx(net, GraphOptions(32, 32)).to_proto()
+    del model.metadata_props[:]
+    names = {item.name: f"onnx::{number}" for number, item in enumerate(model.graph.initializer)}
+    for item in model.graph.initializer:
+        item.name = names[item.name]
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    # What tools name well beside what they do not.
+    model.graph.initializer[-1].name = model.graph.node[-1].input[2] = "fc.bias"
+    onnx.save(model, tmp_path / "plain.onnx")
+    moved = model.graph.initializer[0]
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [moved.name], value=moved))
+    del model.graph.initializer[0]
+    onnx.save(model, tmp_path / "constant.onnx")
+    expected = sum(parameter.numel() for parameter in net.parameters())
+    for name in ("plain.onnx", "constant.onnx"):
+        assert inspect_file(tmp_path / name)["parameters"] == expected
+
+
+def test_what_was_assumed_is_in_the_description(save) -> None:
+    net = RepVGG(replace(make_spec(), activation=parse_activation("silu")))
+    randomize(net)
+    path = save({"state_dict": name_in_layout(net, "official"), "hyper_parameters": {"act": "silu", "img_size": 64}})
+    assumed = inspect_file(path)["assumed"]
+    said = "the checkpoint's configuration"
+    assert assumed["activation"] == {"value": "silu", "source": said}
+    assert assumed["size"] == {"value": [64, 64], "source": said}
+    assert assumed["strides"] == {"value": [2, 2, 2, 2, 2], "source": "assumed"}
+    assert assumed["mean"]["source"] == "assumed"
