@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import msgspec
 
 from repvgg_deploy.benchmark.measure import Measurement
 from repvgg_deploy.benchmark.statistics import Ratio
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
+from repvgg_deploy.typed_values import convert, parse_json
 
 SCHEMA_NAME = "repvgg-deploy/bench"
 SCHEMA_VERSION = 2
@@ -18,68 +21,88 @@ SCHEMA_VERSION = 2
 _MEASURE_AGAIN = "measure again with this version: `bench -o`"
 
 Record = dict[str, Any]
-_NUMBER = (int, float)
-_OPTIONAL_NUMBER = (int, float, type(None))
+# What a record must hold; results of earlier releases lack what is optional here.
 
-_TOP: dict[str, tuple[type, ...]] = {
-    "schema": (str,),
-    "version": (int,),
-    "name": (str,),
-    "created": (str,),
-    "machine": (dict,),
-    "method": (dict,),
-    "ceilings": (dict,),
-    "results": (list,),
-    "ratios": (list,),
-}
-_RESULT: dict[str, tuple[type, ...]] = {
-    "group": (str,),
-    "model": (str,),
-    "form": (str,),
-    "backend": (str,),
-    "backend_version": (str,),
-    "precision": (str,),
-    "mode": (str,),
-    "batch": (int,),
-    "parameters": (int, type(None)),
-    "top1": _OPTIONAL_NUMBER,
-    "images_per_sec": _NUMBER,
-    "latency_ms": (dict,),
-    "compute_ms": _NUMBER,
-    "h2d_ms": _NUMBER,
-    "d2h_ms": _NUMBER,
-    "enqueue_ms": _OPTIONAL_NUMBER,
-    "iterations": (int,),
-    "duration_s": _NUMBER,
-    "unstable": (bool,),
-    "warnings": (list,),
-    "roofline": (dict, type(None)),
-    "samples": (dict,),
-}
-# What results of earlier releases do not have.
-_OPTIONAL_RESULT: dict[str, tuple[type, ...]] = {
-    "input": (str, type(None)),
-    "input_type": (str, type(None)),
-    "profile": (list, type(None)),
-    "notes": (list,),
-}
-_RATIO: dict[str, tuple[type, ...]] = {
-    "group": (str,),
-    "model": (str,),
-    "form": (str,),
-    "baseline": (str,),
-    "baseline_form": (str,),
-    "backend": (str,),
-    "precision": (str,),
-    "mode": (str,),
-    "batch": (int,),
-    "ratio": _NUMBER,
-    "low": _NUMBER,
-    "high": _NUMBER,
-    "confidence": _NUMBER,
-    "rounds": (int,),
-}
-_LATENCY = ("p50", "p90", "p95", "p99", "mean", "min", "max", "cv")
+
+class _Latency(msgspec.Struct):
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    mean: float
+    min: float
+    max: float
+    cv: float
+
+
+class _Samples(msgspec.Struct):
+    round_queries: list[int]
+    latency_ms: list[float]
+    round_seconds: list[float] = []
+    compute_ms: list[float] = []
+    enqueue_ms: list[float] = []
+
+
+class _Result(msgspec.Struct):
+    group: str
+    model: str
+    form: str
+    backend: str
+    backend_version: str
+    precision: str
+    mode: str
+    batch: int
+    parameters: int | None
+    top1: float | None
+    images_per_sec: float
+    latency_ms: _Latency
+    compute_ms: float
+    h2d_ms: float
+    d2h_ms: float
+    enqueue_ms: float | None
+    iterations: int
+    duration_s: float
+    unstable: bool
+    warnings: list[str]
+    roofline: dict[str, float | str] | None
+    samples: _Samples
+    input: str | None = None
+    input_type: str | None = None
+    profile: tuple[int, int, int] | None = None
+    notes: list[str] = []
+
+
+class _Ratio(msgspec.Struct):
+    group: str
+    model: str
+    form: str
+    baseline: str
+    baseline_form: str
+    backend: str
+    precision: str
+    mode: str
+    batch: int
+    ratio: float
+    low: float
+    high: float
+    confidence: float
+    rounds: int
+
+
+class _Ceiling(msgspec.Struct):
+    flops_per_sec: float
+    bytes_per_sec: float
+    source: str
+
+
+class _Record(msgspec.Struct):
+    name: str
+    created: str
+    machine: dict[str, Any]
+    method: dict[str, Any]
+    ceilings: dict[str, _Ceiling]
+    results: list[_Result]
+    ratios: list[_Ratio]
 
 
 def describe_measurement(
@@ -171,38 +194,17 @@ def check_record(record: Any, name: str = "the result") -> Record:
     """
     if not isinstance(record, dict) or "schema" not in record:
         raise DeployError(f"{name} is not a benchmark result", "give a JSON file that `bench -o` wrote")
-    found = f"{record['schema']} {record.get('version')}"
+    found = f"{record['schema']!s:.60} {record.get('version')!s:.20}"
     if found != f"{SCHEMA_NAME} {SCHEMA_VERSION}":
         raise DeployError(f"{name} has the schema {found}, not {SCHEMA_NAME} {SCHEMA_VERSION}", _MEASURE_AGAIN)
-    _check_fields(record, _TOP, name)
-    for index, result in enumerate(record["results"]):
-        where = f"{name}: results[{index}]"
-        known = {
-            field: types for field, types in _OPTIONAL_RESULT.items() if isinstance(result, dict) and field in result
-        }
-        _check_fields(result, {**_RESULT, **known}, where)
-        _check_fields(result["latency_ms"], dict.fromkeys(_LATENCY, _NUMBER), f"{where}.latency_ms")
-        samples = result["samples"]
-        counts = {sum(samples.get("round_queries", ())), len(samples.get("latency_ms", ()))}
-        if counts != {result["iterations"]}:
+    for index, result in enumerate(convert(record, _Record, name, _MEASURE_AGAIN).results):
+        counts = {sum(result.samples.round_queries), len(result.samples.latency_ms)}
+        if counts != {result.iterations}:
             raise DeployError(
-                f"{where} has not a sample for each of its {result['iterations']} iterations", _MEASURE_AGAIN
+                f"{name}: results[{index}] does not have a sample for each of its {result.iterations} iterations",
+                _MEASURE_AGAIN,
             )
-    for index, ratio in enumerate(record["ratios"]):
-        _check_fields(ratio, _RATIO, f"{name}: ratios[{index}]")
-    return record
-
-
-def _check_fields(values: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
-    if not isinstance(values, dict):
-        raise DeployError(f"{where} is no object", _MEASURE_AGAIN)
-    for field, types in fields.items():
-        if field not in values:
-            raise DeployError(f"{where} has no {field}", _MEASURE_AGAIN)
-        value = values[field]
-        # A bool is an int to Python, and no number here.
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise DeployError(f"{where}: {field} is {type(value).__name__}, not {types[0].__name__}", _MEASURE_AGAIN)
+    return cast(Record, record)
 
 
 def read_record(path: Path) -> Record:
@@ -211,13 +213,12 @@ def read_record(path: Path) -> Record:
     Raises:
         DeployError: the file cannot be read, or holds something else.
     """
+    hint = "give a JSON file that `bench -o` wrote"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
-        raise DeployError(
-            f"cannot read the result {path} ({error})", "give a JSON file that `bench -o` wrote"
-        ) from error
-    return check_record(_as_present(record), str(path))
+        content = path.read_bytes()
+    except OSError as error:
+        raise DeployError(f"cannot read the result {path}: {error.strerror}", hint) from error
+    return check_record(_as_present(parse_json(content, f"the result {path}", hint)), str(path))
 
 
 def _as_present(record: Any) -> Any:
@@ -225,10 +226,6 @@ def _as_present(record: Any) -> Any:
     if isinstance(record, dict) and record.get("schema") == {"name": SCHEMA_NAME, "version": 1}:
         return {"schema": SCHEMA_NAME, "version": SCHEMA_VERSION, **{k: v for k, v in record.items() if k != "schema"}}
     return record
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def write_record(record: Record, path: Path) -> None:

@@ -3,24 +3,61 @@
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from repvgg_deploy.benchmark.cases import Case
 from repvgg_deploy.benchmark.measure import MeasureOptions
-from repvgg_deploy.benchmark.names import BACKENDS
+from repvgg_deploy.benchmark.names import BACKENDS, MODES, PRECISIONS
 from repvgg_deploy.benchmark.run import BenchRequest, Group
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.typed_values import convert, parse_toml
 
-_SUITE_KEYS = {"name", "description", "roofline", "threads", "measure", "group"}
-_GROUP_KEYS = {
-    "models", "backends", "precisions", "forms", "modes", "channels_last", "batches", "baseline", "together",
-    "transfers", "streams",
-}  # fmt: skip
-_TOGETHER = ("all", "model")
+_EXAMPLES = "bench/suites has examples"
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_SOME = msgspec.Meta(min_length=1, max_length=1000)
+
+
+class _Measure(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The table `measure`; see `MeasureOptions`."""
+
+    warmup_s: Seconds = 0.2
+    min_iterations: Count = 10
+    min_duration_s: Seconds = 3.0
+    min_rounds: Count = 10
+    slice_s: Seconds = 0.1
+    pause_s: Seconds = 0.1
+    settle_s: Seconds = 0.02
+
+
+class _Group(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A table `[[group]]`; what is not given counts as its default, and is not named in the group's key."""
+
+    models: Annotated[tuple[str, ...], _SOME]
+    backends: Annotated[tuple[Literal[BACKENDS], ...], _SOME] = ("onnxruntime-cpu",)  # type: ignore[valid-type]
+    precisions: Annotated[tuple[Literal[PRECISIONS], ...], _SOME] = ("fp32",)  # type: ignore[valid-type]
+    forms: Annotated[tuple[Literal["training", "deploy"], ...], _SOME] = ("deploy",)
+    modes: Annotated[tuple[Literal[MODES], ...], _SOME] = ("eager",)  # type: ignore[valid-type]
+    channels_last: Annotated[tuple[bool, ...], _SOME] | None = None
+    batches: Annotated[tuple[Count, ...], _SOME] = (1,)
+    baseline: str | None = None
+    together: Literal["all", "model"] = "all"
+    transfers: bool = False
+    streams: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+
+
+class _Suite(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    group: Annotated[tuple[_Group, ...], _SOME]
+    name: str | None = None
+    description: str = ""
+    roofline: bool = False
+    threads: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    measure: _Measure = _Measure()
 
 
 def load_suite(path: Path) -> BenchRequest:
@@ -34,51 +71,31 @@ def load_suite(path: Path) -> BenchRequest:
     Raises:
         DeployError: the file cannot be read, or has a key or value that is not known.
     """
+    name = f"the suite {path}"
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DeployError(f"cannot read the suite {path} ({error})", "bench/suites has examples") from error
-    _require_known(values, _SUITE_KEYS, str(path))
-    _require_known(values.get("measure", {}), {field.name for field in fields(MeasureOptions)}, f"{path}: measure")
+        content = path.read_bytes()
+    except OSError as error:
+        raise DeployError(f"cannot read {name}: {error.strerror}", _EXAMPLES) from error
+    values = parse_toml(content, name, _EXAMPLES)
+    suite = convert(values, _Suite, name, _EXAMPLES)
     groups: list[Group] = []
-    for table in values.get("group", ()):
-        groups.extend(_read_groups(table, values.get("threads", 0), path))
-    if not groups:
-        raise DeployError(f"the suite {path} has no group", "bench/suites has examples")
-    options = MeasureOptions(**values.get("measure", {}))
-    return BenchRequest(values.get("name", path.stem), tuple(groups), options, values.get("roofline", False))
+    for table, given in zip(suite.group, values["group"], strict=True):
+        groups.extend(_read_groups(table, given, suite.threads))
+    options = MeasureOptions(**msgspec.structs.asdict(suite.measure))
+    return BenchRequest(suite.name or path.stem, tuple(groups), options, suite.roofline)
 
 
-def _require_known(values: dict[str, Any], known: set[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise DeployError(f"{where} has an unknown key {key!r}", f"known: {', '.join(sorted(known))}")
-
-
-def _read_groups(table: dict[str, Any], threads: int, path: Path) -> Iterator[Group]:
-    _require_known(table, _GROUP_KEYS, f"{path}: group")
-    together = table.get("together", "all")
-    if together not in _TOGETHER:
-        raise DeployError(f"{path}: together = {together!r}", f"one of: {', '.join(_TOGETHER)}")
-    if not table.get("models"):
-        raise DeployError(f"{path}: a group has no models", 'models = ["A0", "resnet50"]')
-    for backend in table.get("backends", ()):
-        if backend not in BACKENDS:
-            raise DeployError(f"{path}: no backend is called {backend!r}", f"one of: {', '.join(BACKENDS)}")
-    sets = [[model] for model in table["models"]] if together == "model" else [table["models"]]
-    for models, batch in itertools.product(sets, table.get("batches", [1])):
+def _read_groups(table: _Group, given: dict[str, Any], threads: int) -> Iterator[Group]:
+    sets = [[model] for model in table.models] if table.together == "model" else [list(table.models)]
+    for models, batch in itertools.product(sets, table.batches):
         cases = tuple(_cases(table, models, threads))
-        yield Group(_key(table, models, batch, threads), cases, batch, table.get("baseline"))
+        yield Group(_key(given, models, batch, threads), cases, batch, table.baseline)
 
 
-def _cases(table: dict[str, Any], models: list[str], threads: int) -> Iterator[Case]:
+def _cases(table: _Group, models: list[str], threads: int) -> Iterator[Case]:
+    layouts: tuple[bool | None, ...] = table.channels_last or (None,)
     for model, backend, precision, form, mode, channels_last in itertools.product(
-        models,
-        table.get("backends", ["onnxruntime-cpu"]),
-        table.get("precisions", ["fp32"]),
-        table.get("forms", ["deploy"]),
-        table.get("modes", ["eager"]),
-        table.get("channels_last", [None]),
+        models, table.backends, table.precisions, table.forms, table.modes, layouts
     ):
         yield Case(
             model=model,
@@ -88,16 +105,16 @@ def _cases(table: dict[str, Any], models: list[str], threads: int) -> Iterator[C
             mode=mode,
             channels_last=channels_last,
             threads=threads,
-            transfers=table.get("transfers", False),
-            streams=table.get("streams", 1),
+            transfers=table.transfers,
+            streams=table.streams,
         )
 
 
-def _key(table: dict[str, Any], models: list[str], batch: int, threads: int) -> str:
+def _key(given: dict[str, Any], models: list[str], batch: int, threads: int) -> str:
     """The name of a group in the results: what it consists of, so that a changed suite is measured anew."""
     parts = ["+".join(models)]
     names = ("backends", "precisions", "forms", "modes", "channels_last")
-    parts += ["+".join(str(value) for value in table[name]) for name in names if name in table]
-    parts += [f"{name} {table[name]}" for name in ("streams", "transfers", "baseline") if name in table]
+    parts += ["+".join(str(value) for value in given[name]) for name in names if name in given]
+    parts += [f"{name} {given[name]}" for name in ("streams", "transfers", "baseline") if name in given]
     parts += [f"threads {threads}"] if threads else []
     return " ".join(parts) + f" batch {batch}"

@@ -6,16 +6,18 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
-from repvgg_deploy.engine.backends import LABELS, MODULES, Backend, BackendName
+from repvgg_deploy.artifacts import Precision, Provenance
+from repvgg_deploy.engine.backends import LABELS, Backend, BackendName
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.gpus import Gpu
+from repvgg_deploy.typed_values import convert, parse_json
 
 SCHEMA = 1
+# Class names of the largest data sets take one megabyte.
+_MOST_BYTES = 64 << 20
 _REBUILD = "build it again on this machine: `repvgg-deploy export`"
 _TRUST = "build it again; `eval --trust` and `verify --trust` run a plan of which you know where it comes from"
 
@@ -86,64 +88,20 @@ def read_sidecar(plan: Path) -> Sidecar:
         DeployError: there is no sidecar, it is damaged, or a newer release wrote it.
     """
     path = sidecar_path(plan)
+    name = f"the sidecar {path}"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MOST_BYTES:
+            raise DeployError(f"{name} is larger than any: {path.stat().st_size} bytes", _REBUILD)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DeployError(f"{plan} has no sidecar {path.name} that says what it is", _TRUST) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DeployError(f"the sidecar {path} cannot be read: {error}", _REBUILD) from error
+    except OSError as error:
+        raise DeployError(f"{name} cannot be read: {error.strerror}", _REBUILD) from error
+    values = parse_json(content, name, _REBUILD)
     schema = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
-        raise DeployError(f"the sidecar {path} has the schema {schema}, this release reads {SCHEMA}", _REBUILD)
-    try:
-        return _from_values(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DeployError(f"the sidecar {path} is damaged ({type(error).__name__}: {error})", _REBUILD) from error
-
-
-def _from_values(values: dict[str, Any]) -> Sidecar:
-    values = {key: value for key, value in values.items() if key != "schema"}
-    if values["backend"] not in MODULES:
-        raise ValueError(f"no backend is called {values['backend']}")
-    smallest, best, largest = (int(size) for size in values["profile"])
-    options = values["options"]
-    return Sidecar(
-        **{
-            **values,
-            "sha256": str(values["sha256"]),
-            "bytes": int(values["bytes"]),
-            "gpu": Gpu(**values["gpu"]) if values["gpu"] is not None else None,
-            "profile": (smallest, best, largest),
-            "inputs": tuple(_tensor(item) for item in values["inputs"]),
-            "outputs": tuple(_tensor(item) for item in values["outputs"]),
-            "options": BuildOptions(**{key: _as_tuple(value) for key, value in options.items()}),
-            "provenance": _provenance(values["provenance"]),
-            "warnings": tuple(values["warnings"]),
-        }
-    )
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _tensor(values: dict[str, Any]) -> Tensor:
-    return Tensor(values["name"], values["dtype"], tuple(values["shape"]))
-
-
-def _provenance(values: dict[str, Any] | None) -> Provenance | None:
-    if values is None:
-        return None
-    images = values["preprocessing"]
-    names = values["class_names"]
-    return Provenance(
-        **{
-            **values,
-            "precision": Precision(values["precision"]),
-            "preprocessing": Preprocessing.from_json(json.dumps(images)) if images is not None else None,
-            "class_names": tuple(names) if names is not None else None,
-        }
-    )
+        raise DeployError(f"{name} has the schema {schema!r:.40}, this release reads {SCHEMA}", _REBUILD)
+    return convert(values, Sidecar, name, _REBUILD)
 
 
 def read_plan(plan: Path) -> bytes:

@@ -84,7 +84,7 @@ def test_nan_is_no_number_of_a_record(tmp_path: Path) -> None:
     write_record(make_record(), path)
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"duration_s": ', '"duration_s": NaN, "was": ', 1), encoding="utf-8")
-    with pytest.raises(DeployError, match="NaN is no number"):
+    with pytest.raises(DeployError, match=r"cannot read the result .*result.json: JSON is malformed"):
         read_record(path)
 
 
@@ -96,13 +96,13 @@ def drop(field: str) -> Callable[[dict[str, Any]], None]:
     ("damage", "message"),
     [
         (lambda r: r.update(version=99), "bench 99, not repvgg-deploy/bench 2"),
-        (lambda r: r.pop("machine"), "no machine"),
-        (drop("images_per_sec"), r"results\[0\] has no images_per_sec"),
-        (lambda r: r["results"][0].update(batch="1"), "batch is str"),
-        (lambda r: r["results"][0].update(iterations=True), "iterations is bool"),
-        (lambda r: r["results"][0]["latency_ms"].pop("p99"), "latency_ms has no p99"),
+        (lambda r: r.pop("machine"), "missing field `machine`"),
+        (drop("images_per_sec"), r"results\[0\]: missing field `images_per_sec`"),
+        (lambda r: r["results"][0].update(batch="1"), r"batch: Expected `int`, got `str`"),
+        (lambda r: r["results"][0].update(iterations=True), r"iterations: Expected `int`, got `bool`"),
+        (lambda r: r["results"][0]["latency_ms"].pop("p99"), r"latency_ms: missing field `p99`"),
         (lambda r: r["results"][0]["samples"]["latency_ms"].pop(), "sample for each"),
-        (lambda r: r["ratios"][0].pop("low"), r"ratios\[0\] has no low"),
+        (lambda r: r["ratios"][0].pop("low"), r"ratios\[0\]: missing field `low`"),
     ],
 )
 def test_a_damaged_record_is_refused(damage: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -110,3 +110,26 @@ def test_a_damaged_record_is_refused(damage: Callable[[dict[str, Any]], None], m
     damage(record)
     with pytest.raises(DeployError, match=message):
         check_record(record)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"7",
+        b"[" * 100_000,
+        b'{"schema": ' + b"9" * 5000 + b"}",
+        b'{"name": "\\ud800"}',
+        b"\xff",
+        b"Infinity",
+    ],
+    ids=["nothing", "a list", "a number", "deep", "5,000 digits", "a lone surrogate", "no UTF-8", "Infinity"],
+)
+def test_a_file_that_is_no_record_is_one_clear_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_bytes(content)
+    with pytest.raises(DeployError, match="result") as raised:
+        read_record(path)
+    assert raised.value.hint
+    assert raised.value.message.isprintable()

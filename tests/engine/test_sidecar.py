@@ -105,10 +105,10 @@ TAMPERED = [
     (lengthen, "is longer than it was"),
     (change_a_byte, "was changed after it was built"),
     (lambda plan: sidecar_path(plan).unlink(), "has no sidecar net.fp16.plan.json"),
-    (damage_the_sidecar, "cannot be read"),
+    (damage_the_sidecar, "cannot read the sidecar"),
     (lambda plan: change(plan, schema=99), "has the schema 99, this release reads 1"),
-    (lambda plan: change(plan, backend="other"), "is damaged"),
-    (lambda plan: change(plan, profile=[1]), "is damaged"),
+    (lambda plan: change(plan, backend="other"), "backend: Invalid enum value 'other'"),
+    (lambda plan: change(plan, profile=[1]), "profile: Expected `array` of length 3"),
     (lambda plan: sidecar_path(plan).write_text("[]", encoding="utf-8"), "has the schema None"),
     (lambda plan: plan.unlink(), "there is no engine"),
 ]
@@ -192,3 +192,49 @@ def test_inspecting_without_a_gpu_tells_what_the_sidecar_says(plan: Path) -> Non
     assert report.layers is None
     assert report.why_no_layers
     assert report.to_dict()["convolutions"] == {"fp16": 22}
+
+
+HOSTILE = {
+    "deep": b"[" * 100_000,
+    "deep inside": b'{"schema": 1, "seconds": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_001,
+    "5,000 digits": b'{"schema": ' + b"9" * 5000 + b"}",
+    "Infinity": b'{"schema": 1, "bytes": Infinity}',
+    "a lone surrogate": b'{"schema": 1, "sha256": "\\ud800"}',
+    "no UTF-8": b'{"schema": 1, "sha256": "\xff"}',
+    "nothing": b"",
+    "another value": b"7",
+    "another type": b'{"schema": {"name": "x"}}',
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_sidecar_is_one_clear_error(kind: str, plan: Path) -> None:
+    sidecar_path(plan).write_bytes(HOSTILE[kind])
+    with pytest.raises(DeployError, match="the sidecar") as raised:
+        read_sidecar(plan)
+    assert raised.value.hint
+    assert raised.value.message.isprintable()
+    assert len(raised.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sha256", 5),
+        ("bytes", True),
+        ("bytes", 1.5),
+        ("gpu", {"name": "x"}),
+        ("profile", ["1", 2, 3]),
+        ("inputs", [{"name": "images", "dtype": "float32", "shape": "everything"}]),
+        ("options", {"batch_range": [1]}),
+        ("convolutions", {"fp16": "22"}),
+        ("provenance", {"sha256": "0"}),
+        ("warnings", "one"),
+        ("has_weights", "yes"),
+        ("seconds", None),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: object, plan: Path) -> None:
+    change(plan, **{field: value})
+    with pytest.raises(DeployError, match=rf"net\.fp16\.plan\.json: {field}"):
+        read_sidecar(plan)
