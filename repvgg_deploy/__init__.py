@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from repvgg_deploy.fusion.fuse import equivalent_kernel_bias as equivalent_kernel_bias
     from repvgg_deploy.fusion.fuse import fuse as fuse
     from repvgg_deploy.quantization.net import QuantizedNet as QuantizedNet
+    from repvgg_deploy.quantization.qat import convert_qat as convert_qat
+    from repvgg_deploy.quantization.qat import prepare_qat as prepare_qat
     from repvgg_deploy.quantization.quantize import quantize as quantize
     from repvgg_deploy.quantization.recipe import load_recipe as load_recipe
     from repvgg_deploy.runtime.model import Model as Model
@@ -57,6 +59,7 @@ _HOMES = {
     "Preprocessing": "artifacts",
     "QuantizedNet": "quantization.net",
     "build": "checkpoints.loading",
+    "convert_qat": "quantization.qat",
     "equivalent_kernel_bias": "fusion.fuse",
     "evaluate": "workflows.evaluate",
     "export": "workflows.export",
@@ -66,6 +69,7 @@ _HOMES = {
     "load_recipe": "quantization.recipe",
     "open_model": "runtime.model",
     "predict": "workflows.predict",
+    "prepare_qat": "quantization.qat",
     "quantize": "quantization.quantize",
     "run_benchmark": "benchmark.run",
     "verify_models": "verification.models",

@@ -100,7 +100,8 @@ int8_options = option_group(
                  help="Number of calibration images.  [default: the recipe's]"),
     click.option("--calib-seconds", type=FiniteRange(min=0, min_open=True), metavar="S",
                  help="Limit on the time that making pictures takes, with --calib none."),
-    click.option("--calib-cache", type=PATH, metavar="FILE", help="Where to keep the statistics for the next run."),
+    click.option("--calib-cache", type=PATH, metavar="FILE",
+                 help="Where to keep the statistics for the next run; or the scales that `qat` wrote."),
     click.option("--calib-device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to quantize."),
     click.option("--recipe", type=RECIPE, default="accurate", metavar="NAME|FILE",
                  help="Method of quantization: fast, accurate, thorough, or a TOML file."),
@@ -198,7 +199,9 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
             if is_given(option):
                 raise click.UsageError(f"{flag(option)} is for --int8.")
         return None
-    if request["images"] is None:
+    if request["images"] is None and request["cache"] is not None and request["cache"].exists():
+        request["scales"], request["cache"] = request["cache"], None
+    elif request["images"] is None:
         raise click.UsageError(
             "--int8 needs --calib DIR, a few hundred typical images; --calib none makes pictures where there are none."
         )

@@ -15,6 +15,7 @@ VERSIONS = {
     "inspect": 1,
     "predict": 1,
     "profile": 1,
+    "qat": 1,
     "refit": 1,
     "report": 1,
     "verify": 1,

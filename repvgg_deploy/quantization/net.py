@@ -30,7 +30,8 @@ from repvgg_deploy.quantization.target import (
 class QuantizationSummary:
     """How a net was quantized: the recipe's name, the calibration images, and one row per layer.
 
-    Without images `images` is 0, and `pictures` says what was made in their place.
+    Without images `images` is 0, and `pictures` says what was made in their place. `trained_steps` are those of `qat`,
+    where the scales were learned; nothing was calibrated then.
     """
 
     recipe: str
@@ -39,10 +40,13 @@ class QuantizationSummary:
     seed: int
     layers: tuple[LayerRow, ...]
     pictures: PictureSummary | None = None
+    trained_steps: int | None = None
 
     @property
     def calibrated_on(self) -> str:
         """The calibration images in a few words."""
+        if self.trained_steps is not None:
+            return f"scales that qat learned in {self.trained_steps} steps"
         made = self.pictures
         if made is None:
             return f"{self.images} images"

@@ -35,6 +35,7 @@ class Int8Request:
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
         seconds: the time that making pictures may take; None for no limit.
+        scales: the file of scales that `qat` wrote, in place of images.
 
     Example:
         >>> from repvgg_deploy import Int8Request
@@ -54,6 +55,7 @@ class Int8Request:
     validation: Path | None = None
     max_drop: float | None = None
     seconds: float | None = None
+    scales: Path | None = None
 
 
 @dataclass(frozen=True)

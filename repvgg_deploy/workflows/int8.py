@@ -6,7 +6,6 @@ import copy
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,14 +26,13 @@ from repvgg_deploy.quantization import (
 from repvgg_deploy.quantization.calibration_images import CalibrationImages, choose_images
 from repvgg_deploy.quantization.data_free import MadePictures, make_pictures
 from repvgg_deploy.quantization.mixed_precision import DropLimit, quantize_within
+from repvgg_deploy.quantization.net import QuantizationSummary
+from repvgg_deploy.quantization.qat_scales import apply_scales, load_scales
 from repvgg_deploy.quantization.qdq import with_fp16_scales
 from repvgg_deploy.runtime.model import Model
 from repvgg_deploy.runtime.torch import TorchOptions, TorchRunner
 from repvgg_deploy.workflows.evaluate import evaluate
 from repvgg_deploy.workflows.export_request import Int8Request
-
-if TYPE_CHECKING:
-    from repvgg_deploy.quantization.net import QuantizationSummary
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,9 @@ def quantize_for_export(
     """
     if request.device == "cuda" and not torch.cuda.is_available():
         raise DeployError("torch sees no CUDA GPU here", "leave out --calib-device, or install torch for CUDA")
+    trained = _find_scales(source, request)
+    if trained is not None:
+        return trained
     recipe = load_recipe(request.recipe)
     images = _find_images(source, request, recipe, progress)
     # The caller's net stays where it is.
@@ -85,6 +86,23 @@ def quantize_for_export(
     if isinstance(images, MadePictures):
         quantized.summary = replace(quantized.summary, images=0, pictures=images.summary)
     return quantized.cpu(), quantized.summary
+
+
+def _find_scales(source: Int8Source, request: Int8Request) -> tuple[QuantizedNet, QuantizationSummary] | None:
+    """The net with the scales that `qat` learned, where the request names some; nothing is calibrated then."""
+    path = request.scales or request.cache
+    found = None if path is None else load_scales(path, source.sha256)
+    if found is None:
+        if request.scales is not None:
+            raise DeployError(f"{path} does not hold the scales of qat", "give --calib DIR as well, to calibrate")
+        return None
+    if request.keep_float or request.max_drop is not None:
+        raise DeployError(
+            "every layer was trained in INT8", "leave out --keep-float and --max-drop, or calibrate with --calib DIR"
+        )
+    scales, about = found
+    summary = QuantizationSummary(about["recipe"], 0, "", about["seed"], layers=(), trained_steps=about["steps"])
+    return apply_scales(source.fused, scales, summary), summary
 
 
 def _find_images(

@@ -115,6 +115,12 @@ def test_inspect_of_an_engine(tmp_path: Path) -> None:
     assert check(run("inspect", engine.plan), "inspect")["kind"] == "engine"
 
 
+def test_qat(folder: Path) -> None:
+    data = ("--data", folder / "images", "--calib", folder / "images", "--size", "32")
+    value = run("qat", folder / "net.pth", *data, "--steps", "1", "--batch", "2", "-o", folder / "trained.pth")
+    check(value, "qat")
+
+
 def test_fuse(folder: Path) -> None:
     check(run("fuse", folder / "net.pth", "-o", folder / "fused.pth"), "fuse")
 

@@ -1,0 +1,47 @@
+"""Learning curves of quantization-aware training, as a picture."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from repvgg_deploy.benchmark.report.plots import COLOURS, STYLE
+from repvgg_deploy.errors import DeployError
+
+_PERCENT = {
+    "agreement": "agreement, training pictures",
+    "val_agreement": "agreement, validation",
+    "val_top1": "top-1, validation",
+}
+
+
+def draw_curves(curves: Path) -> Path:
+    """Draw the columns of a `.csv` of learning curves over the steps, to a `.png` beside it.
+
+    Raises:
+        DeployError: matplotlib is not installed, or the file has no rows.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DeployError("matplotlib is not installed", "pip install matplotlib") from error
+    with curves.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise DeployError(f"{curves} has no rows", "give the .csv that qat wrote")
+    steps = [int(row["step"]) for row in rows]
+    target = curves.with_suffix(".png")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
+        loss, percent = figure.subplots(1, 2)
+        loss.plot(steps, [float(row["loss"]) for row in rows], "o-", markersize=3, color=COLOURS[0])
+        loss.set(xlabel="step", ylabel="loss", yscale="log")
+        for number, (column, label) in enumerate(_PERCENT.items()):
+            if column in rows[0]:
+                values = [float(row[column]) for row in rows]
+                percent.plot(steps, values, "o-", markersize=3, label=label, color=COLOURS[number])
+        percent.set(xlabel="step", ylabel="percent")
+        percent.legend(fontsize=7)
+        figure.savefig(target, dpi=150, metadata={"Software": None})
+    return target

@@ -1,0 +1,133 @@
+"""The command `qat`: quantization-aware training on the equivalent kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
+from repvgg_deploy.cli.options import (
+    PATH,
+    checkpoint_options,
+    output_options,
+    path_argument,
+    preprocessing_options,
+    take_checkpoint,
+    take_preprocessing,
+)
+from repvgg_deploy.cli.types import RECIPE, FiniteRange
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "repvgg-deploy qat net.pth --data images/ --calib images/ --steps 1000 -o trained.safetensors",
+        "repvgg-deploy export trained.safetensors --int8 --calib-cache trained.scales.npz",
+        "torchrun --nproc-per-node 2 -m repvgg_deploy qat net.pth --data images/ --calib images/ --epochs 2 "
+        "-o trained.pth --device cuda",
+    ),
+)
+@path_argument("ckpt")
+@checkpoint_options
+@option_group(
+    "Input",
+    click.option("--data", type=PATH, required=True, metavar="DIR|none",
+                 help="Images to train on, labeled or not; none: pictures made from BN statistics."),
+    click.option("--calib", type=PATH, required=True, metavar="DIR|none",
+                 help="Images for the scales to start from; none: pictures made from BN statistics."),
+    click.option("--val", type=PATH, metavar="DIR", help="Labeled images to follow the training on."),
+    click.option("--from-deploy", is_flag=True,
+                 help="Take a deploy form: batch norms are inserted, trained and fused again."),
+)  # fmt: skip
+@preprocessing_options
+@option_group(
+    "INT8",
+    click.option("--recipe", type=RECIPE, default="accurate", metavar="NAME|FILE",
+                 help="INT8 export to start from: fast, accurate, thorough, or a TOML file."),
+    click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Steps to train.  [default: 1000]"),
+    click.option("--epochs", type=click.IntRange(min=1), metavar="N",
+                 help="Passes over the images, in place of steps."),
+    click.option("--batch", type=click.IntRange(min=1), default=64, metavar="N",
+                 help="Pictures per step, over all processes."),
+    click.option("--rate", type=FiniteRange(min=0, min_open=True), default=0.02, metavar="X",
+                 help="Learning rate at the start, in steps of the weights' integers."),
+    click.option("--label-weight", type=FiniteRange(min=0), default=0.0, metavar="X",
+                 help="Weight of the labels of --data DIR/<class>/ beside the float net's answers."),
+    click.option("--bn", type=click.Choice(["frozen", "moving"]), default="frozen",
+                 help="Running statistics of the batch norms: as they are, or following the quantized activations."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of every draw."),
+    click.option("--mixed-precision", is_flag=True, help="Train in bfloat16 where the operator allows it."),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to train."),
+)  # fmt: skip
+@option_group(
+    "Output",
+    click.option("-o", "--output", type=PATH, required=True, metavar="FILE",
+                 help="Checkpoint to write, by its ending; NAME.scales.npz and NAME.curves.csv, .png go beside it."),
+    click.option("--interval", type=FiniteRange(min=0), default=60.0, metavar="S",
+                 help="Seconds between saved states; a stopped run goes on from the last one."),
+)  # fmt: skip
+@output_options
+def qat(ckpt: Path, output: Path, **options: Any) -> Any:
+    """Train a checkpoint for INT8, on the kernel that all branches of a block are together.
+
+    The float net's own answers are what it learns, so unlabelled images do. FILE is a checkpoint in training form again
+    (in deploy form with --from-deploy), and NAME.scales.npz beside it what `export --int8 --calib-cache` takes. Run it
+    again with the same options after a stop: it goes on, and ends as it would have ended.
+    """
+    from repvgg_deploy.cli.tables import print_fields
+    from repvgg_deploy.quantization.qat import QatOptions
+    from repvgg_deploy.quantization.qat_training import TrainingOptions
+    from repvgg_deploy.workflows.qat import QatRequest, run_qat
+
+    if options["steps"] is not None and options["epochs"] is not None:
+        raise click.UsageError("--steps and --epochs exclude each other.")
+    if options["label_weight"] and options["data"] == Path("none"):
+        raise click.UsageError("made pictures have no labels: --label-weight needs --data DIR.")
+    training = TrainingOptions(
+        steps=options.pop("steps") or 1000,
+        batch=options.pop("batch"),
+        rate=options.pop("rate"),
+        labels=options.pop("label_weight"),
+        seed=options.pop("seed"),
+        mixed_precision=options.pop("mixed_precision"),
+    )
+    request = QatRequest(
+        checkpoint=ckpt,
+        output=output,
+        data=_folder(options.pop("data")),
+        calibration=_folder(options.pop("calib")),
+        validation=options.pop("val"),
+        interval_s=options.pop("interval"),
+        training=training,
+        options=QatOptions(moving_statistics=options.pop("bn") == "moving"),
+        preprocessing=take_preprocessing(options),
+        read=take_checkpoint(options),
+        **options,
+    )
+    with show_progress() as progress:
+        result = run_qat(request, progress)
+        if result is None:
+            # Another process of torchrun reports.
+            click.get_current_context().exit(0)
+        picture = _draw_curves(result.curves, progress.note)
+    values = {**result.to_dict(), "picture": picture}
+    fields = {name: value for name, value in values.items() if name != "rows"}
+    return Outcome(values, lambda: print_fields(fields))
+
+
+def _folder(path: Path) -> Path | None:
+    return None if path == Path("none") else path
+
+
+def _draw_curves(curves: Path, note: Any) -> str | None:
+    """The picture of the learning curves, where matplotlib is installed."""
+    from repvgg_deploy.benchmark.report.curves import draw_curves
+    from repvgg_deploy.errors import DeployError
+
+    try:
+        return str(draw_curves(curves))
+    except DeployError as error:
+        note(f"note: no picture of the learning curves: {error.message}")
+        return None

@@ -1,0 +1,189 @@
+"""The scales of quantization-aware training: observed at the start, kept in a file, and made into a quantized net."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.fusion.fuse import equivalent_kernel_bias
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
+from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
+from repvgg_deploy.quantization.pair_sums import LEVELS, count_taps
+from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
+from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, qat_layers
+from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
+from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
+
+_KIND = "qat"
+# Values of each input that are kept to choose a scale, and the shares of the largest one that are tried.
+_KEPT = 1 << 18
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
+
+
+@torch.no_grad()
+def observe_scales(model: nn.Module, batches: Iterable[Any], options: QatOptions | None = None) -> QatScales:
+    """Scales to start from, for `prepare_qat`: those of least square error, of kernels and of inputs on some batches.
+
+    Args:
+        model: a module with RepVGG blocks in training form, in evaluation mode.
+        batches: inputs of `model`, one a time: a tensor, or a tuple of arguments.
+        options: as for `prepare_qat`.
+
+    Raises:
+        DeployError: there is no block, or no batch.
+    """
+    options = options or QatOptions()
+    names = qat_layers(model)
+    points = [*names, POOL] if isinstance(model, RepVGG) else names
+    seen = _watch(model, names, batches)
+    if any(name not in seen for name in points):
+        raise DeployError("the batches reach no block", "give at least one batch of inputs, as the model takes them")
+    layers = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        weight = layer.weight if isinstance(layer, nn.Linear) else equivalent_kernel_bias(layer, torch.float32)[0]
+        scale = _input_scale(seen[name], options.activation_bits)
+        layers[name] = LayerScales(weight_scales(weight, options), scale)
+    pool = _input_scale(seen[POOL], options.activation_bits) if POOL in seen else None
+    return QatScales(layers, pool)
+
+
+def weight_scales(weight: Tensor, options: QatOptions) -> Tensor:
+    """The scale of each filter (filters) of `weight` (filters, …) with the least square error."""
+    rows, levels = weight.detach().flatten(1), int(2 ** (options.weight_bits - 1)) - 1
+    if levels == LEVELS and not options.per_tensor:
+        return choose_weight_scales(rows, count_taps(weight))
+    peak = rows.abs().amax().expand(len(rows)) if options.per_tensor else rows.abs().amax(1)
+    peak = peak.clamp_min(1e-30)
+    best, scales = torch.full_like(peak, torch.inf), peak / levels
+    # Where one scale serves all filters, the best may be far below the largest weight of the one with outliers.
+    for share in torch.logspace(0, -1.5, 60).tolist():
+        scale = (peak * share / levels)[:, None]
+        error = ((rows / scale).round().clamp(-levels, levels) * scale - rows).square().sum(1)
+        cost = error.sum().expand(len(rows)) if options.per_tensor else error
+        better = cost < best
+        best, scales = torch.where(better, cost, best), torch.where(better, scale[:, 0], scales)
+    return scales.clone()
+
+
+def _watch(model: nn.Module, names: list[str], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Some values of each layer's input, and of the pool's."""
+    kept: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        flat = value.detach().flatten()
+        kept.setdefault(name, []).append(flat[:: max(1, len(flat) // _KEPT)].float())
+
+    def hook(name: str) -> Any:
+        return lambda _module, inputs: keep(name, inputs[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    if isinstance(model, RepVGG):
+        last = model.get_submodule(names[-2])
+        handles.append(last.register_forward_hook(lambda _module, _inputs, output: keep(POOL, output)))
+    try:
+        for batch in batches:
+            model(*batch) if isinstance(batch, tuple) else model(torch.as_tensor(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def _input_scale(values: Tensor, bits: int) -> float:
+    largest = float(values.abs().max())
+    signed = float(values.min()) < 0
+    clipping = int(2 ** (bits - 1) - 1 if signed or bits == 8 else 2**bits - 1)
+    if largest == 0.0:
+        return 1.0 / clipping
+    # Images have as many values at the border as elsewhere.
+    shares = (1.0,) if signed else _SHARES
+
+    def error(share: float) -> float:
+        scale = largest * share / clipping
+        rounded = (values / scale).round().clamp(-clipping - 1, clipping) * scale
+        return float((rounded - values).square().double().sum())
+
+    return largest * min(shares, key=error) / clipping
+
+
+def scales_of(net: QuantizedNet) -> QatScales:
+    """The scales of an INT8 net, all of whose layers are quantized.
+
+    Raises:
+        DeployError: a layer stays float.
+    """
+    if net.float_layers():
+        raise DeployError(f"{net.float_layers()[0]} stays float", "train with every layer quantized")
+    layers = {name: LayerScales(i.weight_scale, i.input_scale) for name, i in net.integers().items()}
+    assert net.pool_scale is not None
+    return QatScales(layers, float(net.pool_scale))
+
+
+@torch.no_grad()
+def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary | None = None) -> QuantizedNet:
+    """The INT8 net that was trained for: kernels of `fused` over the scales, rounded; no step of calibration runs.
+
+    Raises:
+        DeployError: the scales are of another net.
+    """
+    layers: dict[str, LayerIntegers] = {}
+    wanted: list[tuple[str, nn.Conv2d | nn.Linear]] = [(name, block.conv) for name, block in fused_blocks(fused)]
+    for name, layer in [*wanted, (CLASSIFIER, fused.classifier)]:
+        found = scales.layers.get(name)
+        if found is None or len(found.weight) != len(layer.weight):
+            raise DeployError(f"the scales have none for {name}, or for another width", "take the file that qat wrote")
+        taps = count_taps(layer.weight)
+        rows = round_weights(layer.weight.detach().flatten(1), found.weight.to(layer.weight.device), taps)
+        integers = rows.reshape(layer.weight.shape).to(torch.int8)
+        layers[name] = LayerIntegers(integers, found.weight, cast(Tensor, layer.bias).detach().clone(), found.input)
+    return QuantizedNet(fused, make_room_for_biases(Reconstruction(layers, scales.pool)), summary)
+
+
+def save_scales(scales: QatScales, path: Path, sha256: str, about: Mapping[str, Any]) -> None:
+    """Write the scales that belong to the checkpoint with this sha256 to an `.npz` file, with what is known of them."""
+    arrays: dict[str, Any] = {}
+    for name, layer in scales.layers.items():
+        arrays[f"{name}/weight"] = layer.weight.cpu().numpy()
+        arrays[f"{name}/input"] = np.float32(layer.input)
+    if scales.pool is not None:
+        arrays[f"{POOL}/input"] = np.float32(scales.pool)
+    known = {**about, "kind": _KIND, "sha256": sha256}
+    with path.open("wb") as file:
+        np.savez(file, about=np.array(json.dumps(known)), **arrays)
+
+
+def load_scales(path: Path, sha256: str) -> tuple[QatScales, dict[str, Any]] | None:
+    """What `save_scales` wrote for the checkpoint with this sha256; None for a file of another kind, or for none.
+
+    Raises:
+        DeployError: the scales belong to another checkpoint.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            if about.get("kind") != _KIND:
+                return None
+            names = [key.rsplit("/", 1)[0] for key in file.files if key.endswith("/weight")]
+            layers = {
+                name: LayerScales(torch.from_numpy(file[f"{name}/weight"]), float(file[f"{name}/input"]))
+                for name in names
+            }
+            pool = float(file[f"{POOL}/input"]) if f"{POOL}/input" in file.files else None
+    except (OSError, ValueError, KeyError):
+        # The reader of calibration statistics says what is wrong with it.
+        return None
+    if about["sha256"] != sha256:
+        raise DeployError(
+            f"the scales in {path} belong to another checkpoint (sha256 {about['sha256'][:12]}…)",
+            "give the checkpoint that qat wrote beside them",
+        )
+    return QatScales(layers, pool), about

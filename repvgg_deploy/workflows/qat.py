@@ -1,0 +1,353 @@
+"""`qat` as a command: a checkpoint in, one whose equivalent kernels were trained as integers out, with its scales."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from repvgg_deploy.artifacts import Parity, Preprocessing, PreprocessingOptions
+from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions, build, load_checkpoint
+from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.nets.preprocessing import choose_preprocessing
+from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.settings import StructureOptions
+from repvgg_deploy.progress import SILENT, Progress
+from repvgg_deploy.quantization.calibration_images import choose_images
+from repvgg_deploy.quantization.data_free import make_pictures
+from repvgg_deploy.quantization.points import Images
+from repvgg_deploy.quantization.qat import QatOptions, convert_qat
+from repvgg_deploy.quantization.qat_scales import apply_scales, save_scales
+from repvgg_deploy.quantization.qat_start import start_training
+from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions, set_saturation
+from repvgg_deploy.quantization.recipe import load_recipe
+from repvgg_deploy.quantization.target import UNSIGNED_HIGHEST
+from repvgg_deploy.verification.parity import compare, require_parity
+from repvgg_deploy.workflows.qat_images import TrainingImages, image_limits, made_images, read_training_images
+
+_MAX_RELATIVE = 1e-1
+_VALIDATION = 2000
+_SEEN = 64
+
+
+@dataclass(frozen=True)
+class QatRequest:
+    """All that `qat` is asked for.
+
+    Attributes:
+        checkpoint: in training form, or with `from_deploy` in deploy form.
+        output: the checkpoint to write; the scales, the curves and the state of the run go beside it.
+        data: images to train on, with or without labels; None for pictures made from BN statistics.
+        calibration: images for the scales to start from; None for made pictures.
+        validation: labelled images whose top-1 and agreement are followed.
+        recipe: of the INT8 export that training starts from.
+        epochs: passes over the images, in place of `training.steps`.
+        read: how the checkpoint is read.
+        training, options: see `TrainingOptions` and `QatOptions`.
+        from_deploy: a deploy form is taken: BNs are inserted, trained and fused again.
+        device: `cpu` or `cuda`.
+        interval_s: the seconds after which the state is saved, at the latest.
+    """
+
+    checkpoint: Path
+    output: Path
+    data: Path | None
+    calibration: Path | None
+    training: TrainingOptions
+    validation: Path | None = None
+    recipe: str | Path = "accurate"
+    epochs: int | None = None
+    options: QatOptions = field(default_factory=QatOptions)
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    read: CheckpointOptions = field(default_factory=CheckpointOptions)
+    from_deploy: bool = False
+    device: str = "cpu"
+    interval_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class QatResult:
+    """What was written, and how the INT8 net that the files give compares with the trained one: `parity`.
+
+    `rows` are the learning curves, one per tenth of the run.
+    """
+
+    checkpoint: Path
+    scales: Path
+    curves: Path
+    steps: int
+    resumed_at: int
+    rows: tuple[dict[str, float], ...]
+    parity: Parity
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `qat --json` prints."""
+        paths = {name: str(getattr(self, name)) for name in ("checkpoint", "scales", "curves")}
+        return {**vars(self), **paths, "rows": list(self.rows), "parity": self.parity.to_dict()}
+
+
+def run_qat(request: QatRequest, progress: Progress = SILENT) -> QatResult | None:
+    """Train, and write the checkpoint and its scales; the result, or None in all but the first process of torchrun.
+
+    A run that was stopped goes on from its last saved state, and ends as it would have ended.
+
+    Raises:
+        DeployError: whatever the user can mend; the output is not touched then.
+    """
+    with _processes(request.device) as rank:
+        return _run(request, progress if rank == 0 else SILENT, rank)
+
+
+def scales_path(output: Path) -> Path:
+    """The file of the scales beside a checkpoint."""
+    return output.with_name(f"{output.stem}.scales.npz")
+
+
+def curves_path(output: Path) -> Path:
+    """The file of the learning curves beside a checkpoint."""
+    return output.with_name(f"{output.stem}.curves.csv")
+
+
+def state_path(output: Path) -> Path:
+    """The file that a stopped run goes on from; it is gone when the run has ended."""
+    return output.with_name(f"{output.stem}.qat-state.pt")
+
+
+def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None:
+    start = time.perf_counter()
+    checkpoint = _load(request)
+    preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing, checkpoint.settings)
+    net = build(checkpoint).float()
+    images = _training_images(request, net, preprocessing, progress)
+    request = _with_steps(request, len(images))
+    validation = None
+    if request.validation is not None and rank == 0:
+        validation = read_training_images(request.validation, preprocessing, _VALIDATION, labelled=True)
+    run = _begin(request, checkpoint, net, preprocessing, progress)
+    resumed = run.training.done
+    limits = image_limits(preprocessing)
+    saved = time.perf_counter()
+    steps = request.training.steps
+    every = max(1, steps // 10)
+    while run.training.done < steps:
+        values = run.training.step(images.take, len(images), limits)
+        done = run.training.done
+        progress.step("training", done, steps)
+        if done % every == 0 or done == steps:
+            run.rows.append({"step": done, **values, **_validate(run.training, validation)})
+            progress.note(_describe(run.rows[-1]))
+        if rank == 0 and (done == steps or time.perf_counter() - saved >= request.interval_s):
+            _save(run, request, checkpoint)
+            saved = time.perf_counter()
+    if rank != 0:
+        return None
+    parity = _write(request, checkpoint, run, images)
+    state_path(request.output).unlink(missing_ok=True)
+    paths = (request.output, scales_path(request.output), curves_path(request.output))
+    return QatResult(*paths, steps, resumed, tuple(run.rows), parity, round(time.perf_counter() - start, 1))
+
+
+@dataclass
+class _Run:
+    training: QatTraining
+    teacher: RepVGG
+    rows: list[dict[str, float]]
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[int]:
+    """The rank of this process; under torchrun the processes know each other inside."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def _load(request: QatRequest) -> Checkpoint:
+    if request.output.suffix not in (".pth", ".pt", ".safetensors"):
+        raise DeployError(f"{request.output} has no ending of a checkpoint", "-o FILE.safetensors or FILE.pth")
+    if request.output.exists() and request.checkpoint.exists() and request.output.samefile(request.checkpoint):
+        raise DeployError(f"{request.output} is the checkpoint itself", "give another name: -o")
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise DeployError("torch sees no CUDA GPU here", "leave out --device, or install torch for CUDA")
+    options = request.options
+    if options.weight_bits != 8 or options.activation_bits != 8:
+        raise DeployError("an INT8 graph has 8 bits", "other widths are for prepare_qat(), in Python")
+    checkpoint = request.read.load(request.checkpoint)
+    if not checkpoint.spec.classes:
+        raise DeployError(
+            f"{request.checkpoint} is a backbone", "qat trains classifiers; prepare_qat() takes any module"
+        )
+    if checkpoint.form == "deploy" and not request.from_deploy:
+        raise DeployError(
+            f"{request.checkpoint} is in deploy form: it has no branches to train",
+            "give the training form, or --from-deploy, which inserts BNs, trains and fuses again",
+        )
+    if checkpoint.form == "train" and request.from_deploy:
+        raise DeployError(f"{request.checkpoint} is in training form", "leave out --from-deploy")
+    return checkpoint
+
+
+def _training_images(
+    request: QatRequest, net: RepVGG, preprocessing: Preprocessing, progress: Progress
+) -> TrainingImages:
+    if request.data is None:
+        recipe = load_recipe(request.recipe)
+        progress.note("no images to train on: making pictures from the BN statistics")
+        return made_images(make_pictures(net, preprocessing, recipe.pictures, recipe.seed, progress=progress))
+    labelled = request.training.labels > 0
+    images = read_training_images(request.data, preprocessing, None, labelled)
+    if labelled and images.classes != net.spec.classes:
+        raise DeployError(
+            f"{request.data} has {images.classes} classes, the net {net.spec.classes}",
+            "one folder per class, in the order of the outputs; or leave out --label-weight",
+        )
+    progress.note(f"training on {len(images)} images of {request.data}")
+    return images
+
+
+def _with_steps(request: QatRequest, count: int) -> QatRequest:
+    if request.epochs is None:
+        return request
+    steps = max(1, request.epochs * count // request.training.batch)
+    return replace(request, training=replace(request.training, steps=steps))
+
+
+def _begin(
+    request: QatRequest, checkpoint: Checkpoint, net: RepVGG, preprocessing: Preprocessing, progress: Progress
+) -> _Run:
+    """The run as it was saved, or a new one."""
+    recipe = load_recipe(request.recipe)
+    path = state_path(request.output)
+    identity = _identity(request, checkpoint)
+    if path.exists():
+        saved = torch.load(path, map_location="cpu", weights_only=False)
+        if saved["identity"] != identity:
+            raise DeployError(
+                f"{path} is of another run, with other settings or another checkpoint",
+                "delete it to begin anew, or give another -o",
+            )
+        progress.note(f"going on after step {saved['training']['done']}")
+        student, teacher = (saved[name].to(request.device) for name in ("student", "teacher"))
+        training = QatTraining(student, teacher, request.training)
+        training.restore(saved["training"])
+        return _Run(training, teacher, saved["rows"])
+    calibration: Images
+    if request.calibration is None:
+        progress.note("no calibration images: making pictures from the BN statistics")
+        calibration = make_pictures(net, preprocessing, recipe.pictures, recipe.seed, progress=progress)
+    else:
+        calibration = choose_images(request.calibration, recipe.count, recipe.seed, preprocessing, progress)
+    begun = start_training(net, calibration, recipe, request.options, progress)
+    training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
+    run = _Run(training, begun.teacher, [])
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _save(run, request, checkpoint)
+    return run
+
+
+def _identity(request: QatRequest, checkpoint: Checkpoint) -> dict[str, str]:
+    """What must be the same for a run to go on."""
+    values = asdict(replace(request, output=Path(), interval_s=0.0, validation=None))
+    return {"sha256": checkpoint.sha256, **{name: str(value) for name, value in values.items()}}
+
+
+def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
+    state = {
+        "identity": _identity(request, checkpoint),
+        "student": run.training.student,
+        "teacher": run.teacher,
+        "training": run.training.state(),
+        "rows": run.rows,
+    }
+    content = io.BytesIO()
+    torch.save(state, content)
+    path = state_path(request.output).absolute()
+    with stage_files(path.parent) as staging:
+        (staging / path.name).write_bytes(content.getbuffer())
+
+
+@torch.no_grad()
+def _validate(training: QatTraining, images: TrainingImages | None) -> dict[str, float]:
+    """Top-1 and the agreement with the float net, as ONNX Runtime computes it."""
+    if images is None:
+        return {}
+    set_saturation(training.student, UNSIGNED_HIGHEST)
+    training.student.eval()
+    hits = same = 0
+    for start in range(0, len(images), _SEEN):
+        pictures, labels = images.take(torch.arange(start, min(start + _SEEN, len(images))))
+        pictures = pictures.to(training.device)
+        best = training.student(pictures).argmax(1)
+        same += int((best == training.teacher.net(pictures).argmax(1)).sum())
+        hits += int((best.cpu() == labels).sum())
+    training.student.train()
+    return {"val_top1": 100 * hits / len(images), "val_agreement": 100 * same / len(images)}
+
+
+def _describe(row: Mapping[str, float]) -> str:
+    words = [f"step {row['step']:.0f}: loss {row['loss']:.4f}, agreement {row['agreement']:.1f} %"]
+    if "val_top1" in row:
+        words.append(f"validation top-1 {row['val_top1']:.2f} %, agreement {row['val_agreement']:.2f} %")
+    return "; ".join(words)
+
+
+def _write(request: QatRequest, checkpoint: Checkpoint, run: _Run, images: TrainingImages) -> Parity:
+    """Write all files once the INT8 net that a reader gets from them computes what was trained."""
+    student = run.training.student.eval().cpu()
+    set_saturation(student, UNSIGNED_HIGHEST)
+    converted, scales = convert_qat(student)
+    trained = cast(RepVGG, converted)
+    if request.from_deploy:
+        trained = fuse(trained, torch.float32)
+    layout = "timm" if checkpoint.layout == "timm" else "official"
+    sample, _ = images.take(torch.arange(min(_SEEN, len(images))))
+    target = request.output.absolute()
+    with stage_files(target.parent) as staging, torch.no_grad():
+        state = name_state_dict(trained, layout)
+        write_state_dict(state, staging / target.name, class_names_metadata(checkpoint.class_names))
+        spec = checkpoint.spec
+        same = StructureOptions(spec.strides, str(spec.activation), spec.bn_eps)
+        again = build(load_checkpoint(staging / target.name, structure=same))
+        fused = again if request.from_deploy else fuse(again, torch.float32)
+        about = {"recipe": str(request.recipe), "steps": request.training.steps, "seed": request.training.seed}
+        sha256 = hash_file(staging / target.name)
+        save_scales(scales, staging / scales_path(target).name, sha256, about)
+        parity = compare(_run_net(student, sample), _run_net(apply_scales(fused, scales), sample))
+        require_parity("the written file", parity, _MAX_RELATIVE)
+        (staging / curves_path(target).name).write_text(_to_csv(run.rows), encoding="utf-8")
+    return parity
+
+
+def _run_net(net: nn.Module, images: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return cast("np.ndarray[Any, np.dtype[np.float32]]", net(images).numpy())
+
+
+def _to_csv(rows: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()

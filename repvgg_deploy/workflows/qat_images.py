@@ -1,0 +1,101 @@
+"""The images of quantization-aware training, taken by index: kept in memory where they fit, decoded anew elsewhere."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.errors import ImageError
+from repvgg_deploy.images.decoding import Pixels, normalize, read_pixels
+from repvgg_deploy.images.labelled import list_labelled_images
+from repvgg_deploy.images.reading import BrokenImages, read_batches
+from repvgg_deploy.images.sources import ImageSource, list_images
+from repvgg_deploy.quantization.data_free import MadePictures
+
+# Decoded pixels are kept where they are no more than this.
+_KEPT_BYTES = 1 << 31
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images by index; `labels` are their classes, of which there are `classes`, or None."""
+
+    paths: tuple[ImageSource, ...]
+    preprocessing: Preprocessing
+    labels: NDArray[np.int64] | None = None
+    classes: int = 0
+    kept: Pixels | None = None
+    made: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths) if self.made is None else len(self.made)
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The normalized images (N, C, H, W) of these indices, and their classes."""
+        if self.made is not None:
+            return self.made[indices], None
+        labels = None if self.labels is None else torch.from_numpy(self.labels[indices.numpy()])
+        return torch.from_numpy(normalize(self._pixels(indices.tolist()), self.preprocessing)), labels
+
+    def _pixels(self, indices: list[int]) -> Pixels:
+        if self.kept is not None:
+            return self.kept[indices]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return np.stack(list(pool.map(lambda i: read_pixels(self.paths[i], self.preprocessing), indices)))
+
+
+def read_training_images(
+    folder: Path, preprocessing: Preprocessing, most: int | None, labelled: bool
+) -> TrainingImages:
+    """The images of `folder`, or `most` evenly spaced ones; broken ones are left out where all are kept in memory.
+
+    Raises:
+        ImageError: there is no image, or, with `labelled`, no folder per class.
+    """
+    labels: NDArray[np.int64] | None = None
+    classes = 0
+    if labelled:
+        found = list_labelled_images(folder)
+        paths, labels = found.paths, np.asarray(found.labels, np.int64)
+        classes = 0 if found.class_names is None else len(found.class_names)
+    else:
+        paths = list_images(folder)
+    if most is not None and len(paths) > most:
+        chosen = np.linspace(0, len(paths), most, endpoint=False).astype(np.int64)
+        paths = tuple(paths[i] for i in chosen)
+        labels = None if labels is None else labels[chosen]
+    images = TrainingImages(paths, preprocessing, labels, classes)
+    if len(paths) * preprocessing.height * preprocessing.width * 3 > _KEPT_BYTES:
+        return images
+    broken = BrokenImages()
+    batches = list(read_batches(paths, preprocessing, 256, broken))
+    if not batches:
+        reason = next(iter(broken.reasons.values()), "there are none")
+        raise ImageError(f"none of the images of {folder} can be read: {reason}", "give another folder")
+    indices = [index for _, batch in batches for index in batch]
+    return TrainingImages(
+        tuple(paths[i] for i in indices),
+        preprocessing,
+        None if labels is None else labels[indices],
+        classes,
+        np.concatenate([pixels for pixels, _ in batches]),
+    )
+
+
+def made_images(made: MadePictures) -> TrainingImages:
+    """Pictures made from BN statistics, to train on."""
+    return TrainingImages((), Preprocessing(), made=made.pictures)
+
+
+def image_limits(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest normalized value of each channel (C, 1, 1)."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return -mean / std, (1 - mean) / std

@@ -1,0 +1,192 @@
+"""`qat` from the command line: a checkpoint to train, the checkpoint and scales that come out, and runs that go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.cli.main import main
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files import data_folder
+from repvgg_deploy.images.synthetic import write_image_folder
+from repvgg_deploy.quantization.qat_scales import load_scales
+from repvgg_deploy.quantization.qat_training import TrainingOptions
+from repvgg_deploy.workflows.qat import QatRequest, run_qat, state_path
+
+DEMO = data_folder("models") / "demo.safetensors"
+SHORT = ("--recipe", "fast", "--steps", "4", "--batch", "8")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic") / "images"
+    write_image_folder(folder, 48, seed=11, size=64)
+    return folder
+
+
+def run(command: str, *arguments: str | Path, code: int = 0):
+    result = CliRunner().invoke(main, [command, *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def qat(checkpoint: Path, images: Path, out: Path, *more: str | Path, code: int = 0):
+    return run("qat", checkpoint, "--data", images, "--calib", images, "-o", out, *SHORT, *more, code=code)
+
+
+def export_with(checkpoint: Path, scales: Path, out: Path, *more: str, code: int = 0):
+    return run("export", checkpoint, "--int8", "--calib-cache", scales, "--engine", "none", "-o", out, *more, code=code)
+
+
+@pytest.mark.parametrize("form", ["train", "deploy"])
+def test_from_a_checkpoint_to_an_int8_graph_as_accurate_as_the_trained_net(form, images, tmp_path) -> None:
+    source, more = DEMO, ()
+    if form == "deploy":
+        source, more = tmp_path / "fused.pth", ("--from-deploy",)
+        run("fuse", DEMO, "-o", source)
+    write_image_folder(tmp_path / "val", 240, seed=12, size=64)
+    out = tmp_path / "trained.safetensors"
+    values = json.loads(qat(source, images, out, *more, "--val", tmp_path / "val", "--json").stdout)
+    assert load_checkpoint(out).form == form
+    assert values["steps"] == 4
+    assert values["parity"]["top1_agreement"] == 100.0
+    written = json.loads(export_with(out, tmp_path / "trained.scales.npz", tmp_path / "out", "--json").stdout)
+    assert written["quantization"]["calibrated_on"] == "scales that qat learned in 4 steps"
+    result = run("eval", tmp_path / "out" / "trained.int8.onnx", "--data", tmp_path / "val", "--json")
+    trained = json.loads(run("eval", DEMO, "--data", tmp_path / "val", "--json").stdout)["top1"]
+    assert json.loads(result.stdout)["top1"] == pytest.approx(values["rows"][-1]["val_top1"], abs=0.1)
+    assert json.loads(result.stdout)["top1"] >= trained - 1.0
+
+
+def test_the_curves_are_a_table_and_a_picture(images, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    qat(DEMO, images, tmp_path / "trained.pth")
+    with (tmp_path / "trained.curves.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert all(float(row["loss"]) > 0 for row in rows)
+    assert (tmp_path / "trained.curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not state_path(tmp_path / "trained.pth").exists()
+
+
+class Stop:
+    """Ends the work at one of its steps, as Ctrl-C does."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def note(self, text: str, /) -> None:
+        pass
+
+    def step(self, name: str, done: float, total: float, /) -> None:
+        if name == "training" and done == self.at and done < total:
+            raise KeyboardInterrupt
+
+
+def request_for(images: Path, out: Path) -> QatRequest:
+    training = TrainingOptions(steps=4, batch=8)
+    return QatRequest(DEMO, out, images, images, training, recipe="fast", interval_s=0.0)
+
+
+def test_a_stopped_run_goes_on_and_ends_as_it_would_have(images, tmp_path) -> None:
+    whole, stopped = (tmp_path / name / "trained.safetensors" for name in ("whole", "stopped"))
+    run_qat(request_for(images, whole))
+    with pytest.raises(KeyboardInterrupt):
+        run_qat(request_for(images, stopped), Stop(3))
+    assert not stopped.exists()
+    assert state_path(stopped).exists()
+    result = run_qat(request_for(images, stopped))
+    assert result is not None
+    assert result.resumed_at == 2
+    for name in ("trained.safetensors", "trained.curves.csv"):
+        assert (whole.parent / name).read_bytes() == (stopped.parent / name).read_bytes()
+    sha256 = load_checkpoint(whole).sha256
+    first, second = (load_scales(path.parent / "trained.scales.npz", sha256) for path in (whole, stopped))
+    assert first is not None
+    assert second is not None
+    assert first[0].pool == second[0].pool
+    for name, layer in first[0].layers.items():
+        assert torch.equal(layer.weight, second[0].layers[name].weight)
+        assert layer.input == second[0].layers[name].input
+
+
+def test_a_state_of_other_settings_is_not_taken(images, tmp_path) -> None:
+    request = request_for(images, tmp_path / "trained.pth")
+    with pytest.raises(KeyboardInterrupt):
+        run_qat(request, Stop(2))
+    with pytest.raises(DeployError, match="of another run"):
+        run_qat(replace(request, training=replace(request.training, rate=0.5)))
+
+
+def test_two_processes_train_as_one_does(images, tmp_path) -> None:
+    arguments = ["qat", DEMO, "--data", images, "--calib", images, "--recipe", "fast", "--steps", "2", "--batch", "8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "repvgg_deploy", *map(str, arguments), "-o", str(tmp_path / "two.pth"), "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Only the first process says what came of it.
+    two = json.loads(done.stdout)
+    one = json.loads(run(*map(str, arguments), "-o", tmp_path / "one.pth", "--json").stdout)
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+    nets = [build(load_checkpoint(tmp_path / f"{name}.pth")) for name in ("one", "two")]
+    pixels = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3, 64, 64), dtype=np.float32))
+    first, second = (net(pixels) for net in nets)
+    assert float((first - second).norm() / first.norm()) < 0.02
+
+
+def test_made_pictures_take_the_place_of_images(tmp_path) -> None:
+    text = (data_folder("calibration") / "fast.toml").read_text(encoding="utf-8")
+    (tmp_path / "quick.toml").write_text(f"{text}\n[pictures]\ncount = 32\nsteps = 10\n", encoding="utf-8")
+    out = tmp_path / "trained.pth"
+    arguments = (DEMO, "--data", "none", "--calib", "none", "-o", out, "--recipe", tmp_path / "quick.toml")
+    result = run("qat", *arguments, "--steps", "2", "--batch", "8")
+    assert "no images to train on: making pictures from the BN statistics" in result.stderr
+    assert out.exists()
+
+
+def test_what_does_not_fit_is_told_before_any_work(images, tmp_path) -> None:
+    run("fuse", DEMO, "-o", tmp_path / "fused.pth")
+    out = tmp_path / "out.pth"
+    assert "in deploy form: it has no branches" in qat(tmp_path / "fused.pth", images, out, code=1).stderr
+    assert "in training form" in qat(DEMO, images, out, "--from-deploy", code=1).stderr
+    assert "no ending of a checkpoint" in qat(DEMO, images, tmp_path / "out.onnx", code=1).stderr
+    (tmp_path / "few" / "a").mkdir(parents=True)
+    first = next(path for path in sorted(images.rglob("*.png")))
+    (tmp_path / "few" / "a" / "x.png").write_bytes(first.read_bytes())
+    assert "1 classes, the net 12" in qat(DEMO, tmp_path / "few", out, "--label-weight", "1", code=1).stderr
+    assert not out.exists()
+    assert not state_path(out).exists()
+    qat(DEMO, images, out, "--epochs", "1", code=2)
+
+
+def test_scales_are_those_of_their_checkpoint(images, tmp_path) -> None:
+    out, scales = tmp_path / "trained.pth", tmp_path / "trained.scales.npz"
+    qat(DEMO, images, out)
+    assert "another checkpoint" in export_with(DEMO, scales, tmp_path / "a", code=1).stderr
+    (tmp_path / "no.npz").write_bytes(b"no scales")
+    assert "does not hold the scales of qat" in export_with(out, tmp_path / "no.npz", tmp_path / "a", code=1).stderr
+    refused = export_with(out, scales, tmp_path / "a", "--keep-float", "stages.1.1", code=1)
+    assert "every layer was trained in INT8" in refused.stderr
+    assert not (tmp_path / "a").exists()
