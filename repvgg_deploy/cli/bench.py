@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
+from repvgg_deploy.cli.config import config_options
 from repvgg_deploy.cli.options import PATH, flag, is_given, output_options, preprocessing_options, take_preprocessing
 from repvgg_deploy.cli.types import BACKEND, BASELINE, PRECISION, FiniteRange, ListOf, is_model_name, suggest_model
 from repvgg_deploy.errors import DeployError, ThresholdError
@@ -43,6 +44,7 @@ _MEASURING = ("warmup", "duration", "iterations", "roofline")
                  help="Start from the image files in DIR, and time each stage."),
     click.option("--suite", type=PATH, metavar="FILE", help="Sweep to measure, in place of MODEL; see bench/suites."),
 )  # fmt: skip
+@config_options
 @preprocessing_options
 @option_group(
     "Backend",

@@ -84,6 +84,9 @@ class Command(click.Command):
         if quiet and verbose:
             raise click.UsageError("--quiet and --verbose exclude each other.", ctx)
         session.verbosity = Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL
+        before_run = ctx.meta.get("repvgg_deploy.before_run")
+        if before_run is not None:
+            before_run()
         outcome = super().invoke(ctx)
         if not isinstance(outcome, Outcome):
             raise TypeError(f"the command {ctx.info_name} returns {type(outcome).__name__}, not an Outcome")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
+from repvgg_deploy.cli.config import config_options
 from repvgg_deploy.cli.features import FeaturesCommand
 from repvgg_deploy.cli.options import (
     PATH,
@@ -48,6 +49,7 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
 )
 @path_argument("ckpt")
 @checkpoint_options
+@config_options
 @preprocessing_options
 @int8_options
 @graph_options

@@ -45,6 +45,8 @@ class Size(SizeType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """Parse `value`, or fail as wrong usage."""
+        if isinstance(value, tuple | list):
+            value = "x".join(map(str, value))
         match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", str(value))
         if match is None or not all(0 < int(size) <= _LARGEST for size in match.groups() if size is not None):
             self.fail(f"{value!r} is not a size; give pixels, such as 224 or 192x256, up to {_LARGEST}", param, ctx)

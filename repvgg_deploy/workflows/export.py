@@ -38,6 +38,7 @@ from repvgg_deploy.threads import start_workers
 from repvgg_deploy.verification.inputs import VerificationInputs, choose_inputs
 from repvgg_deploy.verification.parity import compare_outputs, require_parity
 from repvgg_deploy.verification.reference import run_fused, run_in_float64
+from repvgg_deploy.workflows.checks import check_classes, check_request
 from repvgg_deploy.workflows.choices import Choices, describe_choices, warn_of_choices
 from repvgg_deploy.workflows.export_request import ExportRequest, ExportResult
 
@@ -97,10 +98,12 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
     backend = _find_backend(request, progress)
+    check_request(request, backend)
     progress.note(f"reading {request.checkpoint}")
     checkpoint = request.source.load(request.checkpoint)
     for note in checkpoint.notes:
         progress.note(f"note: {note}")
+    check_classes(request, checkpoint.spec)
     preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing, checkpoint.settings)
     choices = describe_choices(checkpoint, preprocessing, request.preprocessing)
     for warning in warn_of_choices(checkpoint, preprocessing, request.preprocessing):

@@ -310,6 +310,61 @@ def test_help_takes_less_than_a_third_of_a_second_and_imports_nothing_heavy() ->
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--opset", "99"], "--opset 99 is not supported"),
+        (["--opset", "9"], "--opset 9 is not supported"),
+        (["--verify-data", "{}/none"], "--verify-data: there is no"),
+        (["--int8", "--calib", "{}/none"], "--calib: there is no"),
+        (["--int8", "--calib", "{}", "--max-drop", "1", "--val", "{}/none"], "--val: there is no"),
+        (["--int8", "--calib", "{}", "--recipe", "none.toml"], "there is no recipe none.toml"),
+        (["--labels", "{}/labels.txt", "--topk", "3"], "--topk 3 is more than the 2 classes of --labels"),
+        (["--labels", "{}/none"], "cannot read --labels"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_options_say_is_checked_before_the_checkpoint_is_read(
+    options: list[str], message: str, image_folder: Path
+) -> None:
+    (image_folder / "labels.txt").write_text("a\nb\n")
+    given = [option.format(image_folder) for option in options]
+    assert message in failed(run("export", image_folder / "none.pth", *NO_ENGINE, *given))
+
+
+def test_topk_and_labels_are_checked_against_the_checkpoint_before_anything_is_fused(
+    checkpoint_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    for options in (["--topk", 6], ["--labels", tmp_path / "labels.txt"]):
+        result = run("export", checkpoint_file, "--size", 32, *options, *NO_ENGINE)
+        assert "fusing" not in result.stderr
+        assert "5 classes" in failed(result)
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "out/net.plan"])
+def test_the_name_of_a_file_is_no_folder_to_write_to(name: str, checkpoint_file: Path) -> None:
+    result = run("export", checkpoint_file, "-o", name, *NO_ENGINE)
+    assert result.exit_code == 2
+    assert f"Write -o {Path(name).parent}." in " ".join(result.stderr.split())
+    assert not Path(name).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "a.pth", "--arch", "B1g"], "Did you mean B1g4"),
+        (["export", "a.pth", "--recipe", "acurate", "--int8"], "Did you mean accurate?"),
+        (["export", "a.pth", "--engine", "tensorrt-rx"], "tensorrt-rtx"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_typing_error_gets_a_suggestion(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
 def test_arch_is_a_check_of_graphs_too(graph: Path) -> None:
     assert "not RepVGG-B3" in failed(run("inspect", graph, "--arch", "B3"))
     assert "not RepVGG-B3" in failed(run("eval", graph, "--arch", "B3", "--data", graph.parent))

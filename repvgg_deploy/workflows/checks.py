@@ -1,0 +1,78 @@
+"""What can be wrong with a request, found before the work that would be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.graphs.repvgg import LOWEST_OPSET
+from repvgg_deploy.images.labelled import list_labelled_images
+from repvgg_deploy.images.sources import list_images
+from repvgg_deploy.nets.spec import ArchSpec
+from repvgg_deploy.workflows.export_request import ExportRequest, Int8Request
+
+
+def check_request(request: ExportRequest, backend: Any) -> None:
+    """Check what the options say by themselves, before a checkpoint is read.
+
+    Raises:
+        DeployError: an option is out of range, or names a folder or a recipe that cannot be used.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if not LOWEST_OPSET <= request.opset <= newest:
+        raise GraphError(f"--opset {request.opset} is not supported", f"from {LOWEST_OPSET} to {newest}")
+    if request.features is not None and (request.softmax or request.topk is not None):
+        raise GraphError("--softmax and --topk are for classes, and --features has none", "leave them out")
+    if request.class_names is not None and request.topk is not None and request.topk > len(request.class_names):
+        raise GraphError(
+            f"--topk {request.topk} is more than the {len(request.class_names)} classes of --labels", "a smaller --topk"
+        )
+    if request.verify_data is not None:
+        _check("--verify-data", list_images, request.verify_data)
+    if backend is not None:
+        request.build.check(backend)
+    if request.int8 is not None:
+        _check_int8(request.int8)
+
+
+def _check_int8(request: Int8Request) -> None:
+    from repvgg_deploy.quantization.recipe import load_recipe
+
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise DeployError("--calib-device cuda: torch sees no CUDA GPU here", "leave it out, or install torch for CUDA")
+    load_recipe(request.recipe)
+    if request.images is not None:
+        _check("--calib", list_images, request.images)
+    if request.validation is not None:
+        _check("--val", list_labelled_images, request.validation)
+
+
+def _check(option: str, read: Callable[[Path], object], path: Path) -> None:
+    """Read what an option names; an error says which option it was."""
+    try:
+        read(path)
+    except DeployError as error:
+        raise type(error)(f"{option}: {error.message}", error.hint) from error
+
+
+def check_classes(request: ExportRequest, spec: ArchSpec) -> None:
+    """Check the options about classes against those of the checkpoint.
+
+    Raises:
+        DeployError: there are more or fewer labels than classes, or --topk asks for more than there are.
+    """
+    names, classes = request.class_names, spec.classes
+    if not classes:
+        # A backbone: there is nothing that either option could be about.
+        return
+    if names is not None and len(names) != classes:
+        raise DeployError(
+            f"--labels has {len(names)} names, and the checkpoint {classes} classes", "give one class per line"
+        )
+    if request.features is None and request.topk is not None and request.topk > classes:
+        raise GraphError(f"--topk {request.topk} is more than the {classes} classes", f"from 1 to {classes}")
