@@ -19,8 +19,8 @@ from repvgg_deploy.progress import Progress
 F = TypeVar("F", bound=Callable[..., Any])
 
 GROUPS = (
-    "Input", "Preprocessing", "Decoding", "INT8", "Graph", "Engine", "Backend", "Measuring", "Verification", "Limits",
-    "Output",
+    "Input", "Preprocessing", "Decoding", "INT8", "Graph", "Engine", "Backend", "Cluster", "Measuring", "Verification",
+    "Limits", "Output",
 )  # fmt: skip
 """The order of the groups of options in every help text."""
 

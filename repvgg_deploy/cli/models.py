@@ -16,10 +16,12 @@ from repvgg_deploy.cli.options import (
     output_options,
     path_argument,
     preprocessing_options,
+    ray_options,
     take_checkpoint,
     take_decoding,
     take_exact_integers,
     take_preprocessing,
+    take_ray,
     trust_option,
 )
 from repvgg_deploy.errors import ThresholdError
@@ -126,6 +128,7 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
 )
 @integers_option
 @trust_option
+@ray_options
 @option_group("Limits", click.option("--min-top1", type=float, metavar="P", help="Smallest top-1, percent."))
 @output_options
 def eval_(model: Path, data: Path, batch: int, strict: bool, min_top1: float | None, **options: Any) -> Any:
@@ -140,14 +143,22 @@ def eval_(model: Path, data: Path, batch: int, strict: bool, min_top1: float | N
     from repvgg_deploy.runtime.model import open_model
     from repvgg_deploy.workflows.evaluate import EvaluationOptions, evaluate
 
-    preprocessing = take_preprocessing(options)
-    settings = EvaluationOptions(options.pop("ground_truth"), take_decoding(options))
-    source, exact = take_checkpoint(options), take_exact_integers(options)
+    ground_truth, cluster = options.pop("ground_truth"), take_ray(options)
+    decoding, preprocessing = take_decoding(options), take_preprocessing(options)
+    source, options["exact_integers"] = take_checkpoint(options), take_exact_integers(options)
     with show_progress() as progress:
-        opened = open_model(model, preprocessing, source, exact_integers=exact, **options)
-        for note in opened.notes:
-            progress.note(f"note: {note}")
-        result = evaluate(opened, data, batch, strict, progress, settings)
+        if cluster is not None:
+            from repvgg_deploy.serving import PredictOptions, PredictorSpec
+            from repvgg_deploy.workflows.on_ray import RayEvaluationRequest, evaluate_on_ray
+
+            wanted = PredictOptions(batch=batch, decoding=decoding)
+            spec = PredictorSpec(model, preprocessing, source, options=wanted, **options)
+            result = evaluate_on_ray(RayEvaluationRequest(spec, data, ground_truth, strict), cluster, progress)
+        else:
+            opened = open_model(model, preprocessing, source, **options)
+            for note in opened.notes:
+                progress.note(f"note: {note}")
+            result = evaluate(opened, data, batch, strict, progress, EvaluationOptions(ground_truth, decoding))
         for path, reason in result.broken.items():
             progress.note(f"warning: left out: {reason if path in reason else f'{path}: {reason}'}")
     failure = None

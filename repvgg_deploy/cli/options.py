@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from repvgg_deploy.checkpoints import CheckpointOptions
     from repvgg_deploy.engine.options import BuildOptions
     from repvgg_deploy.images.decoding import DecodingOptions
+    from repvgg_deploy.serving.ray_cluster import RayOptions
     from repvgg_deploy.workflows.export_request import Int8Request
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -150,6 +151,16 @@ trust_option = option_group(
 )
 """Whether an engine without a matching sidecar is run."""
 
+ray_options = option_group(
+    "Cluster",
+    click.option("--ray", is_flag=False, flag_value="auto", metavar="[ADDRESS]",
+                 help="Run on a Ray cluster: the one of this machine, or that of ADDRESS; `local` starts one."),
+    click.option("--ray-actors", type=click.IntRange(min=1), default=1, metavar="N", help="Processes with a model."),
+    click.option("--ray-cpus", type=FiniteRange(min=0), default=1.0, metavar="N", help="Cores per process."),
+    click.option("--ray-gpus", type=FiniteRange(min=0), default=0.0, metavar="N", help="GPUs per process, or a share."),
+)  # fmt: skip
+"""Where a command runs, if not here."""
+
 output_options = option_group(
     "Output",
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout, and nothing else."),
@@ -244,6 +255,24 @@ def take_build(values: dict[str, Any]) -> BuildOptions:
         workspace_bytes=None if workspace is None else workspace << 20,
         **{name: values.pop(name) for name in _BUILD if name in values},
     )
+
+
+def take_ray(values: dict[str, Any]) -> RayOptions | None:
+    """Remove the cluster's options from `values` and return them as one object; None without `--ray`.
+
+    Raises:
+        click.UsageError: an option that only a cluster has is given without it.
+    """
+    address = values.pop("ray")
+    numbers = {name: values.pop(f"ray_{name}") for name in ("actors", "cpus", "gpus")}
+    if address is None:
+        for name in numbers:
+            if is_given(f"ray_{name}"):
+                raise click.UsageError(f"--ray-{name} is for --ray.")
+        return None
+    from repvgg_deploy.serving.ray_cluster import RayOptions
+
+    return RayOptions(address, **numbers)
 
 
 def take_exact_integers(values: dict[str, Any]) -> bool:

@@ -16,16 +16,20 @@ from repvgg_deploy.cli.options import (
     output_options,
     path_argument,
     preprocessing_options,
+    ray_options,
     take_checkpoint,
     take_decoding,
     take_exact_integers,
     take_preprocessing,
+    take_ray,
     trust_option,
 )
 
 if TYPE_CHECKING:
+    from repvgg_deploy.progress import Progress
     from repvgg_deploy.serving import PredictorSpec
-    from repvgg_deploy.workflows.predict import PredictSummary
+    from repvgg_deploy.serving.ray_cluster import RayOptions
+    from repvgg_deploy.workflows.predict import PredictRequest, PredictSummary
 
 
 @click.command(
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
 )
 @integers_option
 @trust_option
+@ray_options
 @option_group(
     "Output",
     click.option(
@@ -75,22 +80,36 @@ def predict(
     one path per line, image files, or - for paths on standard input. MODEL is a checkpoint, an ONNX graph or an
     engine. A row has the image's path, and its best classes with names and scores, or an error.
 
-    FILE appears when all rows are there; until then FILE.partial keeps the finished ones for --resume.
+    FILE appears when all rows are there; until then FILE.partial keeps the finished ones for --resume. With --ray it
+    is a folder of Parquet files.
     """
-    from repvgg_deploy.workflows.predict import PredictRequest, predict_to_file, print_predictions
+    from repvgg_deploy.workflows.predict import PredictRequest, print_predictions
 
     session_json = click.get_current_context().find_root().obj.as_json
     if output == "-" and (resume or session_json):
         raise click.UsageError("--resume and --json are for -o FILE; without it the rows themselves are printed.")
-    request = PredictRequest(_take_spec(model, options), images, Path(output), resume, strict)
+    cluster = take_ray(options)
+    if cluster is not None and (output == "-" or resume):
+        raise click.UsageError("--ray needs -o DIR, and has no --resume: the cluster itself tries again.")
+    request = PredictRequest(take_spec(model, options), images, Path(output), resume, strict)
     with show_progress() as progress:
-        summary = None if output == "-" else predict_to_file(request, progress)
+        summary = None if output == "-" else _run(request, cluster, progress)
         broken = print_predictions(request, sys.stdout.write, progress) if summary is None else summary.broken
         if broken:
             progress.note(f"warning: {broken:,} images could not be read; their rows have an error")
     if summary is None:
         return Outcome({}, lambda: None)
     return Outcome(summary.to_dict(), lambda: _show(summary))
+
+
+def _run(request: PredictRequest, cluster: RayOptions | None, progress: Progress) -> PredictSummary:
+    if cluster is None:
+        from repvgg_deploy.workflows.predict import predict_to_file
+
+        return predict_to_file(request, progress)
+    from repvgg_deploy.workflows.on_ray import predict_on_ray
+
+    return predict_on_ray(request, cluster, progress)
 
 
 def _show(summary: PredictSummary) -> None:
@@ -109,7 +128,7 @@ def _show(summary: PredictSummary) -> None:
     )
 
 
-def _take_spec(model: Path, options: dict[str, Any]) -> PredictorSpec:
+def take_spec(model: Path, options: dict[str, Any]) -> PredictorSpec:
     """Remove the options of the model and of its predictions from `options` and return them as one object."""
     from repvgg_deploy.serving import PredictOptions, PredictorSpec
 

@@ -90,7 +90,7 @@ def evaluate(
     model.require_classes()
     options = options or EvaluationOptions()
     images = list_labelled_images(folder, options.ground_truth)
-    to_class = _map_classes(model, images)
+    to_class = map_classes(images, model.class_names, model.classes)
     advance = count_steps(progress, "evaluating", len(images.paths))
     broken = BrokenImages({entry: f"{entry} cannot be read ({entry.reason})" for entry in images.unreadable})
     size = model.runner.batch or batch
@@ -221,20 +221,24 @@ def _integers(runner: Runner) -> str | None:
     return "exact" if getattr(runner, "exact_integers", False) else "native"
 
 
-def _map_classes(model: Model, images: LabelledImages) -> NDArray[np.int64]:
-    """The model's class for each label: by name where the model knows its classes, else by the sorted order."""
+def map_classes(images: LabelledImages, class_names: tuple[str, ...] | None, classes: int | None) -> NDArray[np.int64]:
+    """The model's class for each label: by name where the model knows its classes, else by the sorted order.
+
+    Raises:
+        DeployError: the labels cannot be the model's classes.
+    """
     names = images.class_names
     if names is None:
         # The ground truth has the model's own numbers.
         highest = max(images.labels)
-        if model.classes is not None and highest >= model.classes:
+        if classes is not None and highest >= classes:
             raise DeployError(
-                f"the ground truth has class {highest}, the model's classes are 0 to {model.classes - 1}",
+                f"the ground truth has class {highest}, the model's classes are 0 to {classes - 1}",
                 "number the classes from 0, in the order of the model's outputs",
             )
         return np.arange(highest + 1)
-    if model.class_names is not None:
-        known = _index_names(model.class_names)
+    if class_names is not None:
+        known = _index_names(class_names)
         unknown = [name for name in names if name not in known]
         if not unknown:
             return np.array([known[name] for name in names])
@@ -243,9 +247,9 @@ def _map_classes(model: Model, images: LabelledImages) -> NDArray[np.int64]:
                 f"the folder {unknown[0]} is none of the model's classes, others are",
                 "name the folders as the model's classes are, or all of them otherwise, to be taken in sorted order",
             )
-    if model.classes is not None and len(names) != model.classes:
+    if classes is not None and len(names) != classes:
         raise DeployError(
-            f"the folder has {len(names)} classes, the model {model.classes}",
+            f"the folder has {len(names)} classes, the model {classes}",
             "give one folder per class, or export with --labels, whose names are then matched with the folders'",
         )
     return np.arange(len(names))

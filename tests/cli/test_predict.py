@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,21 @@ def test_json_is_a_summary_and_broken_images_are_counted(
 def test_options_of_a_file_need_one(option: str, checkpoint_file: Path, image_folder: Path) -> None:
     _, stderr = run(checkpoint_file, image_folder, option, status=2)
     assert "are for -o FILE" in stderr
+
+
+@pytest.mark.parametrize("arguments", [["--ray"], ["--ray", "local", "-o", "rows", "--resume"], ["--ray-actors", "2"]])
+def test_options_of_a_cluster_that_contradict_others_are_wrong_usage(
+    arguments: list[str], checkpoint_file: Path, image_folder: Path
+) -> None:
+    _, stderr = run(checkpoint_file, image_folder, *arguments, status=2)
+    assert "--ray" in stderr
+
+
+def test_missing_ray_says_what_to_install(
+    checkpoint_file: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    _, stderr = run(checkpoint_file, image_folder, "--ray", "local", "-o", tmp_path / "rows", status=1)
+    assert "error: Ray is not installed\nhint: pip install 'repvgg-deploy[ray]'" in stderr
+    assert not list(tmp_path.glob("rows*"))
