@@ -174,7 +174,7 @@ def predict_dataset(ray: Any, spec: PredictorSpec, sources: Sequence[ImageSource
         fn_constructor_args=(spec,),
         batch_size=spec.options.batch,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=options.actors),
+        compute=ray.data.ActorPoolStrategy(size=min(options.actors, len(parts))),
         num_cpus=options.cpus,
         num_gpus=options.gpus or None,
     )
