@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.errors import DeployError, ImageError, VerificationError
+from repvgg_deploy.files import undone_on_abort
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.serving import PredictorSpec
@@ -84,8 +85,9 @@ def _new_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise DeployError(f"cannot write to {folder}: {error.strerror}", "choose another -o") from error
     try:
-        yield folder
-        folder.replace(output)
+        with undone_on_abort(lambda: shutil.rmtree(folder, ignore_errors=True)):
+            yield folder
+            folder.replace(output)
     finally:
         with suppress(FileNotFoundError):
             shutil.rmtree(folder)
