@@ -148,7 +148,7 @@ def draw_weights(net: RepVGG) -> Figure:
     blocks = [block for block in net.blocks() if hasattr(block, "branch_identity")]
     branch = torch.cat([_peaks(branch_kernels(block)["3×3 branch"]) for block in blocks])
     fused = torch.cat([_peaks(equivalent_kernel_bias(block)[0].detach()) for block in blocks])
-    bins = np.linspace(0, float(max(branch.max(), fused.max())), 40)
+    bins: list[float] = np.linspace(0, float(max(branch.max(), fused.max())), 40).tolist()
     axes.hist(branch.numpy(), bins, color=BLUE, alpha=0.75, label="3×3 branch")
     axes.hist(fused.numpy(), bins, color=ORANGE, alpha=0.75, label="fused kernel")
     axes.set(xlabel="largest weight of a filter / root mean square of its weights", ylabel="filters")
