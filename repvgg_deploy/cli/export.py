@@ -22,10 +22,12 @@ from repvgg_deploy.cli.options import (
     read_labels,
     take_build,
     take_checkpoint,
+    take_graph,
     take_int8,
     take_preprocessing,
 )
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
+from repvgg_deploy.graphs.simplification import SimplificationCheck
 
 
 def _check_folder(_context: click.Context, _option: click.Parameter, folder: Path) -> Path:
@@ -79,26 +81,27 @@ def export(ckpt: Path, output: Path, fp16: bool, int8: bool, layers: bool, label
         raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is for what is not INT8.")
     class_names = read_labels(labels)
     prepare_process()
-    with quick_imports():
-        from repvgg_deploy.artifacts import Precision
-        from repvgg_deploy.cli.tables import print_export
-        from repvgg_deploy.workflows.export import export as run_export
-        from repvgg_deploy.workflows.export_request import ExportRequest
+    # It loads on another core while torch is imported on this one.
+    with SimplificationCheck() as simplification:
+        with quick_imports():
+            from repvgg_deploy.artifacts import Precision
+            from repvgg_deploy.cli.tables import print_export
+            from repvgg_deploy.workflows.export import export as run_export
+            from repvgg_deploy.workflows.export_request import ExportRequest
 
-    request = ExportRequest(
-        checkpoint=ckpt,
-        output=output,
-        source=take_checkpoint(options),
-        precision=Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,
-        int8=take_int8(options, wanted=int8),
-        build=take_build(options),
-        io=Precision(options.pop("io")),
-        class_names=class_names,
-        preprocessing=take_preprocessing(options),
-        **options,
-    )
-    with show_progress() as progress:
-        result = run_export(request, progress)
+        request = ExportRequest(
+            checkpoint=ckpt,
+            output=output,
+            source=take_checkpoint(options),
+            precision=Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,
+            int8=take_int8(options, wanted=int8),
+            build=take_build(options),
+            graph=take_graph(options, class_names),
+            preprocessing=take_preprocessing(options),
+            **options,
+        )
+        with show_progress() as progress:
+            result = run_export(request, progress, simplification)
     images = "synthetic images" if request.verify_data is None else f"images of {request.verify_data}"
     return Outcome(result.to_dict(), lambda: print_export(result, layers, images))
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from repvgg_deploy.engine.options import BuildOptions
     from repvgg_deploy.images.decoding import DecodingOptions
     from repvgg_deploy.serving.ray_cluster import RayOptions
-    from repvgg_deploy.workflows.export_request import Int8Request
+    from repvgg_deploy.workflows.export_request import GraphRequest, Int8Request
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -229,6 +229,16 @@ _BUILD = (
     "batch_range", "workspace", "optimization_level", "refittable", "strip_weights", "hardware_compatibility",
     "compute_capability", "version_compatible", "timing_cache", "tf32",
 )  # fmt: skip
+
+
+def take_graph(values: dict[str, Any], class_names: tuple[str, ...] | None) -> GraphRequest:
+    """Remove what is asked of the graph from `values` and return it as one object."""
+    from repvgg_deploy.artifacts import Precision
+    from repvgg_deploy.workflows.export_request import GraphRequest
+
+    names = ("opset", "uint8_input", "softmax", "topk", "features")
+    given = {name: values.pop(name) for name in names}
+    return GraphRequest(batch=values.pop("batch"), io=Precision(values.pop("io")), class_names=class_names, **given)
 
 
 def take_build(values: dict[str, Any]) -> BuildOptions:

@@ -17,11 +17,7 @@ from repvgg_deploy.files import scratch_folder
 from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
-from repvgg_deploy.verification.parity import compare_outputs, require_parity
-
-# Largest relative differences of the scores. TF32 has the mantissa of FP16; in INT8 a value on the border between two
-# steps may fall to either side in every layer.
-MAX_RELATIVE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 3e-2, "int8": 1e-1, "unknown": 1e-1}
+from repvgg_deploy.verification.parity import MAX_RELATIVE, compare_outputs, require_parity
 
 
 def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Array]) -> Parity:
@@ -42,7 +38,7 @@ def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Arr
         # The K scores are sorted, so their argmax says nothing; the classes beside them do.
         same = expected["classes"][:, 0] == outputs["classes"][:, 0]
         parity = Parity(parity.max_abs, parity.relative, parity.cosine, 100 * float(same.mean()), parity.images)
-    require_parity("the engine", parity, MAX_RELATIVE[runner.precision])
+    require_parity("the engine", parity, MAX_RELATIVE["engine"][runner.precision])
     return parity
 
 

@@ -16,7 +16,7 @@ from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import Model, is_engine, is_onnx, open_model, softmax
 from repvgg_deploy.verification.inputs import choose_pixels
-from repvgg_deploy.verification.parity import compare_outputs, require_parity
+from repvgg_deploy.verification.parity import MAX_RELATIVE, compare_outputs, require_parity
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Tolerance:
             ThresholdError: a limit that the user set is exceeded, or a figure is not a number.
             VerificationError: the default limit for their precisions is.
         """
+        allowed = MAX_RELATIVE["models"]
         # A graph of unknown origin is held to float32: a looser tolerance is the user's to give.
-        coarsest = max(_MAX_RELATIVE.get(precision, _MAX_RELATIVE["fp32"]) for precision in precisions)
+        coarsest = max(allowed.get(precision, allowed["fp32"]) for precision in precisions)
         if self.max_relative is None:
             require_parity("verify", parity, coarsest)
         elif not parity.relative <= self.max_relative:
@@ -53,10 +54,6 @@ class Tolerance:
 
 
 _LOOK = "see with `inspect` whether both are of one checkpoint, and take the same preprocessing"
-
-# Float32 arithmetic alone costs 1e-6 to 1e-5 on nets of this depth; FP16 has a rounding of 5e-4, accumulated over the
-# layers. INT8 is no copy of the net: what it may cost is a matter of accuracy, not of equality.
-_MAX_RELATIVE = {"fp64": 1e-4, "fp32": 1e-4, "tf32": 1e-2, "fp16": 3e-2, "int8": 0.5}
 
 
 def verify_models(

@@ -10,6 +10,18 @@ from numpy.typing import NDArray
 from repvgg_deploy.artifacts import Parity
 from repvgg_deploy.errors import VerificationError
 
+# Largest relative differences of the outputs, by what is compared and in which precision. Float32 arithmetic alone
+# costs 1e-6 to 1e-5 on nets of this depth. FP16 and TF32 have a rounding of 5e-4, accumulated over the layers. Between
+# two runs of one INT8 graph a value on the border between two steps may fall to either side in every layer.
+MAX_RELATIVE = {
+    # A stage of an export and the one before.
+    "stage": {"fp32": 1e-4, "fp16": 3e-2, "int8": 1e-1},
+    # An engine and its graph in ONNX Runtime; a GPU sums in an order of its own.
+    "engine": {"fp32": 1e-3, "tf32": 1e-2, "fp16": 3e-2, "int8": 1e-1, "unknown": 1e-1},
+    # Any two models. INT8 is not a copy of the net: what it may cost is a matter of accuracy, not of equality.
+    "models": {"fp64": 1e-4, "fp32": 1e-4, "tf32": 1e-2, "fp16": 3e-2, "int8": 0.5},
+}
+
 
 def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) -> Parity:
     """The differences of `candidate` from `reference`, both (images, …), computed in float64.

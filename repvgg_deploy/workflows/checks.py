@@ -24,13 +24,18 @@ def check_request(request: ExportRequest, backend: Any) -> None:
         DeployError: an option is out of range, or names a folder or a recipe that cannot be used.
     """
     newest = onnx.defs.onnx_opset_version()
-    if not LOWEST_OPSET <= request.opset <= newest:
-        raise GraphError(f"--opset {request.opset} is not supported", f"from {LOWEST_OPSET} to {newest}")
-    if request.features is not None and (request.softmax or request.topk is not None):
+    if not LOWEST_OPSET <= request.graph.opset <= newest:
+        raise GraphError(f"--opset {request.graph.opset} is not supported", f"from {LOWEST_OPSET} to {newest}")
+    if request.graph.features is not None and (request.graph.softmax or request.graph.topk is not None):
         raise GraphError("--softmax and --topk are for classes, and --features has none", "leave them out")
-    if request.class_names is not None and request.topk is not None and request.topk > len(request.class_names):
+    if (
+        request.graph.class_names is not None
+        and request.graph.topk is not None
+        and request.graph.topk > len(request.graph.class_names)
+    ):
         raise GraphError(
-            f"--topk {request.topk} is more than the {len(request.class_names)} classes of --labels", "a smaller --topk"
+            f"--topk {request.graph.topk} is more than the {len(request.graph.class_names)} classes of --labels",
+            "a smaller --topk",
         )
     if request.verify_data is not None:
         _check("--verify-data", list_images, request.verify_data)
@@ -66,7 +71,7 @@ def check_classes(request: ExportRequest, spec: ArchSpec) -> None:
     Raises:
         DeployError: there are more or fewer labels than classes, or --topk asks for more than there are.
     """
-    names, classes = request.class_names, spec.classes
+    names, classes = request.graph.class_names, spec.classes
     if not classes:
         # A backbone: there is nothing that either option could be about.
         return
@@ -74,5 +79,5 @@ def check_classes(request: ExportRequest, spec: ArchSpec) -> None:
         raise DeployError(
             f"--labels has {len(names)} names, and the checkpoint {classes} classes", "give one class per line"
         )
-    if request.features is None and request.topk is not None and request.topk > classes:
-        raise GraphError(f"--topk {request.topk} is more than the {classes} classes", f"from 1 to {classes}")
+    if request.graph.features is None and request.graph.topk is not None and request.graph.topk > classes:
+        raise GraphError(f"--topk {request.graph.topk} is more than the {classes} classes", f"from 1 to {classes}")

@@ -10,7 +10,7 @@ from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, Preprocess
 from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.graphs.layers import Fp16Rounding
-from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET
+from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET, GraphOptions
 from repvgg_deploy.workflows.choices import Choices
 
 if TYPE_CHECKING:
@@ -59,10 +59,59 @@ class Int8Request:
 
 
 @dataclass(frozen=True)
-class ExportRequest:
-    """All that `export` is asked for; see `GraphOptions` for the graph's part and `BuildOptions` for the engine's.
+class GraphRequest:
+    """What the graph takes and gives, whatever the size of its images; see `GraphOptions`.
 
-    `features`: () for the pooled features in place of logits, stage numbers for the maps of these, None for logits.
+    Attributes:
+        batch: a fixed batch, or None for a dynamic one.
+        opset: of the default ONNX domain.
+        io: type of the input and output tensors, fp32 or fp16.
+        uint8_input: the graph takes uint8 NHWC pixels 0-255 and normalizes them itself.
+        softmax: the output is `probabilities` in place of `logits`.
+        topk: the outputs are the K largest `scores` and their `classes`.
+        features: () for the pooled features in place of logits, stage numbers for the maps of these, None for logits.
+        class_names: of the logits; by default those of the checkpoint.
+    """
+
+    batch: int | None = None
+    opset: int = DEFAULT_OPSET
+    io: Precision = Precision.FP32
+    uint8_input: bool = False
+    softmax: bool = False
+    topk: int | None = None
+    features: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def options(self, preprocessing: Preprocessing) -> GraphOptions:
+        """The same for images of this size and normalization."""
+        return GraphOptions(
+            height=preprocessing.height,
+            width=preprocessing.width,
+            batch=self.batch,
+            opset=self.opset,
+            io=self.io,
+            uint8_input=preprocessing if self.uint8_input else None,
+            softmax=self.softmax,
+            topk=self.topk,
+        )
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """All that `export` is asked for; see `BuildOptions` for the engine's part.
+
+    Attributes:
+        checkpoint: the file to export.
+        output: the folder that the files go to.
+        source: how the checkpoint is read.
+        precision: of the graph's convolutions.
+        preprocessing: what the user said of it.
+        int8: needed for that precision.
+        graph: what the graph takes and gives.
+        verify_data: images that the stages are compared on; by default a few synthetic ones.
+        verify_full: compare every stage at full size, on 16 images.
+        engine: `auto`, `tensorrt`, `tensorrt-rtx` or `none`.
+        build: how the engine is built.
 
     Example:
         >>> from repvgg_deploy import ExportRequest, Precision
@@ -77,14 +126,7 @@ class ExportRequest:
     precision: Precision = Precision.FP32
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     int8: Int8Request | None = None
-    batch: int | None = None
-    opset: int = DEFAULT_OPSET
-    io: Precision = Precision.FP32
-    uint8_input: bool = False
-    softmax: bool = False
-    topk: int | None = None
-    features: tuple[int, ...] | None = None
-    class_names: tuple[str, ...] | None = None
+    graph: GraphRequest = field(default_factory=GraphRequest)
     verify_data: Path | None = None
     verify_full: bool = False
     engine: str = "none"

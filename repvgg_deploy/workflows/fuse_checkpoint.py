@@ -18,10 +18,8 @@ from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.settings import StructureOptions
 from repvgg_deploy.verification.inputs import choose_small_pixels
-from repvgg_deploy.verification.parity import compare_outputs, require_parity
+from repvgg_deploy.verification.parity import MAX_RELATIVE, compare_outputs, require_parity
 from repvgg_deploy.verification.reference import run_fused, run_in_float64
-
-_MAX_RELATIVE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,6 @@ def write_fused(
         same = StructureOptions(spec.strides, str(spec.activation), spec.bn_eps)
         again = build(load_checkpoint(written, structure=same))
         parity = compare_outputs(reference, run_fused(again, images)[0][0])
-        require_parity("the written file", parity, _MAX_RELATIVE)
+        require_parity("the written file", parity, MAX_RELATIVE["stage"]["fp32"])
         del again
     return FusedFile(target, checkpoint.arch, chosen, count_parameters(fused.spec), parity)

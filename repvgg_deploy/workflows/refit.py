@@ -21,7 +21,7 @@ from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import is_onnx
 from repvgg_deploy.verification.engine import check_where_possible, run_as_engine
 from repvgg_deploy.workflows.export import export
-from repvgg_deploy.workflows.export_request import ExportRequest
+from repvgg_deploy.workflows.export_request import ExportRequest, GraphRequest
 
 
 def refit_in_place(plan: Path, weights: Path, progress: Progress = SILENT) -> Engine:
@@ -78,13 +78,15 @@ def export_for_refit(side: Sidecar, checkpoint: Path, folder: Path, progress: Pr
         preprocessing=PreprocessingOptions((options.height, options.width))
         if images is None
         else PreprocessingOptions.same_as(images),
-        batch=options.batch,
-        io=options.io,
-        uint8_input=options.uint8_input is not None,
-        softmax=options.softmax,
-        topk=options.topk,
+        graph=GraphRequest(
+            batch=options.batch,
+            io=options.io,
+            uint8_input=options.uint8_input is not None,
+            softmax=options.softmax,
+            topk=options.topk,
+            features=_features(side.provenance.extra.get("outputs")),
+        ),
         source=CheckpointOptions(structure=recorded_structure(side.provenance.extra.get("assumed"))),
-        features=_features(side.provenance.extra.get("outputs")),
     )
     return export(request, progress).onnx
 

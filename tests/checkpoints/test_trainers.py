@@ -12,13 +12,13 @@ import onnxruntime
 import pytest
 import torch
 from helpers.library_nets import OPENMMLAB, Backbone, Official
+from helpers.requests import make_request
 from helpers.small_nets import randomize
 from torch import Tensor, nn
 
 from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.checkpoints import attributes_of, load_checkpoint
 from repvgg_deploy.workflows.export import export
-from repvgg_deploy.workflows.export_request import ExportRequest
 
 Save = Callable[..., Path]
 SIZE = 32
@@ -27,7 +27,7 @@ SIZE = 32
 def exported(path: Path, images: Tensor, **options: Any) -> Tensor:
     """The logits of the graph that is exported from a checkpoint."""
     preprocessing = PreprocessingOptions(size=(SIZE, SIZE))
-    result = export(ExportRequest(path, path.parent / "out", preprocessing=preprocessing, **options))
+    result = export(make_request(path, path.parent / "out", preprocessing=preprocessing, **options))
     session = onnxruntime.InferenceSession(result.onnx)
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 

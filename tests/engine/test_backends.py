@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 from helpers.engine_graphs import provenance, rtx_backend, small_onnx
 from helpers.progress import Heard
+from helpers.requests import make_request
 from helpers.sidecars import make_side
 
 from repvgg_deploy.artifacts import Precision
@@ -29,7 +30,6 @@ from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 from repvgg_deploy.progress import SILENT
 from repvgg_deploy.workflows.export import export
-from repvgg_deploy.workflows.export_request import ExportRequest
 from repvgg_deploy.workflows.refit import _check_refitted, export_for_refit
 
 without_gpu = pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
@@ -178,7 +178,7 @@ def test_a_checkpoint_becomes_the_graph_that_fits_the_engine(tmp_path: Path) -> 
     demo = data_folder("models") / "demo.safetensors"
     if not demo.is_file():
         pytest.skip("the demo checkpoint is not here")
-    request = ExportRequest(demo, tmp_path, precision=Precision.FP16, batch=3, uint8_input=True, topk=2)
+    request = make_request(demo, tmp_path, precision=Precision.FP16, batch=3, uint8_input=True, topk=2)
     first = export(request).onnx
     engine = build_engine(first, rtx_backend(), NO_CACHE, tmp_path)
     folder = tmp_path / "again"

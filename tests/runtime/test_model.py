@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers.requests import make_request
 from helpers.small_nets import make_net, name_in_layout
 from onnx import TensorProto, helper
 
@@ -21,7 +22,7 @@ from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.runtime.model import is_onnx, open_model, rank_classes
-from repvgg_deploy.workflows.export import ExportRequest, export
+from repvgg_deploy.workflows.export import export
 
 Save = Callable[..., Path]
 SMALL = PreprocessingOptions(size=(32, 32))
@@ -33,7 +34,7 @@ def graph(checkpoint_file: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def make(**options: Any) -> Path:
         source = options.pop("checkpoint", checkpoint_file)
-        return export(ExportRequest(source, tmp_path, **{"preprocessing": SMALL, **options})).onnx
+        return export(make_request(source, tmp_path, **{"preprocessing": SMALL, **options})).onnx
 
     return make
 
@@ -141,7 +142,7 @@ def test_single_channel_net_takes_the_luma_of_rgb_pixels(uint8_input: bool, save
     path = save(name_in_layout(make_net(in_channels=1), "official"))
     rgb = pixels()
     gray = open_model(path, SMALL).run_pixels(rgb)["logits"]
-    exported = export(ExportRequest(path, tmp_path, preprocessing=SMALL, uint8_input=uint8_input)).onnx
+    exported = export(make_request(path, tmp_path, preprocessing=SMALL, uint8_input=uint8_input)).onnx
     assert np.allclose(open_model(exported).run_pixels(rgb)["logits"], gray, rtol=1e-3, atol=1e-4)
 
 
@@ -150,7 +151,7 @@ def test_pixels_of_other_channels_than_the_model_takes_are_an_error(
     uint8_input: bool, save: Save, tmp_path: Path
 ) -> None:
     path = save(name_in_layout(make_net(in_channels=4), "official"))
-    exported = export(ExportRequest(path, tmp_path, preprocessing=SMALL, uint8_input=uint8_input)).onnx
+    exported = export(make_request(path, tmp_path, preprocessing=SMALL, uint8_input=uint8_input)).onnx
     for model in (open_model(path, SMALL), open_model(exported)):
         assert model.run_pixels(pixels(channels=4))["logits"].shape == (3, 5)
         with pytest.raises(DeployError, match="takes 4 channels"):

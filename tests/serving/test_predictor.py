@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.pictures import noise
+from helpers.requests import make_request
 from PIL import Image
 
 from repvgg_deploy.artifacts import PreprocessingOptions
@@ -20,7 +21,6 @@ from repvgg_deploy.runtime.model import Model, open_model, softmax
 from repvgg_deploy.serving import PredictOptions, Predictor, PredictorSpec
 from repvgg_deploy.serving.predictor import NOT_FINITE
 from repvgg_deploy.workflows.export import export
-from repvgg_deploy.workflows.export_request import ExportRequest
 
 SMALL = PreprocessingOptions(size=(32, 32))
 NAMES = tuple("abcde")
@@ -85,7 +85,7 @@ def test_model_without_names_gives_none_and_fewer_classes_than_asked_for(checkpo
 def test_graphs_of_every_output_are_predicted_as_their_checkpoint(
     options: dict[str, Any], checkpoint_file: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, **options)).onnx
+    graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL, **options)).onnx
     paths = list_images(image_folder)
     wanted = PredictOptions(topk=3)
     for ours, theirs in zip(
@@ -104,7 +104,7 @@ def test_logits_are_added_with_all_their_digits(model: Model) -> None:
 
 
 def test_output_that_the_graph_lacks_is_an_error(checkpoint_file: Path, tmp_path: Path) -> None:
-    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, softmax=True)).onnx
+    graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL, softmax=True)).onnx
     for output in ("logits", "features"):
         with pytest.raises(GraphError, match=f"gives probabilities, not {output}"):
             Predictor(graph, PredictOptions(output=output))([noise(32, 32)])

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from helpers.progress import Heard
+from helpers.requests import make_request
 from helpers.small_nets import make_net, name_in_layout
 
 from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
@@ -24,7 +25,7 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.runtime.model import Model, open_model, softmax
 from repvgg_deploy.verification.models import Tolerance, verify_models
 from repvgg_deploy.workflows.evaluate import EvaluationOptions, Hits, evaluate
-from repvgg_deploy.workflows.export import ExportRequest, export
+from repvgg_deploy.workflows.export import export
 
 Save = Callable[..., Path]
 SMALL = PreprocessingOptions(size=(32, 32))
@@ -75,7 +76,7 @@ def test_batch_size_does_not_change_the_accuracy(batch: int, model: Model, image
 def test_exported_graph_is_as_accurate_as_its_checkpoint(
     options: dict[str, Any], model: Model, checkpoint_file: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, **options)).onnx
+    graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL, **options)).onnx
     result = evaluate(open_model(graph), image_folder)
     assert result.top1 == evaluate(model, image_folder).top1
     assert result.top5 == (None if options.get("topk") else 100)
@@ -169,7 +170,7 @@ def damage_classifier(graph: Path, value: float) -> Path:
 
 @pytest.fixture
 def graph(checkpoint_file: Path, tmp_path: Path) -> Path:
-    return export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL)).onnx
+    return export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL)).onnx
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -196,7 +197,7 @@ def test_copies_of_one_image_may_have_the_same_scores(model: Model, image_folder
 
 
 def test_single_best_class_may_have_one_score(image_folder: Path, checkpoint_file: Path, tmp_path: Path) -> None:
-    best = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, topk=1)).onnx
+    best = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL, topk=1)).onnx
     assert evaluate(open_model(best), image_folder).images == 15
 
 
@@ -250,7 +251,7 @@ STRICT = Tolerance(max_relative=1e-5)
 
 
 def test_checkpoint_and_its_graph_agree(checkpoint_file: Path, tmp_path: Path) -> None:
-    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL)).onnx
+    graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL)).onnx
     for pair in ((checkpoint_file, graph), (graph, checkpoint_file), (graph, graph)):
         parity = verify_models(*pair, PreprocessingOptions(), STRICT)
         assert parity.top1_agreement == 100
@@ -285,12 +286,12 @@ def test_another_number_of_classes_is_an_error(checkpoint_file: Path, save: Save
 
 
 def test_probabilities_are_compared_with_those_of_the_logits(checkpoint_file: Path, tmp_path: Path) -> None:
-    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, softmax=True)).onnx
+    graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL, softmax=True)).onnx
     assert verify_models(checkpoint_file, graph, PreprocessingOptions(), STRICT).max_abs < 1e-5
 
 
 def test_graph_of_the_best_classes_only_cannot_be_compared(checkpoint_file: Path, tmp_path: Path) -> None:
-    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=SMALL, topk=2)).onnx
+    graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL, topk=2)).onnx
     with pytest.raises(GraphError, match="gives only its best classes"):
         verify_models(checkpoint_file, graph, PreprocessingOptions(), STRICT)
 

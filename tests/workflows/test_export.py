@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers.requests import make_request
 from helpers.wide_statistics import narrow, randomize
 
 from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
@@ -34,7 +35,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def request(checkpoint: Path, **options) -> ExportRequest:
-    return ExportRequest(checkpoint, checkpoint.parent / "out", preprocessing=PreprocessingOptions((32, 32)), **options)
+    return make_request(checkpoint, checkpoint.parent / "out", preprocessing=PreprocessingOptions((32, 32)), **options)
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
