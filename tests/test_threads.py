@@ -106,34 +106,3 @@ def test_no_thread_of_a_failed_export_is_left(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert [json.loads(line) for line in ran.stdout.splitlines()] == [[1, 1], [1, 1]]
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_a_failed_export_waits_for_torch_ends_it(
-    number: signal.Signals, status: int, checkpoint_file: Path, tmp_path: Path
-) -> None:
-    script = EXPORT + (
-        "import torch; from repvgg_deploy.workflows import export as pipeline; "
-        "from repvgg_deploy.errors import DeployError"
-        "\ndef write(*_, **__):"
-        "\n    print('writing', flush=True); end = time.monotonic() + 0.8; x = torch.ones(500, 500)"
-        "\n    while time.monotonic() < end: torch.mm(x, x)"
-        "\ndef fail(*_, **__): raise DeployError('a reason')"
-        "\npipeline.write_graph, pipeline.run_fused = write, fail"
-        "\nimport signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-        "\nmain()"
-    )
-    out = tmp_path / "out"
-    arguments = ["export", str(checkpoint_file), "--size", "32", "-o", str(out), "--engine", "none"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    time.sleep(0.2)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert "Traceback" not in errors
-    assert errors.endswith("\nAborted!\n") == (number is signal.SIGINT)
-    assert not out.exists()

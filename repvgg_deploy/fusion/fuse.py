@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from threading import Event, Lock
 from typing import cast, overload
 
 import torch
@@ -46,55 +44,16 @@ def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         >>> [name for name, _ in deploy.get_submodule("stages.0.0").named_parameters()]
         ['conv.weight', 'conv.bias']
     """
-    fusion = begin_fusion(module, dtype)
-    fusion.finish()
-    return fusion.net
-
-
-class Fusion:
-    """A net that is being fused: `net` has its final form at once, the values of its kernels come with `finish`."""
-
-    def __init__(self, net: nn.Module, fills: Mapping[str, Callable[[], None]]) -> None:
-        self.net = net
-        self._fills = fills
-        self._done = {name: Event() for name in fills}
-        self._lock = Lock()
-
-    def finish(self) -> None:
-        """Compute the kernels block by block, in the order of the net.
-
-        A second call is a no-op; a concurrent one blocks until the first is done.
-        """
-        with self._lock:
-            try:
-                for name, fill in self._fills.items():
-                    fill()
-                    self._done[name].set()
-            finally:
-                # After an error too, so that nobody waits for ever.
-                for event in self._done.values():
-                    event.set()
-                self._fills = {}
-
-    def wait_for(self, tensor: str) -> None:
-        """Return when the tensor of that name in `net` has its values, which another thread computes."""
-        event = self._done.get(tensor.rsplit(".", 2)[0])
-        if event is not None:
-            event.wait()
-
-
-def begin_fusion(module: nn.Module, dtype: torch.dtype | None = None) -> Fusion:
-    """As `fuse`, but the kernels are not computed yet; `module` must stay as it is until they are."""
     module = _unwrap(module)
     # deepcopy takes what it finds in the memo for the copy: so a block's branches are never copied.
     memo: dict[int, object] = {}
-    fills: dict[str, Callable[[], None]] = {}
-    for name, (block, parts) in find_blocks(module).items():
+    blocks = find_blocks(module)
+    for name, (block, parts) in blocks.items():
         if not isinstance(block, TrainingBlock):
             _require_same_function(block, parts, name)
-        fused_block, fills[name] = _fused_block(parts, dtype, training=block.training)
+        fused_block = _fused_block(parts, dtype, training=block.training)
         memo[id(block)] = _with_plain_attributes(fused_block, block)
-    if not fills and not any(isinstance(block, FusedBlock) for block in module.modules()):
+    if not blocks and not any(isinstance(block, FusedBlock) for block in module.modules()):
         raise FusionError(
             f"{type(module).__name__} has no RepVGG block in training form",
             "a block sums branches of its input, among them a convolution, each with its BN, before its activation",
@@ -105,7 +64,7 @@ def begin_fusion(module: nn.Module, dtype: torch.dtype | None = None) -> Fusion:
         fused.spec = fused.spec.fused()
         if dtype is not None:
             fused = fused.to(dtype)
-    return Fusion(fused, fills)
+    return fused
 
 
 def find_blocks(module: nn.Module) -> dict[str, tuple[nn.Module, BlockParts]]:
@@ -205,8 +164,8 @@ def _with_plain_attributes(fused: FusedBlock, block: nn.Module) -> FusedBlock:
     return fused
 
 
-def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -> tuple[FusedBlock, Callable[[], None]]:
-    """The block, and what fills its convolution with values."""
+@torch.no_grad()
+def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -> FusedBlock:
     like = parts.conv
     with torch.device("meta"):
         conv = nn.Conv2d(
@@ -221,17 +180,13 @@ def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool) -
     weight = torch.empty_like(like.weight, dtype=dtype, memory_format=torch.contiguous_format)
     bias = torch.empty_like(weight[:, 0, 0, 0], memory_format=torch.contiguous_format)
     conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    # A few output channels at a time: float64 copies of a whole kernel would be the largest tensors of an export.
+    step = max(1, _CHUNK // max(1, weight[0].numel()))
+    for start in range(0, like.out_channels, step):
+        rows = slice(start, start + step)
+        weight[rows], bias[rows] = kernel_and_bias(parts.value, torch.float64, rows)
     rest = [copy.deepcopy(part) for part in (parts.se_before, parts.act, parts.se_after)]
-
-    @torch.no_grad()
-    def fill() -> None:
-        # A few output channels at a time: float64 copies of a whole kernel would be the largest tensors of an export.
-        step = max(1, _CHUNK // max(1, weight[0].numel()))
-        for start in range(0, like.out_channels, step):
-            rows = slice(start, start + step)
-            weight[rows], bias[rows] = kernel_and_bias(parts.value, torch.float64, rows)
-
-    return FusedBlock(conv, *rest).train(training), fill
+    return FusedBlock(conv, *rest).train(training)
 
 
 @torch.no_grad()
@@ -247,9 +202,7 @@ def _require_same_function(block: nn.Module, parts: BlockParts, name: str) -> No
     size = 2 * conv.dilation[0] * (conv.kernel_size[0] // 2) + 3
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, conv.in_channels, size, size, dtype=torch.float64, generator=generator).to(conv.weight.device)
-    fused, fill = _fused_block(parts, torch.float64, training=False)
-    fill()
-    fused = fused.double()
+    fused = _fused_block(parts, torch.float64, training=False).double()
     try:
         expected, given = twin(x.clone()), fused(x)
         same = expected.shape == given.shape and torch.allclose(expected, given, rtol=1e-9, atol=1e-9)
@@ -263,5 +216,5 @@ def _require_same_function(block: nn.Module, parts: BlockParts, name: str) -> No
 
 
 # Values of a kernel that are in float64 at a time: few enough for the second-level cache, and enough for torch to split
-# an operation among threads and for the interpreter, which other threads want too, to be asked for seldom.
+# an operation among threads.
 _CHUNK = 1 << 18

@@ -7,7 +7,7 @@ one `initializer` field a weight, written straight from its array: no second cop
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -127,12 +127,10 @@ def write_graph(
     graph: OnnxGraph,
     path: Path,
     external_above: int = TWO_GIB - (1 << 20),
-    wait_for: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write `graph` to `path`; identical graphs give identical bytes.
 
-    Where the weights take more than `external_above` bytes the large ones go to `<path>.data` beside it. `wait_for` is
-    called with the name of each weight, and returns when it has its values.
+    Where the weights take more than `external_above` bytes the large ones go to `<path>.data` beside it.
     """
     external = {n for n, a in graph.weights.items() if a.nbytes >= LARGE and graph.weight_bytes > external_above}
     rest = onnx.ModelProto()
@@ -154,7 +152,6 @@ def write_graph(
             file.write(prefix)
             file.write(header)
             if name not in external:
-                wait_for(name)
                 _write_array(file, array)
     if external:
         with path.with_name(path.name + ".data").open("wb") as file:
@@ -162,7 +159,6 @@ def write_graph(
                 if name not in external:
                     continue
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                wait_for(name)
                 _write_array(file, array)
 
 

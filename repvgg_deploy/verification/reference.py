@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -75,17 +74,13 @@ _WIDENED_VALUES = 1 << 21
 
 @torch.no_grad()
 def run_fused(
-    net: RepVGG, *inputs: NDArray[np.floating[Any]], wait_for: Callable[[str], None] = lambda _: None
+    net: RepVGG, *inputs: NDArray[np.floating[Any]]
 ) -> tuple[list[dict[str, NDArray[np.float32]]], dict[str, float]]:
-    """The outputs of a fused net in float32 for each of `inputs`, and each convolution's largest magnitude.
-
-    `wait_for` is called with the name of a block's kernel before it is used; see `Fusion.wait_for`.
-    """
+    """The outputs of a fused net in float32 for each of `inputs`, and each convolution's largest magnitude."""
     xs = [torch.from_numpy(np.asarray(images, dtype=np.float32)) for images in inputs]
     largest: dict[str, float] = {}
     found: list[dict[str, NDArray[np.float32]]] = [{} for _ in xs]
     for name, block in net.named_blocks():
-        wait_for(f"{name}.conv.weight")
         fused = cast(FusedBlock, block)
         totals = [fused.conv(x) for x in xs]
         largest[name] = max(float(total.abs().max()) for total in totals)

@@ -420,7 +420,7 @@ def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path
     """What ends a container: the export is stopped while its graph is being written."""
     script = (
         "import time; from repvgg_deploy.workflows import export as pipeline; from repvgg_deploy.__main__ import run; "
-        "pipeline.run_fused = lambda *_, **__: time.sleep(60); run()"
+        "pipeline.write_graph = lambda *_: time.sleep(60); run()"
     )
     out = tmp_path / "out"
     options = ["export", str(checkpoint_file), "--size", "32", "-o", str(out), *NO_ENGINE]

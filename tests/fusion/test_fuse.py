@@ -1,7 +1,6 @@
 """The algebra of fusing, for every block that can exist."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from repvgg_deploy.errors import FusionError
-from repvgg_deploy.fusion.fuse import Fusion, begin_fusion, equivalent_kernel_bias, fuse
+from repvgg_deploy.fusion.fuse import equivalent_kernel_bias, fuse
 from repvgg_deploy.nets.cards import load_cards
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, TrainingBlock
 from repvgg_deploy.nets.spec import IDENTITY, BlockSpec, Branch, SqueezeExcite, training_branches
@@ -208,29 +207,3 @@ def test_a_dilated_block_fuses() -> None:
 def test_the_fused_weights_have_the_type_asked_for(dtype) -> None:
     net = randomize(RepVGG(narrow("A0").spec(5)))
     assert {p.dtype for p in fuse(net, dtype).parameters()} == {dtype}
-
-
-def test_a_fusion_can_be_read_block_by_block_while_another_thread_computes_it() -> None:
-    net = randomize(RepVGG(narrow("B1g4").spec(7)))
-    expected = fuse(net, torch.float32).state_dict()
-    fusion = begin_fusion(net, torch.float32)
-    # The form is there before the values are: shapes, and tensors that will hold them.
-    given = fusion.net.state_dict()
-    assert {k: v.shape for k, v in given.items()} == {k: v.shape for k, v in expected.items()}
-    with ThreadPoolExecutor(2) as pool:
-        # Two that finish at once: each block is computed by one of them.
-        finished = [pool.submit(fusion.finish) for _ in range(2)]
-        for name, tensor in given.items():
-            fusion.wait_for(name)
-            assert torch.equal(tensor, expected[name]), name
-        assert [future.result() for future in finished] == [None, None]
-
-
-def test_nobody_waits_for_ever_for_a_fusion_that_failed() -> None:
-    def fail() -> None:
-        raise MemoryError("stop")
-
-    fusion = Fusion(torch.nn.Identity(), {"stages.0.0": fail, "stages.1.0": fail})
-    with pytest.raises(MemoryError):
-        fusion.finish()
-    fusion.wait_for("stages.1.0.conv.weight")

@@ -13,15 +13,16 @@ from helpers.wide_statistics import narrow, randomize
 from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.fusion.fuse import Fusion, fuse
+from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.verification.inputs import choose_small_pixels
-from repvgg_deploy.verification.parity import compare
+from repvgg_deploy.verification.parity import MAX_RELATIVE, compare
 from repvgg_deploy.verification.reference import run_fused
 from repvgg_deploy.workflows import export as pipeline
+from repvgg_deploy.workflows import export_stages
 from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_request import ExportRequest
 
@@ -124,9 +125,9 @@ def test_a_fused_net_that_differs_is_not_exported(checkpoint, monkeypatch) -> No
     def fuse_wrong(net, dtype):
         fused = fuse(net, dtype)
         fused.stages[1][0].conv.weight.data *= 1.001
-        return Fusion(fused, {})
+        return fused
 
-    monkeypatch.setattr(pipeline, "begin_fusion", fuse_wrong)
+    monkeypatch.setattr(export_stages, "fuse", fuse_wrong)
     with pytest.raises(VerificationError, match="fusing"):
         export(request(checkpoint))
     assert not (checkpoint.parent / "out").exists()
@@ -144,7 +145,7 @@ def test_every_tap_of_the_last_kernel_has_a_part_in_the_verification(tap, arch) 
     (before,), _ = run_fused(fused, images)
     fused.stages[4][0].conv.weight.data[:, :, tap[0], tap[1]] *= 1.01
     (after,), _ = run_fused(fused, images)
-    assert compare(before["logits"], after["logits"]).relative > pipeline.MAX_RELATIVE[Precision.FP32]
+    assert compare(before["logits"], after["logits"]).relative > MAX_RELATIVE["stage"]["fp32"]
 
 
 def test_activations_beyond_fp16_fail(checkpoint) -> None:
