@@ -23,18 +23,15 @@ def check_request(request: ExportRequest, backend: Any) -> None:
     Raises:
         DeployError: an option is out of range, or names a folder or a recipe that cannot be used.
     """
+    graph = request.graph
     newest = onnx.defs.onnx_opset_version()
-    if not LOWEST_OPSET <= request.graph.opset <= newest:
-        raise GraphError(f"--opset {request.graph.opset} is not supported", f"from {LOWEST_OPSET} to {newest}")
-    if request.graph.features is not None and (request.graph.softmax or request.graph.topk is not None):
+    if not LOWEST_OPSET <= graph.opset <= newest:
+        raise GraphError(f"--opset {graph.opset} is not supported", f"from {LOWEST_OPSET} to {newest}")
+    if graph.features is not None and (graph.softmax or graph.topk is not None):
         raise GraphError("--softmax and --topk are for classes, and --features has none", "leave them out")
-    if (
-        request.graph.class_names is not None
-        and request.graph.topk is not None
-        and request.graph.topk > len(request.graph.class_names)
-    ):
+    if graph.class_names is not None and graph.topk is not None and graph.topk > len(graph.class_names):
         raise GraphError(
-            f"--topk {request.graph.topk} is more than the {len(request.graph.class_names)} classes of --labels",
+            f"--topk {graph.topk} is more than the {len(graph.class_names)} classes of --labels",
             "a smaller --topk",
         )
     if request.verify_data is not None:

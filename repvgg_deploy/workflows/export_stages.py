@@ -138,19 +138,10 @@ def _take_outputs(checkpoint: Checkpoint, request: ExportRequest) -> Checkpoint:
 
 
 def _choose_class_names(checkpoint: Checkpoint, request: ExportRequest) -> tuple[str, ...] | None:
-    """The labels of the request, or those of the checkpoint; none for features.
-
-    Raises:
-        DeployError: there are not as many as classes.
-    """
+    """The labels of the request, or those of the checkpoint; none for features."""
     if checkpoint.spec.output_names != ("logits",):
         return None
-    names = checkpoint.class_names if request.graph.class_names is None else request.graph.class_names
-    if names is not None and len(names) != checkpoint.spec.classes:
-        raise DeployError(
-            f"{len(names)} labels for {checkpoint.spec.classes} classes", "the file of --labels has one class per line"
-        )
-    return names
+    return checkpoint.class_names if request.graph.class_names is None else request.graph.class_names
 
 
 def make_float_graph(prepared: Prepared) -> Product:
