@@ -15,7 +15,9 @@ from repvgg_deploy.errors import DeployError, VerificationError
 @click.command(cls=Command, examples=("repvgg-deploy demo", "repvgg-deploy demo -o demo"))
 @option_group(
     "Output",
-    click.option("-o", "--output", type=PATH, metavar="DIR", help="Folder to keep the ONNX graphs in."),
+    click.option(
+        "-o", "--output", type=PATH, metavar="DIR", help="Folder for the ONNX graphs and a picture of predictions."
+    ),
 )
 @output_options
 def demo(output: Path | None) -> Any:

@@ -140,6 +140,8 @@ def print_demo(result: DemoResult) -> None:
     ]
     print_table(["form", "run by", "top-1 %", "images/s", "x training", "relative error", "MB"], rows)
     click.echo(f"{result.images} synthetic images, batch {result.batch}, {result.seconds:.0f} s in all")
+    for path in result.files:
+        click.echo(path)
 
 
 def print_parts(rows: Sequence[Row]) -> None:

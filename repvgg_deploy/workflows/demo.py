@@ -30,6 +30,7 @@ from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.model import Model, open_model
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchRunner
+from repvgg_deploy.workflows.demo_picture import write_predictions
 from repvgg_deploy.workflows.evaluate import evaluate
 from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_request import ExportRequest, Int8Request
@@ -43,6 +44,7 @@ _BATCH = 32
 _ROUNDS = 15
 # ONNX Runtime's threads spin for 50 ms after a run, and would take a core from the next one.
 _PAUSE_S = 0.1
+PICTURE = "predictions.png"
 
 
 @dataclass(frozen=True)
@@ -61,34 +63,39 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table of `demo`; `failures` has the reason for each form that could not be made, by its name."""
+    """The table of `demo`; `failures` has the reason for each form that could not be made, by its name.
+
+    `files` are those that were written to the folder that was asked for.
+    """
 
     rows: tuple[DemoRow, ...]
     failures: dict[str, str]
     images: int
     batch: int
     seconds: float
+    files: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `demo --json` prints."""
-        return {**vars(self), "rows": [vars(row) for row in self.rows]}
+        return {**vars(self), "rows": [vars(row) for row in self.rows], "files": list(self.files)}
 
 
 def run_demo(output: Path | None = None, progress: Progress = SILENT) -> DemoResult:
     """Take the embedded model from checkpoint to ONNX, and compare every form of it.
 
-    The accuracy is measured on pictures that are drawn now and that the training has not seen. With `output` the ONNX
-    graphs are kept there. A form whose export fails is left out of the table, and told of in `failures`.
+    The accuracy is measured on synthetic images that are made now and that the training has not seen. With `output`
+    the ONNX graphs are kept there, and a picture of one image per class with the model's answer. A form whose export
+    fails is left out of the table, and `failures` says why.
     """
     start = time.perf_counter()
     with scratch_folder() as scratch:
         data = scratch / "images"
-        progress.note(f"drawing {_IMAGES} images")
+        progress.note(f"making {_IMAGES} synthetic images")
         write_image_folder(data, _IMAGES, seed=_SEED, size=64)
         forms, relatives, failures = _make_forms(output or scratch, scratch, progress)
         progress.note("evaluating")
         top1 = {name: evaluate(model, data).top1 for name, model in forms.items()}
-        progress.note("timing, one form after the other in turn")
+        progress.note("timing the forms in turn")
         speeds = _time_forms(forms, data)
         rows = tuple(
             DemoRow(
@@ -103,7 +110,16 @@ def run_demo(output: Path | None = None, progress: Progress = SILENT) -> DemoRes
             )
             for (form, family), model in forms.items()
         )
-    return DemoResult(rows, failures, _IMAGES, _BATCH, round(time.perf_counter() - start, 1))
+        files = () if output is None else _write_picture(output, forms)
+    return DemoResult(rows, failures, _IMAGES, _BATCH, round(time.perf_counter() - start, 1), files)
+
+
+def _write_picture(output: Path, forms: Mapping[Name, Model]) -> tuple[str, ...]:
+    """Write the picture of predictions; the files that are in `output` now."""
+    picture = output / PICTURE
+    exported = [model for model in forms.values() if model.path.parent == output]
+    write_predictions(exported[-1] if exported else next(iter(forms.values())), picture, _SEED)
+    return tuple(str(path) for path in (*(model.path for model in exported), picture))
 
 
 Name = tuple[str, str]
