@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from repvgg_deploy.verification.models import verify_models as verify_models
     from repvgg_deploy.workflows.evaluate import evaluate as evaluate
     from repvgg_deploy.workflows.export import export as export
+    from repvgg_deploy.workflows.export_module import export_module as export_module
     from repvgg_deploy.workflows.export_request import ExportRequest as ExportRequest
     from repvgg_deploy.workflows.export_request import ExportResult as ExportResult
     from repvgg_deploy.workflows.export_request import Int8Request as Int8Request
+    from repvgg_deploy.workflows.module_request import ModuleExportResult as ModuleExportResult
     from repvgg_deploy.workflows.predict import predict as predict
 
 __version__ = "0.1.0"
@@ -52,6 +54,7 @@ _HOMES = {
     "ExportResult": "workflows.export_request",
     "Int8Request": "workflows.export_request",
     "Model": "runtime.model",
+    "ModuleExportResult": "workflows.module_request",
     "Precision": "artifacts",
     "PredictOptions": "serving.predictor",
     "Prediction": "serving.predictor",
@@ -63,6 +66,7 @@ _HOMES = {
     "equivalent_kernel_bias": "fusion.fuse",
     "evaluate": "workflows.evaluate",
     "export": "workflows.export",
+    "export_module": "workflows.export_module",
     "fuse": "fusion.fuse",
     "load_checkpoint": "checkpoints.loading",
     "load_engine": "engine.runner",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from repvgg_deploy.artifacts import Provenance
 from repvgg_deploy.engine.backends import Backend, has
@@ -24,6 +24,9 @@ from repvgg_deploy.graphs.serialization import read_onnx_metadata
 from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.threads import Cancellation, run_cancellable, start_workers
+
+Shapes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""The smallest, best and largest shape of an input."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,13 @@ def build_engine(
     options: BuildOptions,
     folder: Path,
     progress: Progress = SILENT,
+    shapes: Mapping[str, Shapes] | None = None,
 ) -> Engine:
     """Build `onnx` and write `<stem>.plan` and `<stem>.plan.json` to `folder`, a folder of `stage_files`.
 
     The network is strongly typed, so the engine has the precision of the graph. Ctrl-C ends the build and is raised
-    as KeyboardInterrupt; the folder is then the caller's to drop.
+    as KeyboardInterrupt; the folder is then the caller's to drop. With `shapes` the graph may be any network: they are
+    the profile of its dynamic inputs by name; without them it is an image classifier with a batch of `options`.
 
     Raises:
         GraphError: the library refuses the graph, or its convolutions are not in the precision that it declares.
@@ -88,13 +93,13 @@ def build_engine(
         onnx_hash = pool.submit(hash_file, onnx)
         found = find_gpus()
         parsing = time.perf_counter()
-        parsed = parse_onnx(backend, onnx)
+        parsed = parse_onnx(backend, onnx, classifier=shapes is None)
         parsed_at = time.perf_counter()
         convolutions = _check_precisions(backend, parsed, provenance)
         plan = folder / f"{onnx.stem}.plan"
         gpu = found.gpus[0] if found.gpus else None
         with collect_messages(backend) as messages, _open_plan(plan) as writer:
-            config, profile = _configure(backend, parsed, options)
+            config, profile = _configure(backend, parsed, options, shapes)
             cache = use_timing_cache(backend, config, gpu, progress) if options.timing_cache else nullcontext()
             with cache:
                 # What the library says of a stored cache is not of this build: it takes an empty one instead.
@@ -137,7 +142,9 @@ def _check_precisions(backend: Backend, parsed: ParsedNetwork, provenance: Prove
     return {precision: values.count(precision) for precision in sorted(set(values))}
 
 
-def _configure(backend: Backend, parsed: ParsedNetwork, options: BuildOptions) -> tuple[Any, tuple[int, int, int]]:
+def _configure(
+    backend: Backend, parsed: ParsedNetwork, options: BuildOptions, shapes: Mapping[str, Shapes] | None
+) -> tuple[Any, tuple[int, int, int]]:
     """The builder's configuration, and the profile that it holds."""
     trt = backend.module
     config = parsed.builder.create_builder_config()
@@ -166,6 +173,8 @@ def _configure(backend: Backend, parsed: ParsedNetwork, options: BuildOptions) -
     _set_targets(trt, config, options)
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
+    if shapes is not None:
+        return config, _add_shapes(parsed, config, shapes)
     return config, _add_profile(parsed, config, options)
 
 
@@ -186,6 +195,20 @@ def _add_profile(parsed: ParsedNetwork, config: Any, options: BuildOptions) -> t
     profile.set_shape(name, *((size, *rest) for size in options.batch_range))
     config.add_optimization_profile(profile)
     return options.batch_range
+
+
+def _add_shapes(parsed: ParsedNetwork, config: Any, shapes: Mapping[str, Shapes]) -> tuple[int, int, int]:
+    """A profile of any inputs; returned is the smallest, best and largest batch of the first one."""
+    profile = parsed.builder.create_optimization_profile()
+    for tensor in parsed.inputs:
+        if any(size < 0 for size in tensor.shape):
+            profile.set_shape(tensor.name, *shapes[tensor.name])
+    if any(size < 0 for tensor in parsed.inputs for size in tensor.shape):
+        config.add_optimization_profile(profile)
+    first = parsed.inputs[0]
+    sizes = shapes.get(first.name, (first.shape,) * 3)
+    smallest, best, largest = (shape[0] if shape else 1 for shape in sizes)
+    return smallest, best, largest
 
 
 @contextmanager

@@ -73,8 +73,10 @@ def create_builder(backend: Backend) -> Any:
             ) from error
 
 
-def parse_onnx(backend: Backend, path: Path) -> ParsedNetwork:
+def parse_onnx(backend: Backend, path: Path, classifier: bool = True) -> ParsedNetwork:
     """The strongly typed network of an ONNX file: the types of its tensors are those of the graph.
+
+    A `classifier` has one input, a batch of images of a fixed size; other networks may have any.
 
     Raises:
         GraphError: the library refuses the graph; each of its reasons is told with the node.
@@ -92,7 +94,8 @@ def parse_onnx(backend: Backend, path: Path) -> ParsedNetwork:
             raise _refused(backend, path, [parser.get_error(i) for i in range(parser.num_errors)], messages.errors)
     inputs = tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs))
     outputs = tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs))
-    _require_images(path, inputs)
+    if classifier:
+        _require_images(path, inputs)
     return ParsedNetwork(builder, network, parser, inputs, outputs)
 
 
@@ -142,7 +145,12 @@ def read_convolution_precisions(backend: Backend, network: Any) -> dict[str, str
     for layer in layers:
         if layer.type != layer_type.CONVOLUTION:
             continue
-        sides = {precision_of(layer.get_input(i)) for i in range(min(2, layer.num_inputs))}
+        if layer.num_inputs == 1:
+            # The kernel is a constant of the layer: of the type of what it reads, whatever made that.
+            name = str(layer.get_input(0).dtype.name)
+            found[layer.name] = _PRECISIONS.get(name, name.lower())
+            continue
+        sides = {precision_of(layer.get_input(i)) for i in range(2)}
         found[layer.name] = sides.pop() if len(sides) == 1 else "mixed"
     return found
 

@@ -42,10 +42,12 @@ def remove_dead_inputs(net: RepVGG, statistics: CalibrationStatistics, share: fl
     Returns:
         For each layer what was removed.
     """
-    return {name: _remove(block.conv, statistics.points[name], share) for name, block in fused_blocks(net)}
+    return {name: remove_dead_columns(block.conv, statistics.points[name], share) for name, block in fused_blocks(net)}
 
 
-def _remove(conv: nn.Conv2d, point: PointStatistics, share: float) -> RemovedInputs:
+@torch.no_grad()
+def remove_dead_columns(conv: nn.Conv2d, point: PointStatistics, share: float) -> RemovedInputs:
+    """The same for one convolution and the statistics of its input; changes `conv`."""
     weight = conv.weight
     taps = weight[0, 0].numel()
     center = _center(conv)

@@ -10,6 +10,8 @@ the exponent between activations and weights is that of SmoothQuant (https://arx
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -36,17 +38,30 @@ def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) ->
         The factors (C) of each point by which its activations were divided.
     """
     pairs = _pairs(net)
-    largest = {name: torch.as_tensor(statistics.points[name].usual, device=net.device) for _, name, _ in pairs}
-    factors = {name: torch.ones_like(values) for name, values in largest.items()}
-    # Rescaling the columns of one layer changes the shares in the filters of the next: a few rounds settle it.
-    for _ in range(_ROUNDS):
-        for block, name, reader in pairs:
-            factor = _factors(largest[name] / factors[name], reader, exponent)
-            # Held in float32, with which the weights are multiplied, so that the bookkeeping is that of the net.
-            factors[name] = factors[name] * factor
-            divide_channels(block, reader, factor)
+    largest = [torch.as_tensor(statistics.points[name].usual, device=net.device) for _, name, _ in pairs]
+    found = equalize_pairs([(block, reader) for block, _, reader in pairs], largest, exponent)
+    factors = {name: factor for (_, name, _), factor in zip(pairs, found, strict=True)}
     if POOL in factors:
         factors[CLASSIFIER] = factors[POOL]
+    return factors
+
+
+@torch.no_grad()
+def equalize_pairs(
+    pairs: Sequence[tuple[FusedBlock, nn.Conv2d | nn.Linear]], largest: Sequence[Tensor], exponent: float
+) -> list[Tensor]:
+    """Rescale the channels between each block and the one layer that reads it; changes both. See `equalize`.
+
+    `largest` are the activations (C) between the two that an image usually has; returned are the factors.
+    """
+    factors = [torch.ones_like(values) for values in largest]
+    # Rescaling the columns of one layer changes the shares in the filters of the next: a few rounds settle it.
+    for _ in range(_ROUNDS):
+        for index, (block, reader) in enumerate(pairs):
+            factor = _factors(largest[index] / factors[index], reader, exponent)
+            # Held in float32, with which the weights are multiplied, so that the bookkeeping is that of the net.
+            factors[index] = factors[index] * factor
+            divide_channels(block, reader, factor)
     return factors
 
 

@@ -86,34 +86,51 @@ def reconstruct(
         chained: without it each layer is quantized as if all the others were float.
     """
     streams = Streams(images, images)
+    blocks = fused_blocks(net)
     layers: dict[str, LayerIntegers] = {}
-    blocks = list(fused_blocks(net))
     for index, (name, block) in enumerate(blocks):
         if name in keep_float:
-            weight, bias = block.conv.weight, cast(Tensor, block.conv.bias)
+            _advance(streams, block, block.conv.weight, cast(Tensor, block.conv.bias))
         else:
-            scale = _choose_scale(streams, block.conv, recipe)
-            streams.rounded = quantize_activations(streams.rounded, scale)
-            layers[name] = _quantize_layer(streams, block.conv, scale, recipe, index)
-            weight, bias = layers[name].dequantized(), layers[name].bias
-        exact = partial(_run_block, block, block.conv.weight, cast(Tensor, block.conv.bias))
-        streams.exact = _map_images(exact, streams.exact)
-        rounded = partial(_run_block, block, weight, bias)
-        streams.rounded = _map_images(rounded, streams.rounded) if chained else streams.exact
+            layers[name] = reconstruct_block(block, streams, recipe, index)
+        if not chained:
+            streams.rounded = streams.exact
         progress.step("rounding", index + 1, len(blocks) + 1)
     if CLASSIFIER in keep_float:
         return Reconstruction(layers, None)
-    pool = _choose_scale(streams, None if net.spec.maps else nn.Identity(), recipe)
+    pool = choose_scale(streams, None if net.spec.maps else nn.Identity(), recipe)
     if not net.has_classifier:
         return Reconstruction(layers, pool)
     if chained:
         streams.rounded = quantize_activations(streams.rounded, pool)
     streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
-    scale = _choose_scale(streams, net.classifier, recipe)
+    scale = choose_scale(streams, net.classifier, recipe)
     streams.rounded = quantize_activations(streams.rounded, scale)
     layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers))
     progress.step("rounding", len(blocks) + 1, len(blocks) + 1)
     return Reconstruction(layers, pool)
+
+
+@torch.no_grad()
+def reconstruct_block(
+    block: FusedBlock, streams: Streams, recipe: Recipe, index: int, scale: float | None = None
+) -> LayerIntegers:
+    """Quantize one block on `streams` in front of it, which are behind it afterwards.
+
+    `index` chooses the sampled pixels; `scale` is that of the block's input, where it is known already.
+    """
+    scale = choose_scale(streams, block.conv, recipe) if scale is None else scale
+    streams.rounded = quantize_activations(streams.rounded, scale)
+    integers = _quantize_layer(streams, block.conv, scale, recipe, index)
+    _advance(streams, block, integers.dequantized(), integers.bias)
+    return integers
+
+
+def _advance(streams: Streams, block: FusedBlock, weight: Tensor, bias: Tensor) -> None:
+    """Move both streams behind `block`; it has this weight and bias in the quantized net."""
+    exact = partial(_run_block, block, block.conv.weight, cast(Tensor, block.conv.bias))
+    streams.exact = _map_images(exact, streams.exact)
+    streams.rounded = _map_images(partial(_run_block, block, weight, bias), streams.rounded)
 
 
 def take_images(net: RepVGG, images: Images, count: int, most: int) -> Tensor:
@@ -158,7 +175,7 @@ def _widest(net: RepVGG, shape: torch.Size) -> int:
     return int(values)
 
 
-def _choose_scale(streams: Streams, layer: nn.Module | None, recipe: Recipe) -> float:
+def choose_scale(streams: Streams, layer: nn.Module | None, recipe: Recipe) -> float:
     scale = scale_by_output(streams, layer, recipe.scales.thresholds)
     # What the graph stores is float32.
     return float(torch.tensor(scale, dtype=torch.float32))

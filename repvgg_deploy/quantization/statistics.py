@@ -112,7 +112,7 @@ def _read_point(file: Mapping[str, NDArray[np.generic]], name: str) -> PointStat
     return PointStatistics(*(file[f"{name}/{key}"].astype(np.float64) for key in _PER_CHANNEL))
 
 
-class _PointObserver:
+class PointObserver:
     """Takes one image after another; the result does not depend on how they were batched."""
 
     def __init__(self) -> None:
@@ -144,6 +144,7 @@ class _PointObserver:
         return True
 
     def result(self) -> PointStatistics:
+        """The statistics of all that was taken."""
         assert self.lowest is not None
         peaks = self.peaks[min(self.images // 128, _PEAKS - 1)]
         values = (self.lowest, self.highest, self.sum / self.images, self.square / self.images, peaks)
@@ -173,7 +174,7 @@ def collect_statistics(
     Raises:
         DeployError: there is no image, or a value somewhere is not finite.
     """
-    observers = {name: _PointObserver() for name in point_names(net)}
+    observers = {name: PointObserver() for name in point_names(net)}
     seen = count_steps(progress, "calibrating", augmentations * count)
     digest = hashlib.sha256()
     device = net.device
