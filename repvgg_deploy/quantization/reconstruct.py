@@ -176,6 +176,7 @@ def _widest(net: RepVGG, shape: torch.Size) -> int:
 
 
 def choose_scale(streams: Streams, layer: nn.Module | None, recipe: Recipe) -> float:
+    """The scale in front of `layer`, as float32 holds it; see `scale_by_output`."""
     scale = scale_by_output(streams, layer, recipe.scales.thresholds)
     # What the graph stores is float32.
     return float(torch.tensor(scale, dtype=torch.float32))

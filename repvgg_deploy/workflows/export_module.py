@@ -21,7 +21,8 @@ from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.files import stage_files
 from repvgg_deploy.fusion.fuse import find_blocks, fuse
 from repvgg_deploy.graphs.builder import write_graph
-from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET, make_metadata
+from repvgg_deploy.graphs.metadata import make_metadata
+from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET
 from repvgg_deploy.graphs.torch_export import Dynamic, Signature, as_graph, export_torch, resolve_dynamic, to_half
 from repvgg_deploy.nets.repvgg import FusedBlock
 from repvgg_deploy.progress import SILENT, Progress
