@@ -69,10 +69,6 @@ def export_module(
     exports the fused module; ONNX Runtime runs the graph, whose outputs are compared one by one. The file appears when
     all of that has agreed. `module` itself is not changed; it is exported as in evaluation.
 
-        net = build_my_segmentation_net().eval()
-        result = export_module(net, torch.randn(1, 3, 512, 512), "net.onnx", dynamic=("batch",))
-        print(result.blocks, result.parity["onnx"])
-
     Args:
         module: with a forward that takes tensors, and gives a tensor, or tuples, lists or dicts of them.
         example: the inputs, of the size of the graph where that is not dynamic.
@@ -92,6 +88,12 @@ def export_module(
 
     Raises:
         DeployError: there is no block, torch cannot export the module, two stages do not agree, an option does not fit.
+
+    Example:
+        >>> from repvgg_deploy import build, export_module, load_checkpoint
+        >>> net = build(load_checkpoint("net.pth"))
+        >>> export_module(net, torch.rand(1, 3, 64, 64), "whole.onnx").parity["onnx"]["output"].relative < 1e-4
+        True
     """
     start = time.perf_counter()
     tensors = _as_tuple(example)

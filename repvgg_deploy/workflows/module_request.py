@@ -43,6 +43,12 @@ class ModuleExportResult:
             it).
         chains: what is INT8.
         seconds: the whole took.
+
+    Example:
+        >>> from repvgg_deploy import build, export_module, load_checkpoint
+        >>> result = export_module(build(load_checkpoint("net.pth")), torch.rand(1, 3, 64, 64), "whole.onnx")
+        >>> result.blocks[0], result.outputs
+        ('stages.0.0', ('output',))
     """
 
     onnx: Path
