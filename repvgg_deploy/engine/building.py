@@ -143,7 +143,7 @@ def _check_precisions(backend: Backend, parsed: ParsedNetwork, provenance: Prove
 
 
 def _configure(
-    backend: Backend, parsed: ParsedNetwork, options: BuildOptions, shapes: Mapping[str, Shapes] | None
+    backend: Backend, parsed: ParsedNetwork, options: BuildOptions, shapes: Mapping[str, Shapes] | None = None
 ) -> tuple[Any, tuple[int, int, int]]:
     """The builder's configuration, and the profile that it holds."""
     trt = backend.module
