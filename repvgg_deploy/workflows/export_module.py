@@ -29,7 +29,8 @@ from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.recipe import load_recipe
 from repvgg_deploy.runtime.session import GraphSession
 from repvgg_deploy.verification.outputs import compare_outputs, require_all
-from repvgg_deploy.workflows.export import MAX_RELATIVE, tool_versions
+from repvgg_deploy.verification.parity import MAX_RELATIVE
+from repvgg_deploy.workflows.export_stages import tool_versions
 from repvgg_deploy.workflows.module_int8 import Feeds, QuantizedGraph, quantize_graph, take_examples
 from repvgg_deploy.workflows.module_request import ChainSummary, ModuleExportResult
 
@@ -301,7 +302,7 @@ def _compare_fused(stage: _Stage) -> dict[str, Parity]:
     except RuntimeError:
         # A forward that makes float32 tensors of its own.
         dtype = None
-    limit = _MAX_FLOAT64 if dtype is not None else MAX_RELATIVE[Precision.FP32]
+    limit = _MAX_FLOAT64 if dtype is not None else MAX_RELATIVE["stage"]["fp32"]
     worst: dict[str, Parity] = {}
     # Fused anew from float64: the rounding of its weights to float32 is what the graph is compared with later.
     nets = [copy.deepcopy(stage.original).to(dtype), fuse(copy.deepcopy(stage.original).to(dtype)).eval()]
@@ -354,7 +355,7 @@ def _compare_graph(
         parity: dict[str, Parity] = {}
         for tensors in (stage.example, stage.others):
             compared = compare_outputs(_named(stage, _run(stage.fused, tensors)), session.run(stage.feeds(tensors)))
-            require_all("the ONNX graph", compared, MAX_RELATIVE[request.precision])
+            require_all("the ONNX graph", compared, MAX_RELATIVE["stage"][request.precision])
             parity = {n: max(p, parity.get(n, p), key=lambda q: q.relative) for n, p in compared.items()}
         return {"onnx": parity}
     # Typical inputs alone: on noise the activations of a calibrated net mean nothing.
@@ -368,7 +369,7 @@ def _compare_graph(
                 f"output {name} has nothing left of its float values in INT8 (relative {parity_of.relative:.2g})",
                 "take more, and more typical, calibration examples, or fp16",
             )
-    require_all("the INT8 graph", run, MAX_RELATIVE[Precision.INT8])
+    require_all("the INT8 graph", run, MAX_RELATIVE["stage"]["int8"])
     return {"quantized": quantized, "onnx": run}
 
 
