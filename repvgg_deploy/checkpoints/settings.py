@@ -60,18 +60,9 @@ def read_settings(
     tree = as_tree(configuration)
     inside = _inside(tree if isinstance(tree, Mapping) else {})
     if modules != StructureOptions():
-        source = IN_MODULES if inside == NO_SETTINGS else f"{IN_MODULES} and {inside.source}"
-        inside = replace(inside, source=source, structure=modules.over(inside.structure))
+        inside = Settings(IN_MODULES, modules).over(inside)
     beside = read_config_files(path.parent, card)
-    if inside == NO_SETTINGS or beside == NO_SETTINGS:
-        return beside if inside == NO_SETTINGS else inside
-    return Settings(
-        f"{inside.source} and {beside.source}",
-        inside.structure.over(beside.structure),
-        inside.preprocessing.over(beside.preprocessing),
-        inside.class_names or beside.class_names,
-        (*inside.notes, *beside.notes),
-    )
+    return inside.over(beside)
 
 
 def _inside(configuration: Mapping[str, Any]) -> Settings:

@@ -38,11 +38,11 @@ def preprocessing_origins(spec: ArchSpec, options: PreprocessingOptions, setting
     first = f"{_CARD}{card.name}" if card is not None and spec.in_channels == 3 else ASSUMED
     names = [field.name for field in fields(PreprocessingOptions) if field.name != "crop_ratio"]
     origins = dict.fromkeys(names, first)
-    for source, said in ((settings.source, settings.preprocessing), (OPTION, options)):
-        given = {name for name in names if getattr(said, name) is not None}
-        if said.crop_ratio is not None or "size" in given:
-            given.add("resize")
-        origins |= dict.fromkeys(given, source)
+    for source_of, said in ((settings.source_of, settings.preprocessing), (lambda _: OPTION, options)):
+        given = {name: source_of(name) for name in names if getattr(said, name) is not None}
+        if said.resize is None and (said.crop_ratio is not None or said.size is not None):
+            given["resize"] = source_of("crop_ratio" if said.crop_ratio is not None else "size")
+        origins |= given
     return origins
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.errors import DeployError
@@ -72,6 +72,7 @@ class Settings:
         preprocessing: see `PreprocessingOptions`.
         class_names: in the order of the outputs.
         notes: what a user should know of the configuration.
+        sources: of single settings by name, where they are not all of `source`.
     """
 
     source: str = ""
@@ -79,6 +80,29 @@ class Settings:
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def source_of(self, name: str) -> str:
+        """What a setting comes from."""
+        return self.sources.get(name, self.source)
+
+    def said(self) -> set[str]:
+        """The names of the settings of which something is said."""
+        parts = (self.structure, self.preprocessing)
+        return {f.name for part in parts for f in fields(part) if getattr(part, f.name) is not None}
+
+    def over(self, other: Settings) -> Settings:
+        """What is said here, and what `other` says of the rest."""
+        sources = {name: other.source_of(name) for name in other.said()}
+        sources |= {name: self.source_of(name) for name in self.said()}
+        return Settings(
+            self.source or other.source,
+            self.structure.over(other.structure),
+            self.preprocessing.over(other.preprocessing),
+            self.class_names or other.class_names,
+            (*self.notes, *other.notes),
+            sources,
+        )
 
 
 NO_SETTINGS = Settings()
@@ -114,7 +138,7 @@ def structure_origins(options: StructureOptions, settings: Settings) -> Origins:
         if getattr(options, name) is not None:
             origins[name] = OPTION
         elif getattr(settings.structure, name) is not None:
-            origins[name] = settings.source
+            origins[name] = settings.source_of(name)
         else:
             origins[name] = ASSUMED
     return origins

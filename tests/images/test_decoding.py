@@ -316,3 +316,26 @@ def test_large_16_bit_png_is_converted_without_copies_in_float(tmp_path: Path) -
 def test_bytes_are_decoded_as_their_file_is(tmp_path: Path) -> None:
     path = saved(Image.fromarray(noise(30, 40)), tmp_path / "a.png")
     assert np.array_equal(read_pixels(path.read_bytes(), square(16)), read_pixels(path, square(16)))
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic", "lanczos", "nearest"])
+@pytest.mark.parametrize("size", [(40, 30), (400, 20)])
+def test_images_are_resized_with_the_filter_asked_for(name, size, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "image.png")
+    height = 12
+    width = int(height * size[0] / size[1])
+    expected = np.asarray(image.resize((width, height), Image.Resampling[name.upper()]))
+    given = read_pixels(tmp_path / "image.png", Preprocessing(height, width, height, interpolation=name))
+    # A long strip is resized by its crop, within rounding.
+    assert np.abs(given.astype(int) - expected).max() <= (0 if max(size) < 16 * min(size) else 1)
+
+
+def test_a_bgr_net_gets_its_channels_in_that_order_and_a_gray_one_the_luma_of_rgb(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    bgr = read_pixels(tmp_path / "image.png", Preprocessing(8, 8, 8, color_order="bgr"))
+    assert np.array_equal(bgr, pixels[..., ::-1])
+    gray = Preprocessing(8, 8, 8, (0.5,), (0.5,), color_order="bgr")
+    assert np.array_equal(read_pixels(tmp_path / "image.png", gray), pixels)

@@ -93,3 +93,23 @@ def test_groups_apply_to_every_second_layer_and_never_to_stage_four() -> None:
     blocks = find_card("B1g4").spec().blocks
     assert [i for i, block in enumerate(blocks) if block.groups == 4] == list(range(2, 27, 2))
     assert blocks[-1].groups == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        ("repvgg_a0.rvgg_in1k", "RepVGG-A0"), ("timm/repvgg_b2g4.rvgg_in1k", "RepVGG-B2g4"),
+        ("RepVGG-A0-train", "RepVGG-A0"), ("RepVGG-B1g4-200epochs-train.pth", "RepVGG-B1g4"),
+        ("RepVGG-D2se-200epochs-train", "RepVGG-D2se"), ("RepVGGplus-L2pse-train256-acc84.06", "RepVGGplus-L2pse"),
+        ("repvgg-a1_8xb32_in1k", "RepVGG-A1"), ("repvgg-B3g4_4xb64-autoaug-lbs-mixup-coslr-200e_in1k", "RepVGG-B3g4"),
+        ("runs/A0/RepVGG-B0-deploy.pth", "RepVGG-B0"),
+    ],
+)  # fmt: skip
+def test_full_names_of_libraries_and_files_are_taken(name: str, arch: str) -> None:
+    assert find_card(name).name == arch
+
+
+@pytest.mark.parametrize("name", ["repvgg", "repvgg_a0_b1", "A01", "in1k", "resnet50", ""])
+def test_names_of_no_card_or_of_several_are_refused(name: str) -> None:
+    with pytest.raises(DeployError, match="no architecture"):
+        find_card(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,27 @@ def test_graph_that_is_no_image_classifier_is_an_error(
     onnx.save(model, tmp_path / "a.onnx")
     with pytest.raises(GraphError):
         open_model(tmp_path / "a.onnx")
+
+
+def test_a_crop_ratio_stands_for_the_short_side() -> None:
+    assert PreprocessingOptions(crop_ratio=0.875).apply(BASE).resize == 256
+    assert PreprocessingOptions(size=(96, 96), crop_ratio=0.9).apply(BASE).resize == 106
+    with pytest.raises(DeployError, match="crop ratio"):
+        PreprocessingOptions(crop_ratio=1.5).apply(BASE)
+
+
+def test_a_mean_of_bytes_is_refused_with_what_to_do() -> None:
+    with pytest.raises(DeployError, match="pixels from 0 to 1") as caught:
+        PreprocessingOptions(mean=(123.675, 116.28, 103.53), std=(58.4, 57.1, 57.4)).apply(BASE)
+    assert "255" in caught.value.hint
+
+
+def test_metadata_have_all_of_the_preprocessing_and_older_ones_are_read() -> None:
+    chosen = replace(BASE, interpolation="bicubic", color_order="bgr")
+    values = json.loads(chosen.to_json())
+    assert (values["interpolation"], values["color_order"]) == ("bicubic", "bgr")
+    assert values["scale"] == pytest.approx(1 / 255)
+    assert Preprocessing.from_json(chosen.to_json()) == chosen
+    for name in ("interpolation", "color_order", "scale"):
+        del values[name]
+    assert Preprocessing.from_json(json.dumps(values)) == BASE

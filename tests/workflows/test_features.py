@@ -8,13 +8,14 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers.small_nets import name_in_layout
+from helpers.small_nets import make_net, name_in_layout
 
 from repvgg_deploy.artifacts import PreprocessingOptions
-from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.checkpoints import CheckpointOptions, build, load_checkpoint
 from repvgg_deploy.cli.main import main
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.images.synthetic import write_image_folder
+from repvgg_deploy.nets.settings import StructureOptions
 from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.runtime.model import open_model
 from repvgg_deploy.verification.models import Tolerance, verify_models
@@ -137,3 +138,32 @@ def test_two_graphs_of_features_are_compared_and_not_evaluated(checkpoint_file, 
     assert 1e-6 < parity.relative < 3e-2
     with pytest.raises(DeployError, match="gives features"):
         evaluate(open_model(graphs[0]), image_folder)
+
+
+def test_verify_takes_strides_and_activation_of_a_checkpoint_from_the_graph(net, save) -> None:
+    path = save(name_in_layout(net, "official"))
+    export(path, "--act", "silu", "--strides", "1,2,2,2,2")
+    graph = path.parent / "out" / "checkpoint.fp32.onnx"
+    assert verify_models(path, graph, PreprocessingOptions(), Tolerance()).relative < 1e-5
+    said = CheckpointOptions(structure=StructureOptions(activation="relu"))
+    with pytest.raises(DeployError):
+        verify_models(path, graph, PreprocessingOptions(), Tolerance(), checkpoint=said)
+    assert open_model(graph).structure.strides == (1, 2, 2, 2, 2)
+
+
+def test_softmax_of_one_logit_is_refused(save) -> None:
+    path = save(name_in_layout(make_net(classes=1), "official"))
+    assert "sigmoid" in export(path, "--softmax", code=1).stderr
+    export(path)
+
+
+def test_what_nobody_said_ends_the_export_and_is_warned_of(checkpoint_file) -> None:
+    result = command("export", checkpoint_file, "--engine", "none", "-o", checkpoint_file.parent / "out", "--size", 32)
+    assert "strides        2,2,2,2,2 (assumed)" in result.stdout
+    assert "size           32x32 px (option)" in result.stdout
+    assert "warning: with the strides assumed" in result.stderr
+    assert "classes, not" not in result.stderr
+    command("export", checkpoint_file, "--engine", "none", "-o", checkpoint_file.parent / "out", "--size", 32,
+            "--strides", "1,1,2,2,2")  # fmt: skip
+    inspected = command("inspect", checkpoint_file).stdout
+    assert "activation     relu (assumed)" in inspected
