@@ -53,6 +53,7 @@ from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
 
 REAL = (8, 32, 128, 512)
+SIZES = ((64, 256, 150), (64, 128, 150), (64, 64, 150), (64, 32, 150), (64, 128, 60), (48, 128, 150), (32, 128, 150))
 _DEVIATIONS = 6.0
 
 
@@ -115,7 +116,7 @@ def run_sizes(arguments: argparse.Namespace) -> None:
     images, labels = read_validation(arguments.val, arguments.images)
     exact = run_torch(fused, images)
     results = []
-    for size, count, steps in ((32, 128, 150), (48, 128, 150), (64, 32, 150), (64, 64, 150), (64, 128, 60)):
+    for size, count, steps in SIZES:
         options = PictureOptions(count=count, steps=steps)
         smaller = replace(PREPROCESSING, height=size, width=size, resize=size)
         made, seconds = timed(partial(make_pictures, net, smaller, options))

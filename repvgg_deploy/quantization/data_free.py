@@ -92,8 +92,8 @@ def plan_pictures(net: RepVGG, preprocessing: Preprocessing, options: PictureOpt
         # Forward, and backward to the pictures; the weights need no gradient.
         each = 2 * options.steps * count_flops(net.spec, height, width)
         affordable = int(options.multiply_adds * 1e12 / each)
-        if affordable >= options.count:
-            return options.count, height, width
+        if affordable >= options.count / 2:
+            return min(options.count, affordable), height, width
     return max(32, min(affordable, options.count)), height, width
 
 

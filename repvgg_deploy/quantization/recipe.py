@@ -57,14 +57,15 @@ class PictureOptions:
     """How calibration pictures are made from BN statistics, where there are no images.
 
     Attributes:
-        count: pictures to make; fewer where the net is so large that they would exceed `multiply_adds`.
+        count: pictures to make; down to half as many where they can be larger for it, and fewer still where the net is
+            so large that they would exceed `multiply_adds`.
         batch: pictures that are optimized together; the statistics are those of a batch.
         steps: of Adam, for each batch.
         rate: of Adam at the start, in units of normalized images.
         multiply_adds: what all steps together may take, in 10¹²; it bounds the size and the number of the pictures.
     """
 
-    count: int = 128
+    count: int = 256
     batch: int = 64
     steps: int = 150
     rate: float = 0.05
