@@ -79,7 +79,8 @@ def qat(ckpt: Path, output: Path, **options: Any) -> Any:
     from repvgg_deploy.cli.tables import print_fields
     from repvgg_deploy.quantization.qat import QatOptions
     from repvgg_deploy.quantization.qat_training import TrainingOptions
-    from repvgg_deploy.workflows.qat import QatRequest, run_qat
+    from repvgg_deploy.workflows.qat import run_qat
+    from repvgg_deploy.workflows.qat_request import QatRequest
 
     if options["steps"] is not None and options["epochs"] is not None:
         raise click.UsageError("--steps and --epochs exclude each other.")

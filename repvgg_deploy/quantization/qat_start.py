@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg_deploy.fusion.fuse import equivalent_kernel_bias, fuse
 from repvgg_deploy.nets.repvgg import ConvBranch, FusedBlock, RepVGG, TrainingBlock
-from repvgg_deploy.nets.spec import Branch
+from repvgg_deploy.nets.spec import ArchSpec, Branch
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
 from repvgg_deploy.quantization.equalize import equalize
 from repvgg_deploy.quantization.points import POOL, Images, fused_blocks, point_names, rebatch, walk
-from repvgg_deploy.quantization.qat import QatBlock, QatLinear, QatOptions, QatScales, prepare_qat
+from repvgg_deploy.quantization.qat import LayerScales, QatBlock, QatLinear, QatOptions, QatScales, prepare_qat
 from repvgg_deploy.quantization.qat_scales import observe_scales, scales_of
 from repvgg_deploy.quantization.quantize import quantize
 from repvgg_deploy.quantization.recipe import Recipe
@@ -77,6 +77,28 @@ def start_training(
     if not plain:
         _correct_biases(prepared, teacher, images)
     return StartingPoint(prepared, teacher)
+
+
+def empty_start(net: RepVGG, options: QatOptions) -> StartingPoint:
+    """What `start_training` gives for `net`, with other values: those of a saved state are loaded into it."""
+    with torch.device("meta"):
+        teacher = RepVGG(net.spec.fused())
+        student = RepVGG(net.spec if net.spec.form == "train" else _spec_with_norms(net.spec))
+    student, teacher = student.to_empty(device="cpu").eval(), teacher.to_empty(device="cpu").eval()
+    widths = {name: block.spec.out_channels for name, block in _training_blocks(student)}
+    widths["classifier"] = net.spec.classes
+    layers = {name: LayerScales(torch.ones(width), 1.0) for name, width in widths.items()}
+    return StartingPoint(prepare_qat(student, QatScales(layers, 1.0), options), teacher.requires_grad_(False))
+
+
+def _training_blocks(net: RepVGG) -> list[tuple[str, TrainingBlock]]:
+    return [(name, cast(TrainingBlock, block)) for name, block in net.named_blocks()]
+
+
+def _spec_with_norms(spec: ArchSpec) -> ArchSpec:
+    """The architecture of a deploy form with a BN behind each convolution."""
+    stages = tuple(tuple(replace(block, branches=(Branch(3),)) for block in stage) for stage in spec.stages)
+    return replace(spec, stages=stages)
 
 
 def _fused(net: RepVGG) -> RepVGG:
@@ -218,8 +240,7 @@ def _gain(norm: _BatchNorm | None, like: Tensor) -> Tensor:
 @torch.no_grad()
 def _add_norms(teacher: RepVGG, images: Images) -> RepVGG:
     """A net with a BN behind each convolution of `teacher`, of the statistics that its output has on `images`."""
-    stages = tuple(tuple(replace(block, branches=(Branch(3),)) for block in stage) for stage in teacher.spec.stages)
-    net = RepVGG(replace(teacher.spec, stages=stages)).eval().requires_grad_(False)
+    net = RepVGG(_spec_with_norms(teacher.spec)).eval().requires_grad_(False)
     moments = _output_moments(teacher, images)
     for (name, fused), module in zip(fused_blocks(teacher), net.blocks(), strict=True):
         block = cast(TrainingBlock, module)

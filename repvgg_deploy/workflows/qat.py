@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import os
+import pickle
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from repvgg_deploy.artifacts import Parity, Preprocessing, PreprocessingOptions
-from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions, build, load_checkpoint
+from repvgg_deploy.artifacts import Parity, Preprocessing
+from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
 from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import hash_file, stage_files
@@ -30,75 +31,19 @@ from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.calibration_images import choose_images
 from repvgg_deploy.quantization.data_free import make_pictures
 from repvgg_deploy.quantization.points import Images
-from repvgg_deploy.quantization.qat import QatOptions, convert_qat
+from repvgg_deploy.quantization.qat import convert_qat
 from repvgg_deploy.quantization.qat_scales import apply_scales, save_scales
-from repvgg_deploy.quantization.qat_start import start_training
-from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions, set_saturation
+from repvgg_deploy.quantization.qat_start import empty_start, start_training
+from repvgg_deploy.quantization.qat_training import QatTraining, set_saturation
 from repvgg_deploy.quantization.recipe import load_recipe
 from repvgg_deploy.quantization.target import UNSIGNED_HIGHEST
 from repvgg_deploy.verification.parity import compare, require_parity
 from repvgg_deploy.workflows.qat_images import TrainingImages, image_limits, made_images, read_training_images
+from repvgg_deploy.workflows.qat_request import QatRequest, QatResult, curves_path, scales_path, state_path
 
 _MAX_RELATIVE = 1e-1
 _VALIDATION = 2000
 _SEEN = 64
-
-
-@dataclass(frozen=True)
-class QatRequest:
-    """All that `qat` is asked for.
-
-    Attributes:
-        checkpoint: in training form, or with `from_deploy` in deploy form.
-        output: the checkpoint to write; the scales, the curves and the state of the run go beside it.
-        data: images to train on, with or without labels; None for pictures made from BN statistics.
-        calibration: images for the scales to start from; None for made pictures.
-        validation: labelled images whose top-1 and agreement are followed.
-        recipe: of the INT8 export that training starts from.
-        epochs: passes over the images, in place of `training.steps`.
-        read: how the checkpoint is read.
-        training, options: see `TrainingOptions` and `QatOptions`.
-        from_deploy: a deploy form is taken: BNs are inserted, trained and fused again.
-        device: `cpu` or `cuda`.
-        interval_s: the seconds after which the state is saved, at the latest.
-    """
-
-    checkpoint: Path
-    output: Path
-    data: Path | None
-    calibration: Path | None
-    training: TrainingOptions
-    validation: Path | None = None
-    recipe: str | Path = "accurate"
-    epochs: int | None = None
-    options: QatOptions = field(default_factory=QatOptions)
-    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
-    read: CheckpointOptions = field(default_factory=CheckpointOptions)
-    from_deploy: bool = False
-    device: str = "cpu"
-    interval_s: float = 60.0
-
-
-@dataclass(frozen=True)
-class QatResult:
-    """What was written, and how the INT8 net that the files give compares with the trained one: `parity`.
-
-    `rows` are the learning curves, one per tenth of the run.
-    """
-
-    checkpoint: Path
-    scales: Path
-    curves: Path
-    steps: int
-    resumed_at: int
-    rows: tuple[dict[str, float], ...]
-    parity: Parity
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `qat --json` prints."""
-        paths = {name: str(getattr(self, name)) for name in ("checkpoint", "scales", "curves")}
-        return {**vars(self), **paths, "rows": list(self.rows), "parity": self.parity.to_dict()}
 
 
 def run_qat(request: QatRequest, progress: Progress = SILENT) -> QatResult | None:
@@ -111,21 +56,6 @@ def run_qat(request: QatRequest, progress: Progress = SILENT) -> QatResult | Non
     """
     with _processes(request.device) as rank:
         return _run(request, progress if rank == 0 else SILENT, rank)
-
-
-def scales_path(output: Path) -> Path:
-    """The file of the scales beside a checkpoint."""
-    return output.with_name(f"{output.stem}.scales.npz")
-
-
-def curves_path(output: Path) -> Path:
-    """The file of the learning curves beside a checkpoint."""
-    return output.with_name(f"{output.stem}.curves.csv")
-
-
-def state_path(output: Path) -> Path:
-    """The file that a stopped run goes on from; it is gone when the run has ended."""
-    return output.with_name(f"{output.stem}.qat-state.pt")
 
 
 def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None:
@@ -165,7 +95,6 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
 @dataclass
 class _Run:
     training: QatTraining
-    teacher: RepVGG
     rows: list[dict[str, float]]
 
 
@@ -242,17 +171,18 @@ def _begin(
     path = state_path(request.output)
     identity = _identity(request, checkpoint)
     if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=False)
+        saved = _read_state(path)
         if saved["identity"] != identity:
             raise DeployError(
                 f"{path} is of another run, with other settings or another checkpoint",
                 "delete it to begin anew, or give another -o",
             )
         progress.note(f"going on after step {saved['training']['done']}")
-        student, teacher = (saved[name].to(request.device) for name in ("student", "teacher"))
-        training = QatTraining(student, teacher, request.training)
+        begun = empty_start(net, request.options)
+        begun.teacher.load_state_dict(saved["teacher"])
+        training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
         training.restore(saved["training"])
-        return _Run(training, teacher, saved["rows"])
+        return _Run(training, saved["rows"])
     calibration: Images
     if request.calibration is None:
         progress.note("no calibration images: making pictures from the BN statistics")
@@ -261,10 +191,19 @@ def _begin(
         calibration = choose_images(request.calibration, recipe.count, recipe.seed, preprocessing, progress)
     begun = start_training(net, calibration, recipe, request.options, progress)
     training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
-    run = _Run(training, begun.teacher, [])
+    run = _Run(training, [])
     if not dist.is_initialized() or dist.get_rank() == 0:
         _save(run, request, checkpoint)
     return run
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The state of a run, read without running anything that it may hold."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise DeployError(f"{path} is not the state of a run", "delete it to begin anew, or give another -o") from error
+    return state
 
 
 def _identity(request: QatRequest, checkpoint: Checkpoint) -> dict[str, str]:
@@ -276,8 +215,7 @@ def _identity(request: QatRequest, checkpoint: Checkpoint) -> dict[str, str]:
 def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
     state = {
         "identity": _identity(request, checkpoint),
-        "student": run.training.student,
-        "teacher": run.teacher,
+        "teacher": run.training.teacher.net.state_dict(),
         "training": run.training.state(),
         "rows": run.rows,
     }

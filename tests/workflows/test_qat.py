@@ -23,7 +23,8 @@ from repvgg_deploy.files import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.quantization.qat_scales import load_scales
 from repvgg_deploy.quantization.qat_training import TrainingOptions
-from repvgg_deploy.workflows.qat import QatRequest, run_qat, state_path
+from repvgg_deploy.workflows.qat import run_qat
+from repvgg_deploy.workflows.qat_request import QatRequest, state_path
 
 DEMO = data_folder("models") / "demo.safetensors"
 SHORT = ("--recipe", "fast", "--steps", "4", "--batch", "8")
@@ -136,6 +137,14 @@ def test_a_state_of_other_settings_is_not_taken(images, tmp_path) -> None:
         run_qat(request, Stop(2))
     with pytest.raises(DeployError, match="of another run"):
         run_qat(replace(request, training=replace(request.training, rate=0.5)))
+
+
+def test_a_file_that_is_no_state_is_told_of_and_kept(images, tmp_path) -> None:
+    request = request_for(images, tmp_path / "trained.pth")
+    state_path(request.output).write_bytes(b"no state")
+    with pytest.raises(DeployError, match="is not the state of a run"):
+        run_qat(request)
+    assert state_path(request.output).read_bytes() == b"no state"
 
 
 def test_two_processes_train_as_one_does(images, tmp_path) -> None:

@@ -1,0 +1,84 @@
+"""What `qat` is asked for, what it gives back, and which files stand beside the checkpoint that it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repvgg_deploy.artifacts import Parity, PreprocessingOptions
+from repvgg_deploy.checkpoints import CheckpointOptions
+from repvgg_deploy.quantization.qat import QatOptions
+from repvgg_deploy.quantization.qat_training import TrainingOptions
+
+
+@dataclass(frozen=True)
+class QatRequest:
+    """All that `qat` is asked for.
+
+    Attributes:
+        checkpoint: in training form, or with `from_deploy` in deploy form.
+        output: the checkpoint to write; the scales, the curves and the state of the run go beside it.
+        data: images to train on, with or without labels; None for pictures made from BN statistics.
+        calibration: images for the scales to start from; None for made pictures.
+        validation: labelled images whose top-1 and agreement are followed.
+        recipe: of the INT8 export that training starts from.
+        epochs: passes over the images, in place of `training.steps`.
+        read: how the checkpoint is read.
+        training, options: see `TrainingOptions` and `QatOptions`.
+        from_deploy: a deploy form is taken: BNs are inserted, trained and fused again.
+        device: `cpu` or `cuda`.
+        interval_s: the seconds after which the state is saved, at the latest.
+    """
+
+    checkpoint: Path
+    output: Path
+    data: Path | None
+    calibration: Path | None
+    training: TrainingOptions
+    validation: Path | None = None
+    recipe: str | Path = "accurate"
+    epochs: int | None = None
+    options: QatOptions = field(default_factory=QatOptions)
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    read: CheckpointOptions = field(default_factory=CheckpointOptions)
+    from_deploy: bool = False
+    device: str = "cpu"
+    interval_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class QatResult:
+    """What was written, and how the INT8 net that the files give compares with the trained one: `parity`.
+
+    `rows` are the learning curves, one per tenth of the run.
+    """
+
+    checkpoint: Path
+    scales: Path
+    curves: Path
+    steps: int
+    resumed_at: int
+    rows: tuple[dict[str, float], ...]
+    parity: Parity
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `qat --json` prints."""
+        paths = {name: str(getattr(self, name)) for name in ("checkpoint", "scales", "curves")}
+        return {**vars(self), **paths, "rows": list(self.rows), "parity": self.parity.to_dict()}
+
+
+def scales_path(output: Path) -> Path:
+    """The file of the scales beside a checkpoint."""
+    return output.with_name(f"{output.stem}.scales.npz")
+
+
+def curves_path(output: Path) -> Path:
+    """The file of the learning curves beside a checkpoint."""
+    return output.with_name(f"{output.stem}.curves.csv")
+
+
+def state_path(output: Path) -> Path:
+    """The file that a stopped run goes on from; it is gone when the run has ended."""
+    return output.with_name(f"{output.stem}.qat-state.pt")
