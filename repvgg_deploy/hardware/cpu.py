@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+
+from repvgg_deploy.errors import DeployError
+
+_SMALLER = "a smaller batch or size"
 
 # Named as in /proc/cpuinfo; each multiplies bytes and adds in 32 bits.
 _INTEGER_INSTRUCTIONS = {
@@ -54,3 +59,24 @@ def read_cpu(path: Path = Path("/proc/cpuinfo")) -> Cpu:
         tuple(fields.get(key) for key in ("cpu family", "model", "stepping")),
         frozenset((fields.get("flags") or fields.get("Features") or "").split()),
     )
+
+
+def memory_bytes() -> int | None:
+    """The memory of this machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def require_memory(size: int, what: str) -> None:
+    """Nothing, where `size` bytes may be taken: fewer than this machine has, and than the process may have.
+
+    A system that promises more memory than there is would end the process when the promised memory is written to.
+
+    Raises:
+        DeployError: `what` needs more.
+    """
+    most = memory_bytes()
+    if most is not None and size > most:
+        raise DeployError(f"{what} needs {size / 2**30:.1f} GiB, and this machine has {most / 2**30:.1f}", _SMALLER)

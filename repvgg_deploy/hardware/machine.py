@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import repvgg_deploy
-from repvgg_deploy.hardware.cpu import read_cpu
+from repvgg_deploy.hardware.cpu import memory_bytes, read_cpu
 from repvgg_deploy.hardware.gpus import ask_nvml, find_gpus, open_nvml
 
 # What decides how fast a CPU multiplies; the whole list is a page long and says no more.
@@ -62,7 +62,7 @@ def record_machine() -> dict[str, Any]:
     """CPU, memory, operating system, versions, and the GPUs as they are before the measurement; ready for JSON."""
     return {
         "cpu": _describe_cpu(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "os": f"{platform.system()} {platform.machine()}",
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "threads": _threads(),
@@ -147,13 +147,6 @@ def _first_line(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
-        return None
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from repvgg_deploy.artifacts import Array
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.hardware.cpu import require_memory
 from repvgg_deploy.nets.baselines import Baseline, BaselineNet
 from repvgg_deploy.nets.cards import Card
 from repvgg_deploy.nets.repvgg import RepVGG
@@ -67,8 +70,17 @@ def seeded_baseline(baseline: Baseline, seed: int = 0) -> BaselineNet:
 
 
 def seeded_inputs(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
-    """Inputs in the range that normalized images have, or pixels where `dtype` is uint8; the same each time."""
+    """Inputs in the range that normalized images have, or pixels where `dtype` is uint8; the same each time.
+
+    Raises:
+        DeployError: memory cannot hold them.
+    """
     generator = np.random.default_rng(0)
-    if dtype == np.uint8:
-        return generator.integers(0, 256, shape, dtype=np.uint8)
-    return generator.standard_normal(shape, dtype=np.float32).astype(dtype, copy=False)
+    what = f"a batch of {'x'.join(map(str, shape))}"
+    require_memory(math.prod(shape) * (1 if dtype == np.uint8 else 4), what)
+    try:
+        if dtype == np.uint8:
+            return generator.integers(0, 256, shape, dtype=np.uint8)
+        return generator.standard_normal(shape, dtype=np.float32).astype(dtype, copy=False)
+    except MemoryError as error:
+        raise DeployError(f"there is too little memory for {what}", "a smaller batch or size") from error

@@ -13,6 +13,7 @@ from repvgg_deploy.artifacts import Array, Preprocessing, PreprocessingOptions, 
 from repvgg_deploy.checkpoints import CheckpointOptions, build
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.graphs.metadata import read_metadata
+from repvgg_deploy.hardware.cpu import require_memory
 from repvgg_deploy.images.decoding import Pixels, normalize, take_luma
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing, require_channels
@@ -81,10 +82,15 @@ class Model:
         if size is None or size == len(images):
             return self.runner.run(images)
         parts = []
+        what = f"the batch of {size} that {self.path} takes"
+        require_memory(size * images[:1].nbytes, what)
         for start in range(0, len(images), size):
             chunk = images[start : start + size]
-            padding = np.zeros((size - len(chunk), *images.shape[1:]), images.dtype)
-            outputs = self.runner.run(np.concatenate([chunk, padding]))
+            try:
+                padded = np.concatenate([chunk, np.zeros((size - len(chunk), *images.shape[1:]), images.dtype)])
+            except MemoryError as error:
+                raise DeployError(f"there is too little memory for {what}", "export it with a smaller batch") from error
+            outputs = self.runner.run(padded)
             parts.append({name: values[: len(chunk)] for name, values in outputs.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

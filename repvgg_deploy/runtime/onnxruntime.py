@@ -93,6 +93,12 @@ class OnnxRunner:
             )
         self.backend = "onnxruntime-" + provider.removesuffix("ExecutionProvider").lower()
         self.backend_version: str = runtime.__version__
+        try:
+            self._describe(path)
+        except UnicodeDecodeError as error:
+            raise GraphError(f"{path} has names that are not UTF-8", "export it again") from error
+
+    def _describe(self, path: Path) -> None:
         self.metadata: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.precision = self.metadata.get("repvgg_deploy.precision", "unknown")
         (first_input,) = self._inputs(path)
@@ -109,6 +115,9 @@ class OnnxRunner:
         inputs = list(self._session.get_inputs())
         if len(inputs) != 1 or len(inputs[0].shape) != 4:
             raise GraphError(f"{path} does not take one batch of images", "an image classifier has one input N,C,H,W")
+        if 0 in inputs[0].shape:
+            size = "x".join(map(str, inputs[0].shape))
+            raise GraphError(f"{path} takes inputs of {size}, which hold nothing", "export it with another batch")
         return inputs
 
     @property

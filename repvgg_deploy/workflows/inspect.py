@@ -178,4 +178,7 @@ def _describe_tensor(info: Any) -> Description:
 
     kind = info.type.tensor_type
     shape = [dimension.dim_param or dimension.dim_value for dimension in kind.shape.dim]
-    return {"name": info.name, "dtype": onnx.TensorProto.DataType.Name(kind.elem_type).lower(), "shape": shape}
+    names = dict(zip(onnx.TensorProto.DataType.values(), onnx.TensorProto.DataType.keys(), strict=True))
+    # A type of a later ONNX, or of a damaged file.
+    dtype = names.get(kind.elem_type, f"type {kind.elem_type}").lower()
+    return {"name": info.name, "dtype": dtype, "shape": shape}

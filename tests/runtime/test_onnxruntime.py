@@ -10,10 +10,12 @@ import onnxruntime
 import pytest
 from helpers.engine_graphs import PIXELS, small_onnx
 
-from repvgg_deploy.artifacts import Precision
+from repvgg_deploy.artifacts import Precision, PreprocessingOptions
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.runtime import onnxruntime as onnx_runner
+from repvgg_deploy.runtime.model import open_model
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
+from repvgg_deploy.workflows.inspect import _describe_tensor
 
 
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "ROCMExecutionProvider"])
@@ -97,7 +99,9 @@ def test_what_is_bound_is_run_without_copies_between(tmp_path: Path) -> None:
     np.testing.assert_array_equal(other.download()["logits"], runner.run(images[1][:1])["logits"])
 
 
-def conv_graph(path: Path, channels: int = 3, size: int | str = "height", outputs: bool = True) -> Path:
+def conv_graph(
+    path: Path, channels: int = 3, size: int | str = "height", batch: int | str = "batch", outputs: bool = True
+) -> Path:
     """A convolution, then a Gemm for maps of 8 x 8 pixels only."""
 
     def value(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
@@ -112,8 +116,8 @@ def conv_graph(path: Path, channels: int = 3, size: int | str = "height", output
     graph = onnx.helper.make_graph(
         nodes,
         "graph",
-        [value("images", ["batch", channels, size, size])],
-        [value("logits", ["batch", 5])] if outputs else [],
+        [value("images", [batch, channels, size, size])],
+        [value("logits", [batch, 5])] if outputs else [],
         [onnx.numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in weights.items()],
     )
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
@@ -158,6 +162,32 @@ def test_a_batch_that_memory_cannot_hold_is_told_as_that(tmp_path: Path) -> None
         runner.run(np.zeros((4, 3, 8, 8), np.float32))
     assert raised.value.hint == "a smaller batch"
     runner._session = session
+
+
+def test_a_fixed_batch_of_nothing_or_of_more_than_memory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match="takes inputs of 0x3x8x8, which hold nothing"):
+        OnnxRunner(conv_graph(tmp_path / "none.onnx", size=8, batch=0))
+    model = open_model(conv_graph(tmp_path / "huge.onnx", size=8, batch=10**10), PreprocessingOptions(size=(8, 8)))
+    with pytest.raises(DeployError, match=r"the batch of 10000000000 that .* takes needs .* GiB") as raised:
+        model.run_pixels(np.zeros((2, 8, 8, 3), np.uint8))
+    assert raised.value.hint
+
+
+def test_names_that_are_not_utf8_are_an_error(tmp_path: Path) -> None:
+    path = conv_graph(tmp_path / "net.onnx")
+    path.write_bytes(path.read_bytes().replace(b"images", b"im\xff\xfees"))
+    with pytest.raises(GraphError, match="names that are not UTF-8"):
+        OnnxRunner(path)
+
+
+def test_a_graph_of_an_unknown_type_is_inspected_all_the_same(tmp_path: Path) -> None:
+    path = conv_graph(tmp_path / "net.onnx")
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    path.write_bytes(model.SerializeToString())
+    assert _describe_tensor(onnx.load(path).graph.input[0])["dtype"] == "type 99"
+    with pytest.raises(GraphError, match="ONNX Runtime does not load"):
+        OnnxRunner(path)
 
 
 def test_a_graph_without_outputs_is_an_error(tmp_path: Path) -> None:
