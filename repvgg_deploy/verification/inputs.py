@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
@@ -17,7 +18,7 @@ from repvgg_deploy.nets.cost import count_flops
 from repvgg_deploy.nets.spec import ArchSpec
 
 # Multiply-adds that a stage may cost. Float64 runs at about a twentieth of a float32 convolution's speed.
-_FLOAT64_BUDGET = 3e9
+_FLOAT64_BUDGET = 1e9
 _FLOAT32_BUDGET = 40e9
 _MOST_IMAGES = 8
 _FULL_IMAGES = 16
@@ -83,13 +84,18 @@ def choose_pixels(preprocessing: Preprocessing, channels: int, count: int, data:
     return np.concatenate([pictures, noise[: count - len(pictures)]])
 
 
-# Below it a picture has no room for its figure.
-_SMALLEST_DRAWN = 32
+# Below 32 a picture has no room for its figure; above 64, drawing takes longer than running a small net.
+_SMALLEST_DRAWN, _LARGEST_DRAWN = 32, 64
 
 
 def _drawn(count: int, height: int, width: int) -> Pixels:
+    """Synthetic pictures (count, height, width, 3), enlarged where the net takes large ones."""
     size = max(height, width, _SMALLEST_DRAWN)
-    pixels, _ = draw_images(count, seed=0, size=size)
+    pixels, _ = draw_images(count, seed=0, size=min(size, _LARGEST_DRAWN))
+    if size > _LARGEST_DRAWN:
+        pixels = np.stack(
+            [np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in pixels]
+        )
     top, left = (size - height) // 2, (size - width) // 2
     return pixels[:, top : top + height, left : left + width]
 
