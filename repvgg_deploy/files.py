@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from repvgg_deploy.errors import DeployError
 
@@ -174,6 +175,25 @@ def _publish(staging: Path, folder: Path, on_result: Callable[[], None] | None) 
             on_result()
     finally:
         _unfinished.is_renaming = False
+
+
+FileKind = Literal["checkpoint", "engine", "onnx"]
+
+
+def file_kind(path: Path) -> FileKind:
+    """What a model file is: by its ending, or of an ONNX graph by its first byte (ModelProto.ir_version).
+
+    A plan's first bytes are the library's own affair. Whatever is neither is taken for a checkpoint.
+    """
+    if path.suffix in (".plan", ".engine", ".trt"):
+        return "engine"
+    if path.suffix == ".onnx":
+        return "onnx"
+    try:
+        with path.open("rb") as file:
+            return "onnx" if path.is_file() and file.read(1) == b"\x08" else "checkpoint"
+    except OSError:
+        return "checkpoint"
 
 
 def flush_files(folder: Path) -> None:

@@ -14,10 +14,9 @@ import numpy as np
 import onnx
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import scratch_folder
+from repvgg_deploy.files import file_kind, scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.nets.seeding import seeded_inputs
-from repvgg_deploy.runtime.model import is_onnx
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, OnnxRunner, import_onnxruntime
 
 _SUFFIX = "_kernel_time"
@@ -66,7 +65,7 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
     Raises:
         DeployError: the file is no graph of a fixed input size.
     """
-    if not is_onnx(path):
+    if file_kind(path) != "onnx":
         raise DeployError(f"{path} is no ONNX graph", "--profile is for graphs and engines: `export` writes them")
     plain = OnnxRunner(path, quick_start=True)
     dtype = NUMPY_TYPES.get(plain.input_type)

@@ -20,13 +20,13 @@ from repvgg_deploy.benchmark.names import BACKENDS, ENGINES, PROVIDERS
 from repvgg_deploy.benchmark.workloads import BlockingWorkload, StreamWorkload
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files import file_kind
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
 from repvgg_deploy.nets.baselines import find_baseline, fold_batch_norms
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.seeding import seeded_baseline, seeded_inputs, seeded_repvgg
-from repvgg_deploy.runtime.model import is_engine, is_onnx
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, BoundRun, OnnxRunner, import_onnxruntime
 from repvgg_deploy.runtime.torch import TorchEvents, TorchOptions, TorchPrecision, TorchRunner, TorchStream
 
@@ -43,10 +43,10 @@ def open_case(case: Case, folder: Path) -> OpenedCase:
     if case.backend is not None and case.backend not in BACKENDS:
         raise DeployError(f"no backend is called {case.backend!r}", f"one of: {', '.join(BACKENDS)}")
     path = Path(case.model)
-    if case.is_file and (is_engine(path) or is_onnx(path)):
+    if case.is_file and (file_kind(path) != "checkpoint"):
         if case.form == "training":
             raise DeployError(f"{path} runs as it was exported", "--form training is for checkpoints and architectures")
-        return _open_plan(case, path, path.name) if is_engine(path) else _open_graph(case, path, path.name)
+        return _open_plan(case, path, path.name) if file_kind(path) == "engine" else _open_graph(case, path, path.name)
     net = _find_net(case)
     backend = case.backend or ("torch-cuda" if torch.cuda.is_available() else "torch-cpu")
     case = replace(case, backend=backend, precision=case.precision or "fp32")

@@ -222,12 +222,12 @@ def _missed_limit(record: Record, min_images_per_sec: float | None, min_ratio: f
 def _profile(models: Sequence[str], options: dict[str, Any]) -> Outcome:
     from repvgg_deploy.benchmark.layer_profile import profile_engine, profile_graph
     from repvgg_deploy.cli.tables import print_profile
-    from repvgg_deploy.runtime.model import is_engine
+    from repvgg_deploy.files import file_kind
 
     path, batch = Path(models[0]), (options["batch"] or (1,))[0]
     with show_progress() as progress:
         progress.note(f"timing the layers of {path}")
-        if is_engine(path):
+        if file_kind(path) == "engine":
             profiled = profile_engine(path, batch, options["duration"])
         else:
             profiled = profile_graph(path, batch, options["threads"] or 0, options["duration"])

@@ -37,9 +37,14 @@ from repvgg_deploy.errors import ThresholdError
 def inspect(file: Path, **options: Any) -> Any:
     """Describe a checkpoint, an ONNX graph or an engine."""
     from repvgg_deploy.cli.tables import print_description
-    from repvgg_deploy.workflows.inspect import inspect_file
+    from repvgg_deploy.files import file_kind
+    from repvgg_deploy.workflows.inspect import inspect_checkpoint, inspect_file
 
-    description = inspect_file(file, take_checkpoint(options))
+    # Torch, whose import takes longer than everything else here, is needed for a checkpoint alone.
+    if file_kind(file) == "checkpoint":
+        description = inspect_checkpoint(file, take_checkpoint(options))
+    else:
+        description = inspect_file(file, options["arch"])
     return Outcome(description, lambda: print_description(description))
 
 

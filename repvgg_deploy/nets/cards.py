@@ -6,9 +6,10 @@ import re
 import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
-from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.artifacts import Preprocessing, Provenance
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.nets.spec import ArchSpec, BlockSpec, SqueezeExcite, training_branches
@@ -155,3 +156,13 @@ def describe(spec: ArchSpec) -> str:
     blocks = ",".join(str(len(stage)) for stage in spec.stages[1:])
     widths = ",".join(str(stage[-1].out_channels) for stage in spec.stages)
     return f"custom RepVGG (blocks {blocks}; widths {widths})"
+
+
+def require_arch(path: Path, provenance: Provenance | None, arch: str | None) -> None:
+    """Raise DeployError if a graph or an engine is not of the architecture that the caller expects, or does not say."""
+    if arch is None:
+        return
+    wanted = find_card(arch).name
+    found = provenance.arch if provenance is not None else "a net of unknown architecture"
+    if found != wanted and not found.startswith(wanted + " "):
+        raise DeployError(f"{path} holds {found}, not {wanted}", "leave --arch out, or give the model that you meant")

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from repvgg_deploy.artifacts import Array, Preprocessing, PreprocessingOptions, Provenance
 from repvgg_deploy.checkpoints import CheckpointOptions, build
 from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.files import file_kind
 from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.hardware.cpu import require_memory
 from repvgg_deploy.images.decoding import Pixels, normalize, take_luma
-from repvgg_deploy.nets.cards import find_card
+from repvgg_deploy.nets.cards import require_arch
 from repvgg_deploy.nets.preprocessing import choose_preprocessing, require_channels
 from repvgg_deploy.nets.settings import StructureOptions, recorded_structure
 from repvgg_deploy.runtime.base import Runner
@@ -110,17 +111,6 @@ def softmax(logits: Array) -> Array:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
-def is_onnx(path: Path) -> bool:
-    """Whether a file is an ONNX graph, by its first byte (ModelProto.ir_version) or its ending."""
-    if path.suffix == ".onnx":
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(1) == b"\x08"
-    except OSError:
-        return False
-
-
 @dataclass(frozen=True)
 class _Signature:
     """The input and outputs of a graph or engine; None for a dynamic dimension."""
@@ -128,11 +118,6 @@ class _Signature:
     shape: tuple[int | None, ...]
     dtype: str
     outputs: dict[str, tuple[int | None, ...]]
-
-
-def is_engine(path: Path) -> bool:
-    """Whether a file is an engine, by its ending: a plan's first bytes are the library's own affair."""
-    return path.suffix in (".plan", ".engine", ".trt")
 
 
 def open_model(
@@ -158,13 +143,13 @@ def open_model(
         (2, 12)
     """
     options, said = options or PreprocessingOptions(), checkpoint or CheckpointOptions()
-    if replace(said, arch=None) != CheckpointOptions() and path.is_file() and (is_engine(path) or is_onnx(path)):
+    if replace(said, arch=None) != CheckpointOptions() and path.is_file() and (file_kind(path) != "checkpoint"):
         raise DeployError(
             f"{path} is what was exported", "--ema, --no-ema, --net, --strides, --act and --bn-eps are for checkpoints"
         )
-    if path.is_file() and is_engine(path):
+    if path.is_file() and file_kind(path) == "engine":
         return _open_engine(path, options, said.arch, trust)
-    if path.is_file() and is_onnx(path):
+    if path.is_file() and file_kind(path) == "onnx":
         runner = OnnxRunner(path, exact_integers=exact_integers)
         dtype = runner.input_type.removeprefix("tensor(").removesuffix(")")
         outputs = dict(zip(runner.output_names, runner.output_shapes, strict=True))
@@ -206,20 +191,6 @@ def _open_engine(path: Path, options: PreprocessingOptions, arch: str | None, tr
         model = _describe(path, engine, signature, engine.provenance, options)
         cleanup.pop_all()
     return replace(model, notes=tuple(f"{engine.backend} warns: {warning}" for warning in engine.warnings))
-
-
-def require_arch(path: Path, provenance: Provenance | None, arch: str | None) -> None:
-    """Nothing, where a graph or an engine is of the architecture that the caller expects.
-
-    Raises:
-        DeployError: it is another one, or does not say.
-    """
-    if arch is None:
-        return
-    wanted = find_card(arch).name
-    found = provenance.arch if provenance is not None else "a net of unknown architecture"
-    if found != wanted and not found.startswith(wanted + " "):
-        raise DeployError(f"{path} holds {found}, not {wanted}", "leave --arch out, or give the model that you meant")
 
 
 def _dynamic(shape: tuple[int, ...]) -> tuple[int | None, ...]:

@@ -11,10 +11,11 @@ import numpy as np
 from repvgg_deploy.artifacts import Array, Parity, PreprocessingOptions
 from repvgg_deploy.checkpoints import CheckpointOptions
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, ThresholdError
+from repvgg_deploy.files import file_kind
 from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.progress import SILENT, Progress
-from repvgg_deploy.runtime.model import Model, is_engine, is_onnx, open_model, softmax
+from repvgg_deploy.runtime.model import Model, open_model, softmax
 from repvgg_deploy.verification.inputs import choose_pixels
 from repvgg_deploy.verification.parity import MAX_RELATIVE, compare_outputs, require_parity
 
@@ -86,10 +87,10 @@ def verify_models(
         >>> parity.relative < 1e-4
         True
     """
-    graphs = [is_onnx(path) or is_engine(path) for path in (first, second)]
+    graphs = [file_kind(path) != "checkpoint" for path in (first, second)]
     models: list[Model] = []
     said = checkpoint or CheckpointOptions()
-    for path in sorted((first, second), key=lambda path: not (is_onnx(path) or is_engine(path))):
+    for path in sorted((first, second), key=lambda path: file_kind(path) == "checkpoint"):
         shared, how = options, said
         if graphs.count(True) == 1:
             if models:

@@ -5,36 +5,48 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repvgg_deploy.artifacts import PreprocessingOptions
-from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.files import hash_file
-from repvgg_deploy.nets.cards import Card, match_card
+from repvgg_deploy.files import file_kind, hash_file
+from repvgg_deploy.nets.cards import Card, match_card, require_arch
 from repvgg_deploy.nets.cost import count_flops, count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
-from repvgg_deploy.runtime.model import is_engine, is_onnx, require_arch
-from repvgg_deploy.workflows.choices import describe_choices
+
+if TYPE_CHECKING:
+    from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions
 
 Description = dict[str, Any]
 
 
-def inspect_file(path: Path, options: CheckpointOptions | None = None) -> Description:
-    """What a checkpoint, an ONNX graph or an engine consists of and comes from, ready for a table or JSON.
+def inspect_file(path: Path, arch: str | None = None) -> Description:
+    """What an ONNX graph or an engine consists of and comes from, or a checkpoint, ready for a table or JSON.
+
+    Torch is imported for a checkpoint alone; see `inspect_checkpoint` for its options.
 
     Raises:
-        DeployError: the file is none of these, or is damaged.
+        DeployError: the file is none of these, is damaged, or is not of the architecture `arch`.
     """
-    options = options or CheckpointOptions()
-    if path.is_file() and is_engine(path):
+    if path.is_file() and file_kind(path) == "engine":
         from repvgg_deploy.engine.inspection import inspect_engine
 
         report = inspect_engine(path)
-        require_arch(path, report.side.provenance, options.arch)
+        require_arch(path, report.side.provenance, arch)
         return report.to_dict()
-    if path.is_file() and is_onnx(path):
-        return _describe_graph(path, options.arch)
+    if path.is_file() and file_kind(path) == "onnx":
+        return _describe_graph(path, arch)
+    from repvgg_deploy.checkpoints import CheckpointOptions
+
+    return inspect_checkpoint(path, CheckpointOptions(arch))
+
+
+def inspect_checkpoint(path: Path, options: CheckpointOptions) -> Description:
+    """What a checkpoint consists of and comes from; `options` say how it is read.
+
+    Raises:
+        DeployError: it cannot be read, or not so.
+    """
     return _describe_checkpoint(options.load(path))
 
 
@@ -60,6 +72,8 @@ def describe_card(card: Card) -> Description:
 
 
 def _describe_checkpoint(checkpoint: Checkpoint) -> Description:
+    from repvgg_deploy.workflows.choices import describe_choices
+
     spec = checkpoint.spec
     card = match_card(spec)
     nothing = PreprocessingOptions()

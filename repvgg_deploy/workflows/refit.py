@@ -13,12 +13,11 @@ from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.refit import graph_options, refit_engine, require_refittable
 from repvgg_deploy.engine.sidecar import Sidecar
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import scratch_folder, stage_files
+from repvgg_deploy.files import file_kind, scratch_folder, stage_files
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.nets.settings import recorded_structure
 from repvgg_deploy.progress import SILENT, Progress
-from repvgg_deploy.runtime.model import is_onnx
 from repvgg_deploy.verification.engine import check_where_possible, run_as_engine
 from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_request import ExportRequest, GraphRequest
@@ -32,7 +31,7 @@ def refit_in_place(plan: Path, weights: Path, progress: Progress = SILENT) -> En
     """
     side = require_refittable(plan)
     with scratch_folder() as scratch:
-        onnx = weights if is_onnx(weights) else export_for_refit(side, weights, scratch, progress)
+        onnx = weights if file_kind(weights) == "onnx" else export_for_refit(side, weights, scratch, progress)
         with stage_files(plan.absolute().parent) as staging:
             engine = refit_engine(plan, onnx, staging)
             _check_refitted(engine, onnx, progress)

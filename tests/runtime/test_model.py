@@ -19,11 +19,12 @@ from onnx import TensorProto, helper
 from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.checkpoints import load_checkpoint
 from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.files import file_kind
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.runtime.model import is_onnx, open_model, rank_classes
+from repvgg_deploy.runtime.model import open_model, rank_classes
 from repvgg_deploy.workflows.export import export
 
 Save = Callable[..., Path]
@@ -200,7 +201,7 @@ def test_truncated_graph_is_an_error(share: float, graph: Callable[..., Path]) -
 
 def test_graph_without_the_right_ending_is_told_by_its_first_byte(graph: Callable[..., Path]) -> None:
     path = graph()
-    assert is_onnx(path.rename(path.with_suffix(".bin")))
+    assert file_kind(path.rename(path.with_suffix(".bin"))) == "onnx"
 
 
 @pytest.mark.parametrize(

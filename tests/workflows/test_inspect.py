@@ -1,14 +1,20 @@
 """`inspect` of graphs that other tools made."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 from helpers.small_nets import make_spec, name_in_layout, randomize
 
+from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.training import to_training_onnx
 from repvgg_deploy.nets.activations import parse_activation
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.workflows.export import export
+from repvgg_deploy.workflows.export_request import ExportRequest
 from repvgg_deploy.workflows.inspect import inspect_file
 
 
@@ -43,3 +49,12 @@ def test_what_was_assumed_is_in_the_description(save) -> None:
     assert assumed["size"] == {"value": [64, 64], "source": said}
     assert assumed["strides"] == {"value": [2, 2, 2, 2, 2], "source": "assumed"}
     assert assumed["mean"]["source"] == "assumed"
+
+
+def test_a_graph_is_described_without_torch(checkpoint_file: Path, tmp_path: Path) -> None:
+    graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=PreprocessingOptions((32, 32)))).onnx
+    script = (
+        "import sys; from pathlib import Path; from repvgg_deploy.workflows.inspect import inspect_file; "
+        f"inspect_file(Path({str(graph)!r})); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
