@@ -100,8 +100,11 @@ def describe_type(field: dict[str, Any]) -> str:
 
 def make_errors(errors: Sequence[raised_errors.RaisedError]) -> str:
     """The errors of a section, in a table that folds."""
-    lines = [f'??? note "The messages ({len(errors)})"', "", "    | message | hint |", "    |---|---|"]
-    lines += [f"    | {cell(error.message)} | {cell(error.hint)} |" for error in errors]
+    told = [error for error in errors if any(map(str.isalpha, error.message))]
+    lines = [f'??? note "The messages ({len(told)})"', "", "    | message | hint |", "    |---|---|"]
+    lines += [f"    | {cell(error.message)} | {cell(error.hint)} |" for error in told]
+    if len(told) < len(errors):
+        lines += ["", f"    {len(errors) - len(told)} more pass on, word for word, what another part has found."]
     return "\n".join(lines) + "\n"
 
 

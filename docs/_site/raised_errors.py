@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -29,12 +29,14 @@ def find_errors() -> tuple[RaisedError, ...]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         module = path.relative_to(PACKAGE).as_posix()
-        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = _find_constants(tree)
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
             if name in kinds:
                 given = [*call.args, *(k.value for k in call.keywords if k.arg in ("message", "hint"))]
-                texts = [_read_text(node) for node in given]
+                texts = [_read_text(node, constants) for node in given]
                 found.append(RaisedError(module, name, *[*texts, "", ""][:2]))
     return tuple(found)
 
@@ -63,11 +65,19 @@ def _find_kinds() -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _read_text(node: ast.expr) -> str:
+def _find_constants(tree: ast.Module) -> dict[str, ast.expr]:
+    """What stands for a name of the module that is given its value once."""
+    found = [(node.targets[0], node.value) for node in tree.body if isinstance(node, ast.Assign)]
+    return {target.id: value for target, value in found if isinstance(target, ast.Name)}
+
+
+def _read_text(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(_read_text(value) for value in node.values)
+        return "".join(_read_text(value, constants) for value in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _read_text(node.left) + _read_text(node.right)
+        return _read_text(node.left, constants) + _read_text(node.right, constants)
+    if isinstance(node, ast.Name) and isinstance(constants.get(node.id), ast.Constant | ast.JoinedStr | ast.BinOp):
+        return _read_text(constants[node.id], constants)
     return "…"
