@@ -27,6 +27,7 @@ from repvgg_deploy.cli.options import (
     take_preprocessing,
 )
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
+from repvgg_deploy.cli.whole_networks import export_whole, leave_out_module_options, module_options
 from repvgg_deploy.graphs.simplification import SimplificationCheck
 
 
@@ -47,11 +48,13 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
         "repvgg-deploy export net.pth --fp16 -o out --batch-range 1 8 64",
         "repvgg-deploy export net.pth --int8 --calib images/ -o out",
         "repvgg-deploy export net.pth --uint8-input --softmax --topk 5 --labels names.txt --engine none",
+        "repvgg-deploy export --module nets:PyramidNet --checkpoint net.pth --example 1x3x512x512",
     ),
 )
-@path_argument("ckpt")
+@path_argument("ckpt", required=False)
 @checkpoint_options
 @config_options
+@module_options
 @preprocessing_options
 @int8_options
 @graph_options
@@ -70,7 +73,9 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
     click.option("--int8", is_flag=True, help="Write an INT8 graph; needs --calib."),
 )  # fmt: skip
 @output_options
-def export(ckpt: Path, output: Path, fp16: bool, int8: bool, layers: bool, labels: Path | None, **options: Any) -> Any:
+def export(
+    ckpt: Path | None, output: Path, fp16: bool, int8: bool, layers: bool, labels: Path | None, **options: Any
+) -> Any:
     """Write the verified, simplified ONNX graph of a checkpoint, and an engine if one can be built.
 
     The files are DIR/NAME.PRECISION.onnx, .plan and .plan.json: net.fp16.onnx of net.pth with --fp16. Every stage is
@@ -79,6 +84,12 @@ def export(ckpt: Path, output: Path, fp16: bool, int8: bool, layers: bool, label
     """
     if fp16 and int8:
         raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is for what is not INT8.")
+    if options["module"] is not None:
+        given = {"ckpt": ckpt, "output": output, "fp16": fp16, "int8": int8, "layers": layers, "labels": labels}
+        return export_whole({**given, **options})
+    leave_out_module_options(options)
+    if ckpt is None:
+        raise click.UsageError("Missing argument 'CKPT'.")
     class_names = read_labels(labels)
     prepare_process()
     # It loads on another core while torch is imported on this one.

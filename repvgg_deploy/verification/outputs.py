@@ -11,7 +11,7 @@ from repvgg_deploy.artifacts import Array, Parity
 from repvgg_deploy.verification.parity import compare, require_parity
 
 
-def compare_outputs(reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> dict[str, Parity]:
+def compare_each(reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> dict[str, Parity]:
     """How each output of `candidate` differs from that of `reference`.
 
     Outputs with more than two dimensions (N, classes, …) agree where the largest of their classes is the same, place by

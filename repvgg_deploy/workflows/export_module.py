@@ -28,7 +28,7 @@ from repvgg_deploy.nets.repvgg import FusedBlock
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.recipe import load_recipe
 from repvgg_deploy.runtime.session import GraphSession
-from repvgg_deploy.verification.outputs import compare_outputs, require_all
+from repvgg_deploy.verification.outputs import compare_each, require_all
 from repvgg_deploy.verification.parity import MAX_RELATIVE
 from repvgg_deploy.workflows.export_stages import tool_versions
 from repvgg_deploy.workflows.module_int8 import Feeds, QuantizedGraph, quantize_graph, take_examples
@@ -308,7 +308,7 @@ def _compare_fused(stage: _Stage) -> dict[str, Parity]:
     nets = [copy.deepcopy(stage.original).to(dtype), fuse(copy.deepcopy(stage.original).to(dtype)).eval()]
     for tensors in (stage.example, stage.others):
         expected, given = (_named(stage, _run(net, _cast(tensors, dtype))) for net in nets)
-        compared = compare_outputs(expected, given)
+        compared = compare_each(expected, given)
         require_all("fusing", compared, limit)
         worst = {
             name: max(parity, worst.get(name, parity), key=lambda p: p.relative) for name, parity in compared.items()
@@ -354,7 +354,7 @@ def _compare_graph(
     if made.quantized is None:
         parity: dict[str, Parity] = {}
         for tensors in (stage.example, stage.others):
-            compared = compare_outputs(_named(stage, _run(stage.fused, tensors)), session.run(stage.feeds(tensors)))
+            compared = compare_each(_named(stage, _run(stage.fused, tensors)), session.run(stage.feeds(tensors)))
             require_all("the ONNX graph", compared, MAX_RELATIVE["stage"][request.precision])
             parity = {n: max(p, parity.get(n, p), key=lambda q: q.relative) for n, p in compared.items()}
         return {"onnx": parity}
@@ -362,7 +362,7 @@ def _compare_graph(
     feeds = [made.examples[0], *made.examples[1:_CALIBRATION_COMPARED]]
     exact, simulated = GraphSession(exported), GraphSession(made.quantized.model, optimized=False)
     merged = [_concatenate([run.run(feed) for feed in feeds]) for run in (exact, simulated, session)]
-    quantized, run = compare_outputs(merged[0], merged[1]), compare_outputs(merged[1], merged[2])
+    quantized, run = compare_each(merged[0], merged[1]), compare_each(merged[1], merged[2])
     for name, parity_of in quantized.items():
         if not parity_of.relative < 1.0:
             raise VerificationError(

@@ -1,0 +1,114 @@
+"""A module made by the user's own code, with the weights of a checkpoint: what `export --module` exports."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repvgg_deploy.errors import CheckpointError, DeployError
+
+_WRAPPERS = ("state_dict", "model", "model_ema", "ema_state_dict", "ema", "net")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def make_module(factory: str, kwargs: str | None, checkpoint: Path) -> nn.Module:
+    """Call `package.module:factory` with the keywords of a JSON object, and load the weights of `checkpoint`.
+
+    This runs the code of that module, which is looked for in the working folder too. The checkpoint's own code is never
+    run: it holds tensors only.
+
+    Raises:
+        DeployError: there is no such factory, it fails, or it gives no torch module.
+        CheckpointError: the file cannot be read, or its tensors are not the module's.
+    """
+    name, _, attribute = factory.partition(":")
+    if not attribute:
+        raise DeployError(f"--module {factory} names no factory", "package.module:factory")
+    arguments = _parse_kwargs(kwargs)
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        make = getattr(importlib.import_module(name), attribute)
+        module = make(**arguments)
+    except Exception as error:
+        # The code is the user's own: there is hardly an error that it cannot end in.
+        raise DeployError(
+            f"{factory} gives no module: {type(error).__name__}: {error}",
+            "package.module:factory, importable from here; --kwargs takes its keywords as JSON",
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise DeployError(f"{factory} gives a {type(module).__name__}", "the factory returns a torch.nn.Module")
+    _load(module, checkpoint)
+    return module.eval()
+
+
+def _parse_kwargs(text: str | None) -> dict[str, Any]:
+    try:
+        values = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise DeployError(f"--kwargs is not JSON: {error}", """--kwargs '{"classes": 19}'""") from error
+    if not isinstance(values, dict):
+        raise DeployError("--kwargs is not a JSON object", """--kwargs '{"classes": 19}'""")
+    return values
+
+
+def _load(module: nn.Module, path: Path) -> None:
+    wanted = module.state_dict()
+    tensors = _strip(_read(path), wanted)
+    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"{path} does not fit {type(module).__name__}: {len(missing)} tensors are missing"
+            f" ({', '.join(missing[:3])}), {len(unknown)} are not the module's ({', '.join(unknown[:3])})",
+            "give the factory the keywords that the net was trained with: --kwargs",
+        )
+    try:
+        module.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}: {reason}", "check --kwargs") from error
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """The first dict of tensors in a file, which may be wrapped as trainers do."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}", "check the path; random weights are never taken instead")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # A damaged file is a program gone wrong: there is hardly an exception that it cannot end in.
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(
+            f"{path} cannot be read as tensors only: {reason}", "torch.save(net.state_dict(), 'net.pth')"
+        ) from error
+    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
+        key = next((name for name in _WRAPPERS if isinstance(found.get(name), Mapping)), None)
+        if key is None:
+            break
+        found = found[key]
+    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no state dict", "torch.save(net.state_dict(), 'net.pth')")
+    return tensors
+
+
+def _strip(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors under the module's own names, without the prefix of a wrapper that all of them have."""
+    while not tensors.keys() & wanted.keys():
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors

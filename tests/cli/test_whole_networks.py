@@ -1,0 +1,68 @@
+"""`export --module`: a net of the user's own code, from the shell."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from helpers.whole_networks import PyramidNet
+from helpers.wide_statistics import randomize
+
+from repvgg_deploy.cli.main import main
+
+NETS = "from helpers.whole_networks import PyramidNet\n\ndef wrong():\n    return 5\n"
+
+
+def run(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["export", "-o", str(folder / "out"), "--engine", "none", *options])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own_nets.py").write_text(NETS)
+    torch.save({"state_dict": randomize(PyramidNet(3)).state_dict()}, tmp_path / "net.pth")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_net_of_the_users_own_code_is_exported(folder) -> None:
+    if importlib.util.find_spec("onnxscript") is None:
+        pytest.skip("onnxscript is not installed")
+    result = run(
+        folder, "--module", "own_nets:PyramidNet", "--kwargs", '{"classes": 3}', "--checkpoint", "net.pth",
+        "--example", "1x3x32x32", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["schema"] == "repvgg-deploy/export-module"
+    assert Path(values["onnx"]).name == "PyramidNet.fp32.onnx"
+    assert len(values["blocks"]) == 6
+    assert "running the code of own_nets:PyramidNet" in result.stderr
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(__file__).parents[2] / "docs/schemas/export-module.json").read_text(encoding="utf-8"))
+    jsonschema.validate(values, schema)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--module", "own_nets:PyramidNet"], 2, "--module needs --checkpoint"),
+        (["--module", "own_nets:PyramidNet", "--checkpoint", "net.pth", "--example", "1x3"], 1, "does not fit"),
+        (["--module", "own_nets:wrong", "--checkpoint", "net.pth", "--example", "1x3x8x8"], 1, "gives a int"),
+        (["--module", "own_nets:absent", "--checkpoint", "net.pth", "--example", "1x3x8x8"], 1, "gives no module"),
+        (["--module", "own_nets", "--checkpoint", "net.pth", "--example", "1x3x8x8"], 1, "names no factory"),
+        (["--module", "own_nets:PyramidNet", "--checkpoint", "no.pth", "--example", "1x3x8x8"], 1, "no file no.pth"),
+        (["--module", "own_nets:PyramidNet", "--softmax"], 2, "--softmax is not for --module"),
+        (["net.pth", "--example", "1x3x8x8"], 2, "--example is for --module"),
+        ([], 2, "Missing argument 'CKPT'"),
+    ],
+)
+def test_mistakes_are_told(folder, options, status, said) -> None:
+    result = run(folder, *options)
+    assert result.exit_code == status, result.output
+    assert said in result.output
+    assert not (folder / "out").exists()
