@@ -75,5 +75,5 @@ class OpenedCase:
     cleanup: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release what it holds."""
         self.cleanup.close()

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeAlias
 from repvgg_deploy.artifacts import Provenance
 from repvgg_deploy.engine.backends import Backend, has
 from repvgg_deploy.engine.cancellation import make_monitor
-from repvgg_deploy.engine.log import Messages, collect_messages, explain_failure
+from repvgg_deploy.engine.log import collect_messages, explain_failure
 from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolution_precisions, require_precision
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
@@ -97,41 +97,70 @@ def build_engine(
         parsed_at = time.perf_counter()
         convolutions = _check_precisions(backend, parsed, provenance)
         plan = folder / f"{onnx.stem}.plan"
-        gpu = found.gpus[0] if found.gpus else None
-        with collect_messages(backend) as messages, _open_plan(plan) as writer:
-            config, profile = _configure(backend, parsed, options, shapes)
-            cache = use_timing_cache(backend, config, gpu, progress) if options.timing_cache else nullcontext()
-            with cache:
-                # What the library says of a stored cache is not of this build: it takes an empty one instead.
-                messages.clear()
-                building = time.perf_counter()
-                _build(backend, parsed, config, writer, options, messages, progress)
-                built = time.perf_counter()
+        written = _write_plan(backend, parsed, options, shapes, plan, progress)
         side = Sidecar(
-            sha256=writer.digest.hexdigest(),
-            bytes=writer.size,
+            sha256=written.sha256,
+            bytes=written.size,
             backend=backend.name,
             backend_version=backend.version,
-            gpu=gpu,
+            gpu=found.gpus[0] if found.gpus else None,
             driver=found.driver,
-            profile=profile,
+            profile=written.profile,
             inputs=parsed.inputs,
             outputs=parsed.outputs,
             options=options,
             convolutions=convolutions,
             onnx_sha256=onnx_hash.result(),
             provenance=provenance,
-            warnings=tuple(dict.fromkeys(messages.warnings)),
+            warnings=written.warnings,
             has_weights=not options.strip_weights,
             seconds={
                 "parser": parsed_at - parsing,
-                "builder": built - building - writer.seconds,
-                "writing": writer.seconds,
+                "builder": written.builder_s,
+                "writing": written.writing_s,
                 "total": time.perf_counter() - start,
             },
         )
     sidecar_path(plan).write_text(side.to_json(), encoding="utf-8")
     return Engine(plan, side)
+
+
+@dataclass(frozen=True)
+class _WrittenPlan:
+    """A plan on the disk, and what its build says of it."""
+
+    sha256: str
+    size: int
+    profile: tuple[int, int, int]
+    warnings: tuple[str, ...]
+    builder_s: float
+    writing_s: float
+
+
+def _write_plan(
+    backend: Backend,
+    parsed: ParsedNetwork,
+    options: BuildOptions,
+    shapes: Mapping[str, Shapes] | None,
+    plan: Path,
+    progress: Progress,
+) -> _WrittenPlan:
+    """Build a parsed network into the file `plan`, with the timing cache where `options` want it."""
+    found = find_gpus()
+    gpu = found.gpus[0] if found.gpus else None
+    with collect_messages(backend) as messages, _open_plan(plan) as writer:
+        config, profile = _configure(backend, parsed, options, shapes)
+        with use_timing_cache(backend, config, gpu, progress) if options.timing_cache else nullcontext():
+            # What the library says of a stored cache is not of this build: it takes an empty one instead.
+            messages.clear()
+            start = time.perf_counter()
+            if not _build(backend, parsed, config, writer, progress):
+                raise explain_failure(backend, "the engine build", messages, options.needs_refit)
+            seconds = time.perf_counter() - start
+        warnings = tuple(dict.fromkeys(messages.warnings))
+    return _WrittenPlan(
+        writer.digest.hexdigest(), writer.size, profile, warnings, seconds - writer.seconds, writer.seconds
+    )
 
 
 def _check_precisions(backend: Backend, parsed: ParsedNetwork, provenance: Provenance | None) -> dict[str, int]:
@@ -227,10 +256,9 @@ def _build(
     parsed: ParsedNetwork,
     config: Any,
     writer: _PlanWriter,
-    options: BuildOptions,
-    messages: Messages,
     progress: Progress,
-) -> None:
+) -> bool:
+    """Let the library build and hand the plan to `writer`; False where it did not."""
     cancellation = Cancellation()
     monitor = make_monitor(backend, progress, cancellation)
     config.progress_monitor = monitor
@@ -244,8 +272,7 @@ def _build(
         raise monitor.error
     if writer.error is not None:
         raise writer.error
-    if not done or not writer.size:
-        raise explain_failure(backend, "the engine build", messages, options.needs_refit)
+    return done and writer.size > 0
 
 
 def _make_stream(backend: Backend, writer: _PlanWriter) -> Any:

@@ -183,7 +183,7 @@ class EngineStream:
         self._cleanup.close()
 
     def _let_go(self) -> None:
-        """Drop the contexts and the views of the memory that is given back next."""
+        """Drop the contexts and the views of the memory that is freed next."""
         self.context = None
         self._prepared.clear()
         del self.images, self.results
