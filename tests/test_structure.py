@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "repvgg_deploy"
 MODULES = sorted(TESTS.rglob("test_*.py"))
 # Tests of the benchmark scripts, and those that need a GPU whatever package they are of.
-OTHER_FOLDERS = {"bench", "gpu", "examples"}
+OTHER_FOLDERS = {"bench", "docker", "examples", "gpu"}
 
 
 def imported_modules(path: Path) -> set[str]:

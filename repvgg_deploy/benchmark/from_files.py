@@ -128,6 +128,8 @@ def _time_whole(model: Model, paths: tuple[ImageSource, ...], batch: int, second
         images += len(pixels)
         if time.perf_counter() - start >= seconds:
             break
+    if broken.reasons:
+        raise ImageError(next(iter(broken.reasons.values())), "remove it: the figures would be of other images")
     return images, images / (time.perf_counter() - start)
 
 

@@ -58,7 +58,7 @@ def decode_image(source: ImageSource | bytes, options: DecodingOptions = _DEFAUL
     """
     data, name = _read(source, options)
     with _open(data, name, options) as image:
-        return _decode(image, name)
+        return _decode(image, name).convert("RGB")
 
 
 ImageData = ImageSource | bytes | Pixels
@@ -87,7 +87,7 @@ def _read_rgb(source: ImageData, preprocessing: Preprocessing, options: Decoding
                 decoded = decode_jpeg(data, image)
                 if decoded is not None:
                     return crop_pixels(decoded, preprocessing)
-        return np.asarray(crop_image(_decode(image, name), preprocessing), dtype=np.uint8)
+        return np.asarray(crop_image(_decode(image, name), preprocessing).convert("RGB"), dtype=np.uint8)
 
 
 def _crop_array(pixels: Pixels, preprocessing: Preprocessing, options: DecodingOptions) -> Pixels:
@@ -137,11 +137,12 @@ def _memory(image: Image.Image) -> threading.Lock | nullcontext[None]:
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
+    """The whole image as 8-bit RGB, or gray while that takes a quarter of the memory."""
     try:
         with _memory(image):
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return _to_8_bits(image)
     except Exception as error:
         raise _damaged(name, error) from error
 
@@ -152,12 +153,12 @@ def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError(f"{name} is damaged ({said[0] if said else type(error).__name__})")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_bytes(image)
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
 _STRIP_PIXELS = 1 << 20
@@ -259,7 +260,11 @@ def normalize(pixels: Pixels, preprocessing: Preprocessing) -> NDArray[np.float3
     if len(preprocessing.mean) == 1:
         pixels = take_luma(pixels)
     scale, shift = scale_and_shift(preprocessing)
-    return np.ascontiguousarray((pixels.astype(np.float32) * scale + shift).transpose(0, 3, 1, 2))
+    # Moved while they are bytes, then computed in place: a tenth of the time of the same with floats.
+    values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+    values *= scale[:, None, None]
+    values += shift[:, None, None]
+    return values
 
 
 def take_luma(pixels: Pixels) -> Pixels:

@@ -339,3 +339,10 @@ def test_a_bgr_net_gets_its_channels_in_that_order_and_a_gray_one_the_luma_of_rg
     assert np.array_equal(bgr, pixels[..., ::-1])
     gray = Preprocessing(8, 8, 8, (0.5,), (0.5,), color_order="bgr")
     assert np.array_equal(read_pixels(tmp_path / "image.png", gray), pixels)
+
+
+def test_gray_image_becomes_the_pixels_of_its_colour_copy(tmp_path: Path) -> None:
+    gray = Image.fromarray(noise(50, 70, 1))
+    path = saved(gray, tmp_path / "gray.png")
+    expected = crop_image(gray.convert("RGB"), square(24, 30))
+    assert np.array_equal(read_pixels(path, square(24, 30)), np.asarray(expected))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -226,6 +227,11 @@ def test_old_output_stays_until_the_new_one_is_whole(request_: PredictRequest, m
     assert request_.output.read_text() == "old"
 
 
+def limit_files() -> None:
+    """No file of this process may grow beyond a few rows, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+
 @pytest.mark.slow
 def test_process_that_is_killed_loses_and_doubles_nothing(
     checkpoint_file: Path, image_folder: Path, tmp_path: Path
@@ -238,6 +244,10 @@ def test_process_that_is_killed_loses_and_doubles_nothing(
     command += ["--size", "32", "--resume", "-o"]
     output = tmp_path / "rows.jsonl"
     journal = output.with_name("rows.jsonl.partial")
+    full = subprocess.run([*command, str(output)], capture_output=True, preexec_fn=limit_files)
+    assert (full.returncode, output.exists()) == (1, False)
+    assert b"error: cannot write" in full.stderr
+    assert b"--resume" in full.stderr
     for number in (signal.SIGKILL, signal.SIGTERM):
         before = journal.read_bytes().count(b"\n") if journal.exists() else 0
         process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
