@@ -53,11 +53,12 @@ def decode_jpeg(data: bytes, header: Image.Image) -> NDArray[np.uint8] | None:
         return None
     try:
         pixels: NDArray[np.uint8] = library.decode_jpeg(data, "RGB" if header.mode == "RGB" else "GRAY")
-    except (ValueError, RuntimeError, MemoryError):
+        turn = _TURNS.get(header.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        # Damaged pixels or EXIF data: what that means is Pillow's to say.
         return None
     if pixels.shape[:2] != (header.height, header.width):
         return None
-    turn = _TURNS.get(header.getexif().get(_ORIENTATION, 1))
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 

@@ -151,6 +151,9 @@ def test_damaged_image_gives_pixels_or_an_image_error(kind, share, changes, tmp_
     with contextlib.suppress(ImageError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert decode_image(path).mode == "RGB"
+    with contextlib.suppress(ImageError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert read_pixels(path, square(16)).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
