@@ -53,6 +53,11 @@ TIMM = Layout(
     head="head.fc",
 )
 
+# What timm's features_only=True makes of it: the stages in one list.
+TIMM_FEATURES = Layout(
+    "timm", (Segment("stem", 0), *numbered_stages("stages_{s}.{b}", first=0)), TIMM.parts, head=TIMM.head
+)
+
 # mmcls 0.x and mmpretrain 1.x (https://github.com/open-mmlab/mmpretrain); the prefix `backbone.` is stripped before.
 OPENMMLAB = Layout(
     "openmmlab",
@@ -119,6 +124,7 @@ LAYOUTS = (
     OFFICIAL,
     OFFICIAL_PLUS,
     TIMM,
+    TIMM_FEATURES,
     OPENMMLAB,
     HOLOCRON,
     QAREPVGG_V1,

@@ -1,6 +1,7 @@
 """`export --features`: a backbone's pooled features or maps, in every precision."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from repvgg_deploy.checkpoints import CheckpointOptions, build, load_checkpoint
 from repvgg_deploy.cli.main import main
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.images.synthetic import write_image_folder
+from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.settings import StructureOptions
 from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.runtime.model import open_model
@@ -167,3 +169,18 @@ def test_what_nobody_said_ends_the_export_and_is_warned_of(checkpoint_file) -> N
             "--strides", "1,1,2,2,2")  # fmt: skip
     inspected = command("inspect", checkpoint_file).stdout
     assert "activation     relu (assumed)" in inspected
+
+
+def test_timms_feature_lists_are_read(net, save, images) -> None:
+    """`features_only=True` names the stages `stages_0`, …, and has no head."""
+    state = {k: v for k, v in name_in_layout(net, "timm").items() if not k.startswith("head.")}
+    path = save({re.sub(r"^stages\.(\d)", r"stages_\1", key): tensor for key, tensor in state.items()})
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint.layout, checkpoint.spec.classes) == ("timm", 0)
+    assert torch.equal(build(checkpoint)(images), net.stages[4](_up_to(net, 4, images)).mean((2, 3)))
+
+
+def _up_to(net: RepVGG, stage: int, images: torch.Tensor) -> torch.Tensor:
+    for number in range(stage):
+        images = net.stages[number](images)
+    return images
