@@ -199,13 +199,13 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
     return StoredTensor(_ints(shape), storage.dtype, _ints(stride), start, storage, problem)
 
 
-def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *rest: Any
-) -> StoredTensor:
+def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
+    # What follows: whether it needs a gradient, hooks, the type of the numbers, metadata.
+    dtype = rest[2] if len(rest) > 2 else None
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise TypeError
     typed = Storage(storage.blob, dtype, storage.big_endian)
-    return _tensor(typed, offset, shape, stride, None, None, *rest)
+    return _tensor(typed, offset, shape, stride, None, None, *rest[3:])
 
 
 def _of_type(function: Any, _kind: Any, arguments: Any, *_: Any) -> Any:

@@ -93,7 +93,7 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     graph say, or else as the card of the architecture does.
     """
     from repvgg_deploy.cli.tables import print_fields
-    from repvgg_deploy.verification.models import Tolerance, verify_models
+    from repvgg_deploy.verification.models import Tolerance, VerifyOptions, verify_models
 
     if options["count"] is not None and options["data"] is None:
         raise click.UsageError("--count is for --data DIR.")
@@ -101,9 +101,8 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     preprocessing = take_preprocessing(options)
     source, exact = take_checkpoint(options), take_exact_integers(options)
     with show_progress() as progress:
-        parity = verify_models(
-            a, b, preprocessing, tolerance, **options, checkpoint=source, exact_integers=exact, progress=progress
-        )
+        how = VerifyOptions(tolerance, preprocessing=preprocessing, checkpoint=source, exact_integers=exact, **options)
+        parity = verify_models(a, b, how, progress)
     values = {"a": str(a), "b": str(b), **parity.to_dict()}
     return Outcome(values, lambda: print_fields(values))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,62 +57,77 @@ class Tolerance:
 _LOOK = "see with `inspect` whether both are of one checkpoint, and take the same preprocessing"
 
 
-def verify_models(
-    first: Path,
-    second: Path,
-    options: PreprocessingOptions,
-    tolerance: Tolerance,
-    data: Path | None = None,
-    count: int | None = None,
-    checkpoint: CheckpointOptions | None = None,
-    trust: bool = False,
-    exact_integers: bool = True,
-    progress: Progress = SILENT,
-) -> Parity:
-    """How the outputs of model `second` differ from those of `first`, on the images of `data` or on drawn ones.
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How two models are compared.
 
-    Both get the same pixels: prepared as the user says, else as the metadata of an exported graph say, else as the
-    card of a checkpoint does. `checkpoint` is for those that are checkpoints; what it leaves open of the strides and
-    the activation is taken from the metadata of the graph beside it.
+    Attributes:
+        tolerance: what they may differ by.
+        data: the folder of images that they are run on; by default a few synthetic ones.
+        count: the most images of it.
+        preprocessing: what the user said of it; by default it comes from the metadata of an exported graph, else from
+            the card of a checkpoint.
+        checkpoint: how a checkpoint is read. What it leaves open of the strides and the activation is taken from the
+            metadata of the graph beside it.
+        trust, exact_integers: see `open_model`.
+    """
+
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    data: Path | None = None
+    count: int | None = None
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    trust: bool = False
+    exact_integers: bool = True
+
+
+def verify_models(
+    first: Path, second: Path, options: VerifyOptions | None = None, progress: Progress = SILENT
+) -> Parity:
+    """How the outputs of model `second` differ from those of `first`, both run on the same pixels.
 
     Raises:
-        VerificationError, ThresholdError: they differ by more than `tolerance`; see `Tolerance.require`.
+        VerificationError, ThresholdError: they differ by more than the tolerance; see `Tolerance.require`.
         DeployError: a model cannot be opened, or they do not take the same pixels.
 
     Example:
         >>> from repvgg_deploy import verify_models
-        >>> from repvgg_deploy.artifacts import PreprocessingOptions
-        >>> from repvgg_deploy.verification.models import Tolerance
-        >>> parity = verify_models(Path("net.pth"), Path("deploy.pth"), PreprocessingOptions(), Tolerance())
+        >>> parity = verify_models(Path("net.pth"), Path("deploy.pth"))
         >>> parity.relative < 1e-4
         True
     """
+    options = options or VerifyOptions()
+    a, b = _open_both(first, second, options, progress)
+    if a.preprocessing != b.preprocessing:
+        raise DeployError(
+            f"the models take different pixels: {a.preprocessing.to_json()} and {b.preprocessing.to_json()}",
+            "give the preprocessing options that fit both",
+        )
+    pixels = None if options.data is not None else choose_pixels(a.preprocessing, _channels(a, b), 8)
+    parity = _compare_outputs(a, b, options.data, pixels, options.count)
+    options.tolerance.require(parity, {a.runner.precision, b.runner.precision})
+    return parity
+
+
+def _open_both(first: Path, second: Path, options: VerifyOptions, progress: Progress) -> tuple[Model, Model]:
+    """Both models; a checkpoint beside a graph is opened second, with what the graph records."""
     graphs = [file_kind(path) != "checkpoint" for path in (first, second)]
     models: list[Model] = []
-    said = checkpoint or CheckpointOptions()
+    said = options.checkpoint
     for path in sorted((first, second), key=lambda path: file_kind(path) == "checkpoint"):
-        shared, how = options, said
+        shared, how = options.preprocessing, said
         if graphs.count(True) == 1:
             if models:
                 shared = PreprocessingOptions.same_as(models[0].preprocessing)
                 how = replace(said, structure=said.structure.over(models[0].structure))
             else:
                 how = CheckpointOptions(said.arch)
-        models.append(open_model(path, shared, how, trust, exact_integers))
+        models.append(open_model(path, shared, how, options.trust, options.exact_integers))
         for note in models[-1].notes:
             progress.note(f"note: {note}")
     if models[0].path != first:
         models.reverse()
-    a, b = models
-    if a.preprocessing != b.preprocessing:
-        raise DeployError(
-            f"the models take different pixels: {a.preprocessing.to_json()} and {b.preprocessing.to_json()}",
-            "give the preprocessing options that fit both",
-        )
-    pixels = None if data is not None else choose_pixels(a.preprocessing, _channels(a, b), 8)
-    parity = _compare_outputs(a, b, data, pixels, count)
-    tolerance.require(parity, {a.runner.precision, b.runner.precision})
-    return parity
+    return models[0], models[1]
 
 
 def _channels(*models: Model) -> int:

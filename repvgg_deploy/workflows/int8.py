@@ -73,9 +73,8 @@ def quantize_for_export(
         if request.max_drop is None or request.validation is None:
             quantized = quantize(fused, images, recipe, statistics, request.keep_float, progress)
         else:
-            quantized = _quantize_within(
-                fused, images, recipe, statistics, request, source.preprocessing, for_engine, progress
-            )
+            drop = _Drop(replace(source, fused=fused), request, for_engine, progress)
+            quantized = _quantize_within(drop, images, recipe, statistics)
     for warning in caught:
         progress.note(f"warning: {warning.message}")
     if isinstance(images, CalibrationImages):
@@ -128,52 +127,55 @@ def _find_images(
     return made
 
 
+class _Drop:
+    """The points of top-1 that a quantized net loses on the labelled images of the request."""
+
+    def __init__(self, source: Int8Source, request: Int8Request, for_engine: bool, progress: Progress) -> None:
+        self.source = source
+        self.request = request
+        self.progress = progress
+        self._as_tensorrt = for_engine or request.activation_type == "int8"
+        self._exact = self._top1(source.fused)
+
+    def measure(self, net: QuantizedNet) -> float:
+        """What `net` loses, as it will be run."""
+        if self.request.rest is Precision.FP16:
+            net = with_fp16_scales(net)
+        drop = self._exact - self._top1(net.as_tensorrt() if self._as_tensorrt else net)
+        kept = len(net.float_layers())
+        self.progress.note(f"{kept} layers in float: top-1 drops by {drop:.2f} points from {self._exact:.2f} %")
+        return drop
+
+    def _top1(self, net: nn.Module) -> float:
+        validation = self.request.validation
+        if validation is None:
+            raise AssertionError("a drop is measured on labelled images")
+        device, spec = self.source.fused.device.type, self.source.fused.spec
+        runner = TorchRunner(net, None if device == "cpu" else TorchOptions(device))
+        model = Model(validation, runner, self.source.preprocessing, None, spec.classes, spec.in_channels)
+        return evaluate(model, validation).top1
+
+
 def _quantize_within(
-    fused: RepVGG,
-    images: CalibrationImages | MadePictures,
-    recipe: Recipe,
-    statistics: CalibrationStatistics,
-    request: Int8Request,
-    preprocessing: Preprocessing,
-    for_engine: bool,
-    progress: Progress,
+    drop: _Drop, images: CalibrationImages | MadePictures, recipe: Recipe, statistics: CalibrationStatistics
 ) -> QuantizedNet:
-    """The net with the fewest float layers that loses at most `max_drop` points of top-1 on labelled images.
+    """The net with the fewest float layers that loses at most `max_drop` points of top-1.
 
     Raises:
         VerificationError: no candidate loses less; see `quantize_within`.
     """
-    validation, max_drop = request.validation, request.max_drop
-    if validation is None or max_drop is None:
-        raise AssertionError("a drop is measured on labelled images")
-    device = fused.device.type
-    options = None if device == "cpu" else TorchOptions(device)
-
-    def top1(net: nn.Module) -> float:
-        spec = fused.spec
-        runner = TorchRunner(net, options)
-        model = Model(validation, runner, preprocessing, None, spec.classes, spec.in_channels)
-        return evaluate(model, validation).top1
-
-    exact = top1(fused)
-
-    def measure_drop(net: QuantizedNet) -> float:
-        if request.rest is Precision.FP16:
-            net = with_fp16_scales(net)
-        drop = exact - top1(net.as_tensorrt() if for_engine or request.activation_type == "int8" else net)
-        kept = net.float_layers()
-        progress.note(f"{len(kept)} layers in float: top-1 drops by {drop:.2f} points from {exact:.2f} %")
-        return drop
-
-    mixed = quantize_within(fused, images, recipe, DropLimit(measure_drop, max_drop), statistics, request.keep_float)
-    if mixed.drop > max_drop:
+    request, most = drop.request, drop.request.max_drop
+    if most is None:
+        raise AssertionError("a limit is given")
+    limit = DropLimit(drop.measure, most)
+    mixed = quantize_within(drop.source.fused, images, recipe, limit, statistics, request.keep_float)
+    if mixed.drop > most:
         raise VerificationError(
-            f"top-1 drops by {mixed.drop:.2f} points, more than {max_drop:g}",
+            f"top-1 drops by {mixed.drop:.2f} points, more than {most:g}",
             "take more calibration images, --recipe thorough, or a larger --max-drop",
         )
-    progress.note(
-        f"kept in float: {', '.join(mixed.kept_float) or 'nothing'}, {mixed.macs_share:.1%} of the multiply-adds"
-    )
+    kept = ", ".join(mixed.kept_float) or "nothing"
+    drop.progress.note(f"kept in float: {kept}, {mixed.macs_share:.1%} of the multiply-adds")
     return mixed.net
 
 

@@ -11,7 +11,6 @@ import torch
 from click.testing import CliRunner
 from helpers.small_nets import make_net, name_in_layout
 
-from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.checkpoints import CheckpointOptions, build, load_checkpoint
 from repvgg_deploy.cli.main import main
 from repvgg_deploy.errors import DeployError
@@ -20,7 +19,7 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.settings import StructureOptions
 from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.runtime.model import open_model
-from repvgg_deploy.verification.models import Tolerance, verify_models
+from repvgg_deploy.verification.models import VerifyOptions, verify_models
 from repvgg_deploy.workflows.evaluate import evaluate
 
 _FAST = load_recipe("fast")
@@ -136,7 +135,7 @@ def test_two_graphs_of_features_are_compared_and_not_evaluated(checkpoint_file, 
     export(checkpoint_file, "--features", "2,4")
     export(checkpoint_file, "--features", "2,4", "--fp16")
     graphs = [checkpoint_file.parent / "out" / f"checkpoint.{precision}.onnx" for precision in ("fp32", "fp16")]
-    parity = verify_models(*graphs, PreprocessingOptions(), Tolerance())
+    parity = verify_models(*graphs)
     assert 1e-6 < parity.relative < 3e-2
     with pytest.raises(DeployError, match="gives features"):
         evaluate(open_model(graphs[0]), image_folder)
@@ -146,10 +145,10 @@ def test_verify_takes_strides_and_activation_of_a_checkpoint_from_the_graph(net,
     path = save(name_in_layout(net, "official"))
     export(path, "--act", "silu", "--strides", "1,2,2,2,2")
     graph = path.parent / "out" / "checkpoint.fp32.onnx"
-    assert verify_models(path, graph, PreprocessingOptions(), Tolerance()).relative < 1e-5
+    assert verify_models(path, graph).relative < 1e-5
     said = CheckpointOptions(structure=StructureOptions(activation="relu"))
     with pytest.raises(DeployError):
-        verify_models(path, graph, PreprocessingOptions(), Tolerance(), checkpoint=said)
+        verify_models(path, graph, VerifyOptions(checkpoint=said))
     assert open_model(graph).structure.strides == (1, 2, 2, 2, 2)
 
 
