@@ -36,11 +36,11 @@ def test_folders_of_tests_are_packages_of_the_code() -> None:
 
 
 def body_lines(function: ast.FunctionDef) -> int:
-    """The lines of a function without its docstring."""
+    """The lines of a function behind its signature and docstring."""
     first = function.body[0]
     is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    documented = (first.end_lineno or 0) - first.lineno + 1 if is_docstring else 0
-    return (function.end_lineno or 0) - function.lineno + 1 - documented
+    start = first.end_lineno if is_docstring else first.lineno - 1
+    return (function.end_lineno or 0) - (start or 0)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
