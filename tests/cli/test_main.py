@@ -92,7 +92,7 @@ FAILURES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-500]), "truncated or damaged"),
     "directory": (lambda path: (path.unlink(), path.mkdir()), "is a directory"),
     "other network": (lambda path: torch.save({"layer1.0.conv1.weight": torch.ones(2)}, path), "a ResNet"),
-    "code": (lambda path: torch.save(torch.nn.ReLU(), path), "wants the code"),
+    "code": (lambda path: torch.save(torch.nn.ReLU(), path), "holds no tensors by name"),
 }
 
 
