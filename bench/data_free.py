@@ -3,7 +3,7 @@
     python bench/data_free.py table --checkpoint CKPT --calib DIR --val DIR [-o bench/results]
     python bench/data_free.py size  --checkpoint CKPT --val DIR [-o bench/results]
     python bench/data_free.py wide  [--arch B1] [-o bench/results]
-    python bench/data_free.py plot  --checkpoint CKPT -o bench/plots/data_free.png
+    python bench/data_free.py plot  --checkpoint CKPT -o docs/figures/data_free.png
 
 `table` quantizes one net on made pictures, on 8, 32, 128 and 512 real images, on noise, and with ranges that follow
 from the BN statistics without any picture. `size` says what the pictures' size, number and steps cost and give. `wide`
@@ -95,7 +95,7 @@ def run_table(arguments: argparse.Namespace) -> None:
         results.append({"calibration": what, "quantize_s": seconds, **asdict(figures), **more})
         print(results[-1], flush=True)
 
-    made, seconds = timed(lambda: make_pictures(net, PREPROCESSING))
+    made, seconds = timed(lambda: make_pictures(net, PREPROCESSING, recipe.pictures, recipe.seed))
     about = {"make_s": seconds, **made.summary.to_dict()}
     add("pictures from BN statistics", lambda: quantize(fused, made, recipe), **about)
     add("noise pictures", lambda: quantize(fused, draw_noise(made.summary.pictures), recipe))
@@ -144,20 +144,24 @@ def run_wide(arguments: argparse.Namespace) -> None:
 
 
 def run_plot(arguments: argparse.Namespace) -> None:
-    """Some of the made pictures, beside the noise that they were made from."""
-    from matplotlib import pyplot as plt
-
+    """Some of the made pictures."""
     net, _ = load_both(arguments.checkpoint)
-    made = make_pictures(net, PREPROCESSING)
+    draw(make_pictures(net, PREPROCESSING), arguments.output)
+
+
+def draw(made: MadePictures, target: Path) -> None:
+    """A sheet of the first pictures."""
+    from matplotlib.figure import Figure
+
     pixels = to_pixels(made, PREPROCESSING)[:32]
-    figure, axes = plt.subplots(4, 8, figsize=(8, 4.2))
-    for axis, picture in zip(axes.flat, pixels, strict=True):
+    figure = Figure(figsize=(8, 4.2))
+    for axis, picture in zip(figure.subplots(4, 8).flat, pixels, strict=True):
         axis.imshow(picture)
         axis.axis("off")
     figure.suptitle(f"{len(pixels)} of {made.summary.pictures} pictures made from BN statistics", fontsize=10)
     figure.tight_layout(pad=0.3)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output, dpi=150)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=80)
 
 
 def load_both(path: Path) -> tuple[RepVGG, RepVGG]:
