@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from helpers.interrupt import EARLIEST_S, interrupt  # type: ignore[import-not-found]
+from helpers.interrupt import interrupt  # type: ignore[import-not-found]
 
 
 def commands(checkpoint: str, images: str, out: str) -> dict[str, list[str]]:
@@ -46,7 +46,7 @@ def run_tries(name: str, arguments: argparse.Namespace, seed: int) -> dict[str, 
         faults, statuses, slowest = [], dict[int, int](), 0.0
         for number in range(arguments.tries):
             folder = Path(base) / str(number)
-            delay = draw.uniform(EARLIEST_S, seconds)
+            delay = draw.uniform(0.0, seconds)
             command = commands(str(arguments.checkpoint), str(arguments.images), str(folder / "out"))[name]
             ended = interrupt(command, folder, draw.choice((signal.SIGINT, signal.SIGTERM)), delay)
             fault = ended.fault(results)

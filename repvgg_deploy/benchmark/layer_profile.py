@@ -66,7 +66,7 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
         DeployError: the file is no graph of a fixed input size.
     """
     if file_kind(path) != "onnx":
-        raise DeployError(f"{path} is no ONNX graph", "--profile is for graphs and engines: `export` writes them")
+        raise DeployError(f"{path} is not an ONNX graph", "--profile is for graphs and engines: `export` writes them")
     plain = OnnxRunner(path, quick_start=True)
     dtype = NUMPY_TYPES.get(plain.input_type)
     if dtype is None or None in plain.input_shape[1:]:

@@ -105,7 +105,7 @@ def _named_parts(block: nn.Module, naming: _Naming, name: str) -> BlockParts | N
             continue
         value = _branch(branch)
         if value is None:
-            raise FusionError(f"block {name}: its branch {attribute!r} is no convolution, BN or identity")
+            raise FusionError(f"block {name}: its branch {attribute!r} is not a convolution, BN or identity")
         values.append(value)
     norm = _child(block, naming.norm_after_sum)
     se_before = _child(block, naming.se_before) or nn.Identity()

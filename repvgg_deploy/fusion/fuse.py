@@ -117,7 +117,7 @@ def equivalent_kernel_bias(block: nn.Module, dtype: torch.dtype = torch.float64)
     Differentiable with respect to the block's parameters. The BNs are taken as in evaluation.
 
     Raises:
-        FusionError: `block` is no RepVGG block in training form, or has no equivalent convolution.
+        FusionError: `block` is not a RepVGG block in training form, or has no equivalent convolution.
 
     Example:
         >>> from repvgg_deploy import build, equivalent_kernel_bias, load_checkpoint
@@ -128,7 +128,7 @@ def equivalent_kernel_bias(block: nn.Module, dtype: torch.dtype = torch.float64)
     """
     parts = take_apart(block, type(block).__name__)
     if parts is None:
-        raise FusionError(f"{type(block).__name__} is no RepVGG block in training form")
+        raise FusionError(f"{type(block).__name__} is not a RepVGG block in training form")
     return kernel_and_bias(parts.value, dtype)
 
 

@@ -29,7 +29,7 @@ def read_skeleton(path: Path) -> onnx.ModelProto:
     ONNX Runtime maps such weights into memory, where it would copy inline ones twice; see `OnnxRunner`.
 
     Raises:
-        GraphError: there is no such file, or it is no ONNX graph.
+        GraphError: there is no such file, or it is not an ONNX graph.
     """
     try:
         with path.open("rb") as file:
@@ -43,7 +43,7 @@ def read_skeleton(path: Path) -> onnx.ModelProto:
         # DecodeError of whichever protobuf implementation is installed, or one of the ValueErrors below.
         if not isinstance(error, ValueError) and type(error).__name__ != "DecodeError":
             raise
-        raise GraphError(f"{path} is no ONNX graph, or a damaged one", "export it again") from error
+        raise GraphError(f"{path} is not an ONNX graph, or a damaged one", "export it again") from error
 
 
 def read_onnx_metadata(path: Path) -> dict[str, str]:

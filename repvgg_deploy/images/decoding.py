@@ -54,7 +54,7 @@ def decode_image(source: ImageSource | bytes, options: DecodingOptions = _DEFAUL
     Grayscale, palette, CMYK, alpha and 16-bit images are converted; of an animation the first frame is taken.
 
     Raises:
-        ImageError: the file is no image, a damaged or too large one, or of another format than `FORMATS`.
+        ImageError: the file is not an image, a damaged or too large one, or of another format than `FORMATS`.
     """
     data, name = _read(source, options)
     with _open(data, name, options) as image:
@@ -95,7 +95,7 @@ def _crop_array(pixels: Pixels, preprocessing: Preprocessing, options: DecodingO
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
         raise ImageError(
-            f"pixels of shape {pixels.shape} and type {pixels.dtype} are no image",
+            f"pixels of shape {pixels.shape} and type {pixels.dtype} are not an image",
             "give uint8 of shape height, width, 3",
         )
     rgb: Pixels = np.array(pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2))
@@ -115,7 +115,7 @@ def _open(data: bytes, name: str, options: DecodingOptions) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no image that can be read ({', '.join(FORMATS)})") from error
+        raise ImageError(f"{name} is not an image that can be read ({', '.join(FORMATS)})") from error
     except Exception as error:
         raise _damaged(name, error) from error
     needed = _decoded_bytes(image)

@@ -35,7 +35,7 @@ def read_batches(
 ) -> Iterator[tuple[Pixels, list[int]]]:
     """Batches of cropped pixels (n, H, W, 3), each with the indices of its images in `sources`; in order.
 
-    Threads decode ahead of the caller, at most four batches. A file that is no image goes into `broken`.
+    Threads decode ahead of the caller, at most four batches. A file that is not an image goes into `broken`.
     """
     # Closed here, and not with the traceback of an error, so that its threads end first.
     with closing(decode_ahead(sources, preprocessing, 4 * batch, options)) as decoded:

@@ -162,7 +162,7 @@ def _read_list(source: Path) -> Iterator[ImageSource]:
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ImageError(f"{source} is no list of images ({error})", "a text file, one path per line") from error
+        raise ImageError(f"{source} is not a list of images ({error})", "a text file, one path per line") from error
     yield from list_lines(text.splitlines(), source.parent)
 
 

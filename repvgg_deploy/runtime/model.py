@@ -214,7 +214,7 @@ def _describe(
     require_channels(preprocessing, channels)
     classes = _classes(signature, provenance)
     if classes != 0 and any(len(shape) != 2 for shape in signature.outputs.values()):
-        raise GraphError(f"{path} does not give one score a class", "an image classifier has one output N,classes")
+        raise GraphError(f"{path} does not give one score per class", "an image classifier has one output N,classes")
     return Model(
         path,
         runner,

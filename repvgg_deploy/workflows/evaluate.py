@@ -244,7 +244,7 @@ def map_classes(images: LabelledImages, class_names: tuple[str, ...] | None, cla
             return np.array([known[name] for name in names])
         if len(unknown) < len(names):
             raise DeployError(
-                f"the folder {unknown[0]} is none of the model's classes, others are",
+                f"the folder {unknown[0]} is not one of the model's classes, and others are",
                 "name the folders as the model's classes are, or all of them otherwise, to be taken in sorted order",
             )
     if classes is not None and len(names) != classes:

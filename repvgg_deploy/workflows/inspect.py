@@ -120,7 +120,7 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
     except DecodeError as error:
         raise GraphError(f"{path} is a truncated or damaged ONNX graph", "export it again") from error
     if not model.graph.node:
-        raise GraphError(f"{path} is no ONNX graph, or a truncated one: it has no nodes", "export it again")
+        raise GraphError(f"{path} is not an ONNX graph, or a truncated one: it has no nodes", "export it again")
     properties = {p.key: p.value for p in model.metadata_props}
     require_arch(path, read_metadata(properties), arch)
     ops = [node.op_type for node in model.graph.node]

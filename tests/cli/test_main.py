@@ -264,7 +264,7 @@ def test_eval_names_the_broken_images_on_stderr(checkpoint_file: Path, image_fol
     assert "bad.png" in result.stderr
     assert list(object_of(result)["broken"]) == [str(image_folder / "class1" / "bad.png")]
     error = failed(run("eval", checkpoint_file, "--data", image_folder, "--size", 32, "--strict"))
-    assert "bad.png is no image" in error
+    assert "bad.png is not an image" in error
 
 
 def test_version_is_printed() -> None:

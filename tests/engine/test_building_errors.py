@@ -63,14 +63,14 @@ def test_a_missing_graph_is_named(tmp_path: Path) -> None:
 def test_a_cut_graph_is_refused(tmp_path: Path) -> None:
     path = small_onnx(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(GraphError, match="no ONNX graph, or a damaged one"):
+    with pytest.raises(GraphError, match="is not an ONNX graph, or a damaged one"):
         build_engine(path, rtx_backend(), NO_CACHE, tmp_path)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.onnx"
     path.write_text("this is no graph\n" * 10, encoding="utf-8")
-    with pytest.raises(GraphError, match="no ONNX graph"):
+    with pytest.raises(GraphError, match="is not an ONNX graph"):
         build_engine(path, rtx_backend(), NO_CACHE, tmp_path)
 
 

@@ -97,7 +97,7 @@ class Bottleneck(nn.Module):
 def test_other_modules_are_no_blocks(module) -> None:
     with pytest.raises(FusionError, match="no RepVGG block"):
         fuse(module)
-    with pytest.raises(FusionError, match="is no RepVGG block"):
+    with pytest.raises(FusionError, match="is not a RepVGG block"):
         equivalent_kernel_bias(module)
 
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Where the interpreter itself still starts, which this project's code has no part in.
-EARLIEST_S = 0.15
+_START_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,26 @@ class Interrupted:
         return None
 
 
+def _wait_for_handlers(pid: int) -> None:
+    """Wait until the process handles SIGTERM, or has ended."""
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            return
+        caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1 or "State:\tZ" in status:
+            return
+        time.sleep(0.002)
+
+
 def interrupt(arguments: Sequence[str], folder: Path, number: signal.Signals, delay_s: float) -> Interrupted:
-    """Run `repvgg-deploy` with `folder`/out as its only output and `folder`/tmp for temporary files; then a signal."""
+    """Run `repvgg-deploy` with `folder`/out as its only output and `folder`/tmp for temporary files; then a signal.
+
+    The signal comes `delay_s` after the program's first lines: until then the interpreter itself starts, which a signal
+    ends in the system's own way.
+    """
     scratch = folder / "tmp"
     scratch.mkdir(parents=True)
     environment = {**os.environ, "TMPDIR": str(scratch), "XDG_CACHE_HOME": str(folder / "cache")}
@@ -51,6 +68,7 @@ def interrupt(arguments: Sequence[str], folder: Path, number: signal.Signals, de
         [sys.executable, "-m", "repvgg_deploy", *arguments], env=environment, text=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
+    _wait_for_handlers(process.pid)
     time.sleep(delay_s)
     process.send_signal(number)
     sent = time.monotonic()

@@ -118,7 +118,7 @@ def test_missing_image_is_named(tmp_path: Path) -> None:
 def test_file_that_is_no_image_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match=r"a\.jpg is (no image that can be read|damaged)"):
+    with pytest.raises(ImageError, match=r"a\.jpg is (not an image that can be read|damaged)"):
         decode_image(path)
 
 
@@ -276,7 +276,7 @@ def test_formats_that_few_have_looked_at_are_not_decoded(kind: str, tmp_path: Pa
     path = tmp_path / "photo.jpg"
     Image.fromarray(noise(24, 20)).save(path, kind)
     with pytest.raises(
-        ImageError, match=r"photo\.jpg is no image that can be read \(JPEG, PNG, WEBP, TIFF, BMP, GIF\)"
+        ImageError, match=r"photo\.jpg is not an image that can be read \(JPEG, PNG, WEBP, TIFF, BMP, GIF\)"
     ):
         decode_image(path)
 

@@ -44,7 +44,7 @@ def test_single_image_is_a_list_of_one(tmp_path: Path) -> None:
 def test_list_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "list.bin"
     path.write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(ImageError, match="no list of images"):
+    with pytest.raises(ImageError, match="is not a list of images"):
         list_images(path)
 
 

@@ -60,7 +60,7 @@ def test_gray_pixels_are_an_image_and_floats_are_not(model: Model) -> None:
     gray = noise(20, 30, 1)
     one, three, bad = Predictor(model)([gray, np.stack([gray] * 3, axis=-1), np.zeros((8, 8, 3))])
     assert (one.classes, one.scores) == (three.classes, three.scores)
-    assert "are no image" in str(bad.error)
+    assert "are not an image" in str(bad.error)
 
 
 def test_broken_images_are_rows_at_their_place(model: Model, image_folder: Path) -> None:

@@ -140,14 +140,14 @@ def test_broken_image_is_left_out_and_named(model: Model, image_folder: Path) ->
 
 def test_broken_image_is_an_error_where_it_is_asked_for(model: Model, image_folder: Path) -> None:
     (image_folder / "class2" / "bad.jpg").write_bytes(b"no image")
-    with pytest.raises(ImageError, match=r"bad\.jpg is no image"):
+    with pytest.raises(ImageError, match=r"bad\.jpg is not an image"):
         evaluate(model, image_folder, strict=True)
 
 
 def test_nothing_but_broken_images_is_an_error(model: Model, image_folder: Path) -> None:
     for path in image_folder.rglob("*.*"):
         path.write_bytes(b"no image")
-    with pytest.raises(ImageError, match="is no image"):
+    with pytest.raises(ImageError, match="is not an image"):
         evaluate(model, image_folder)
 
 
@@ -276,7 +276,7 @@ def test_number_of_images_can_be_limited(checkpoint_file: Path, image_folder: Pa
 
 def test_broken_image_stops_a_comparison(checkpoint_file: Path, image_folder: Path) -> None:
     (image_folder / "bad.png").write_bytes(b"no image")
-    with pytest.raises(ImageError, match=r"bad\.png is no image"):
+    with pytest.raises(ImageError, match=r"bad\.png is not an image"):
         verify_models(checkpoint_file, checkpoint_file, VerifyOptions(STRICT, data=image_folder, preprocessing=SMALL))
 
 
@@ -363,7 +363,7 @@ def test_one_folder_that_is_no_class_of_the_model_is_an_error_not_another_order(
     named = replace(model, class_names=("class4", "class3", "class2", "class1", "class0"))
     evaluate(named, image_folder)
     (image_folder / "class2").rename(image_folder / "class2_x")
-    with pytest.raises(DeployError, match="class2_x is none of the model's classes"):
+    with pytest.raises(DeployError, match="class2_x is not one of the model's classes"):
         evaluate(named, image_folder)
 
 

@@ -189,7 +189,7 @@ def test_two_processes_do_not_write_one_file(request_: PredictRequest, monkeypat
 
 def test_broken_image_is_an_error_where_it_is_asked_for(request_: PredictRequest, image_folder: Path) -> None:
     (image_folder / "class0" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ImageError, match=r"1\.jpg is no image"):
+    with pytest.raises(ImageError, match=r"1\.jpg is not an image"):
         predict_to_file(replace(request_, strict=True))
     assert not request_.output.exists()
 
