@@ -90,8 +90,27 @@ class StoredArray(Stateful):
             self.tensor = _array(content, dtype, shape, bool(is_fortran))
 
 
-def make_globals(load_nested: Callable[[bytes], Any]) -> Globals:
-    """The table for one file; `load_nested` reads a file that lies in the pickle as bytes."""
+_COPIES_FREE = 10_000_000
+
+
+class _Copies:
+    """Counts what calls copy: a few bytes of a pickle may ask for a large list, kept once, to be copied for ever."""
+
+    def __init__(self, size: int) -> None:
+        self._left = _COPIES_FREE + 4 * size
+
+    def count(self, values: tuple[Any, ...]) -> None:
+        """Take note of the arguments of a call; raise PickleError beyond four times the size of the file."""
+        self._left -= sum(
+            len(value) for value in values if isinstance(value, str | bytes | bytearray | list | tuple | dict)
+        )
+        if self._left < 0:
+            raise PickleError("it copies more than it holds")
+
+
+def make_globals(load_nested: Callable[[bytes], Any], size: int) -> Globals:
+    """The table for one file of `size` bytes; `load_nested` reads a file that lies in the pickle as bytes."""
+    copies = _Copies(size)
     makers: dict[tuple[str, str], Callable[..., Any]] = {
         ("_codecs", "encode"): _encode,
         ("collections", "OrderedDict"): _make_dict,
@@ -124,7 +143,8 @@ def make_globals(load_nested: Callable[[bytes], Any]) -> Globals:
         makers[f"{core}.numeric", "_frombuffer"] = _frombuffer
     makers["numpy", "dtype"] = _dtype
     known: dict[tuple[str, str], Any] = {
-        (module, name): Maker(module, name, _or_inert(module, name, call)) for (module, name), call in makers.items()
+        (module, name): Maker(module, name, _or_inert(module, name, call, copies))
+        for (module, name), call in makers.items()
     }
     known |= {("torch", name): dtype for name, dtype in DTYPES.items()}
     for module in ("torch", "torch.cuda", "torch.storage"):
@@ -135,8 +155,9 @@ def make_globals(load_nested: Callable[[bytes], Any]) -> Globals:
     return Globals(known)
 
 
-def _or_inert(module: str, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def _or_inert(module: str, name: str, call: Callable[..., Any], copies: _Copies) -> Callable[..., Any]:
     def make(*arguments: Any) -> Any:
+        copies.count(arguments)
         try:
             return call(*arguments)
         except (TypeError, ValueError, AttributeError):
@@ -239,13 +260,14 @@ def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any)
 def _array(content: Any, dtype: Any, shape: Any, is_fortran: bool) -> StoredTensor | None:
     if not isinstance(dtype, _DType) or not isinstance(content, str | bytes | bytearray):
         return None
-    return array_tensor(_as_bytes(content), dtype.resolve(), _ints(shape), is_fortran)
+    # Text is encoded when the array is asked for.
+    return array_tensor(len(content), lambda: _as_bytes(content), dtype.resolve(), _ints(shape), is_fortran)
 
 
-def array_tensor(content: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], is_fortran: bool) -> StoredTensor:
-    """A numpy array's bytes as a tensor."""
+def array_tensor(
+    size: int, read: Callable[[], bytes], dtype: np.dtype[Any], shape: tuple[int, ...], is_fortran: bool
+) -> StoredTensor:
+    """A numpy array as a tensor; `read` gives its `size` bytes."""
     stride = contiguous_stride(shape[::-1])[::-1] if is_fortran else contiguous_stride(shape)
-    storage = Storage(
-        Deferred(len(content), lambda: content), getattr(torch, dtype.name), dtype.newbyteorder("=") != dtype
-    )
+    storage = Storage(Deferred(size, read), getattr(torch, dtype.name), dtype.newbyteorder("=") != dtype)
     return StoredTensor(shape, storage.dtype, stride, 0, storage)

@@ -49,4 +49,5 @@ def _read_array(name: str, content: bytes) -> StoredTensor:
     shape, is_fortran, dtype = header
     if _NUMBERS.fullmatch(dtype.name) is None:
         raise ArrayError(f"{shown} is an array of {printable(str(dtype))}, not of numbers")
-    return array_tensor(content[stream.tell() :], dtype, shape, is_fortran)
+    start = stream.tell()
+    return array_tensor(len(content) - start, lambda: content[start:], dtype, shape, is_fortran)

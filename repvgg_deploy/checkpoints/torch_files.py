@@ -42,15 +42,16 @@ def read_torch_archive(archive: Archive, depth: int = 0) -> Tree:
             raise PickleError(f"the storage {key} is shorter than the pickle says")
         return Storage(blobs[name], kind.dtype, order == b"big")
 
-    names = make_globals(_nested(depth))
-    value = read_pickle(open_stream(MemorySource(archive.read(f"{root}data.pkl"))), names, find_storage)
+    content = archive.read(f"{root}data.pkl")
+    names = make_globals(_nested(depth), len(content))
+    value = read_pickle(open_stream(MemorySource(content)), names, find_storage)
     return Tree(value, names.unread)
 
 
 def read_pickles(source: Source, depth: int = 0) -> Tree:
     """The value in a file of `torch.save` before version 1.6, or in a plain pickle."""
     stream = open_stream(source)
-    names = make_globals(_nested(depth))
+    names = make_globals(_nested(depth), source.size)
     first = read_pickle(stream, names, _refuse_identifier)
     if first != _MAGIC:
         return Tree(first, names.unread)

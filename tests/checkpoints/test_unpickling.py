@@ -6,6 +6,7 @@ import io
 import pickle
 import pickletools
 import sys
+import tracemalloc
 import zipfile
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -196,7 +197,9 @@ def test_arbitrary_instructions_do_not_escape(instructions: list[bytes], protoco
 @given(st.binary(max_size=80), st.integers(0, 5))
 def test_arbitrary_bytes_do_not_escape(content: bytes, protocol: int) -> None:
     with suppress(Exception), nothing_runs():
-        read_pickle(io.BytesIO(b"\x80" + bytes([protocol]) + content), make_globals(lambda _: None), refuse)
+        read_pickle(
+            io.BytesIO(b"\x80" + bytes([protocol]) + content), make_globals(lambda _: None, len(content)), refuse
+        )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -295,3 +298,18 @@ def test_more_instructions_than_any_checkpoint_has_are_refused(monkeypatch: pyte
     monkeypatch.setattr("repvgg_deploy.checkpoints.unpickling._MAX_INSTRUCTIONS", 100)
     with pytest.raises(PickleError, match="more instructions"):
         read(b"\x80\x02" + b"N0" * 200 + b"N.")
+
+
+def test_a_list_that_is_kept_once_cannot_be_copied_for_ever(tmp_path: Path) -> None:
+    """Half a megabyte that would take terabytes: one list, turned into a tuple again and again."""
+    many = b"](" + b"N" * 300_000 + b"eq\x00"
+    copies = b"cbuiltins\ntuple\nq\x01" + b"h\x01h\x00\x85R" * 50_000 + b"0" * 50_000
+    path = tmp_path / "net.pth"
+    path.write_bytes(b"\x80\x02" + many + copies + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 400 << 20
+    finally:
+        tracemalloc.stop()
