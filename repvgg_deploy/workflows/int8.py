@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from repvgg_deploy.artifacts import Precision, Preprocessing
-from repvgg_deploy.errors import DeployError, ImageError, VerificationError
+from repvgg_deploy.errors import DeployError, ImageError, ThresholdError
 from repvgg_deploy.files import stage_files
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import Progress
@@ -162,7 +162,7 @@ def _quantize_within(
     """The net with the fewest float layers that loses at most `max_drop` points of top-1.
 
     Raises:
-        VerificationError: no candidate loses less; see `quantize_within`.
+        ThresholdError: no candidate loses less; see `quantize_within`.
     """
     request, most = drop.request, drop.request.max_drop
     if most is None:
@@ -170,7 +170,7 @@ def _quantize_within(
     limit = DropLimit(drop.measure, most)
     mixed = quantize_within(drop.source.fused, images, recipe, limit, statistics, request.keep_float)
     if mixed.drop > most:
-        raise VerificationError(
+        raise ThresholdError(
             f"top-1 drops by {mixed.drop:.2f} points, more than {most:g}",
             "take more calibration images, --recipe thorough, or a larger --max-drop",
         )
