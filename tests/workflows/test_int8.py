@@ -255,7 +255,7 @@ def test_a_drop_that_no_set_of_float_layers_mends_is_refused(images, tmp_path, m
     monkeypatch.setattr(int8_export, "evaluate", lose_ten_points)
     out = tmp_path / "out"
     arguments = ("--calib-count", "4", "--val", tmp_path / "val", "--max-drop", "5", "--json")
-    result = int8(images, out, *arguments, code=1)
+    result = int8(images, out, *arguments, code=3)
     assert "error: top-1 drops by 10.00 points, more than 5" in result.stderr
     assert len(measured) > 2
     assert "hint:" in result.stderr
