@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from repvgg_deploy.checkpoints.architecture import name_nearest
-from repvgg_deploy.checkpoints.heads import Head, find_head, fold_linear_chain, is_beside_the_net
+from repvgg_deploy.checkpoints.choice import Choice
+from repvgg_deploy.checkpoints.head_layers import Group, HeadActivation, group_layers
+from repvgg_deploy.checkpoints.heads import Head, find_head, fold_linear_chain, is_beside_the_net, scopes_of
 from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.layout import KeyMap, Layout
 from repvgg_deploy.checkpoints.matching import FoundNet
@@ -35,39 +37,50 @@ class Assembled:
     notes: tuple[str, ...]
 
 
-def assemble(spec: ArchSpec, net: FoundNet, tensors: Mapping[str, StoredTensor], file_size: int) -> Assembled:
-    """The net of `spec`, the blocks' architecture, from `tensors`, which are all in its place.
+def assemble(
+    spec: ArchSpec, chosen: Choice, file_size: int, head_activation: HeadActivation | None = None
+) -> Assembled:
+    """The net of `spec`, the blocks' architecture, from the chosen net's tensors and all that are in its place.
+
+    `head_activation`: what the user says is between the layers of a head that has several.
 
     Raises:
         CheckpointError: tensors are missing or surplus, shapes contradict each other, values are not finite, a variance
             is negative, a tensor is damaged, or what the tensors claim is beyond all measure for the file's size.
     """
+    net, tensors = chosen.net, chosen.tensors
     keys = net.keys
     left = {key: t for key, t in tensors.items() if key not in keys.names and not _is_ignored(net, key)}
     head = find_head(net, spec.features, left)
     _require_head(head, tensors, keys.layout)
-    spec = replace(spec, classes=head.classes)
-    beside = _require_complete(spec, net, tensors, {k: t for k, t in left.items() if k not in head.keys})
+    groups = group_layers(head, chosen.modules, head_activation)
+    spec = replace(spec, classes=head.classes, hidden=tuple(group[-1].outputs for group in groups[:-1]))
+    left = {key: tensor for key, tensor in left.items() if key not in head.keys}
+    beside = [key for key in left if _is_beside(key, net, _scope_of(head, net), left)]
+    _require_complete(spec, keys, tensors, [key for key in left if key not in set(beside)])
     used = {canonical: key for key, canonical in keys.names.items() if not keys.layout.is_ignored(key)}
     _require_modest(spec, [tensors[key] for key in (*used.values(), *head.keys)], file_size)
     wide = _common_type(tensors, [*used.values(), *head.keys])
     loaded = {name: tensors[key].load(printable(key)).to(wide) for name, key in used.items()}
-    if head.parts:
-        loaded |= _load_head(head, tensors, wide)
+    loaded |= _load_head(groups, tensors, wide)
     _check_values(loaded, keys, head)
     return Assembled(spec, loaded, (*_training_notes(net, tensors), *_head_notes(head, net), *_beside_notes(beside)))
 
 
-def _load_head(head: Head, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _load_head(groups: tuple[Group, ...], tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
     def load(key: str) -> Tensor:
         return tensors[key].load(printable(key))
 
-    first = head.parts[0]
-    if len(head.parts) == 1 and "bias" in first.keys:
-        weight, bias = load(first.keys["weight"]).flatten(1), load(first.keys["bias"])
-    else:
-        weight, bias = fold_linear_chain(head.parts, load)
-    return {"classifier.weight": weight.to(dtype), "classifier.bias": bias.to(dtype)}
+    loaded: dict[str, Tensor] = {}
+    names = [*(f"hidden.{number}" for number in range(len(groups) - 1)), "classifier"]
+    for name, parts in zip(names, groups, strict=False):
+        first = parts[0]
+        if len(parts) == 1 and "bias" in first.keys:
+            weight, bias = load(first.keys["weight"]).flatten(1), load(first.keys["bias"])
+        else:
+            weight, bias = fold_linear_chain(parts, load)
+        loaded |= {f"{name}.weight": weight.to(dtype), f"{name}.bias": bias.to(dtype)}
+    return loaded
 
 
 def _is_ignored(net: FoundNet, key: str) -> bool:
@@ -107,19 +120,15 @@ def _require_head(head: Head, tensors: Mapping[str, StoredTensor], layout: Layou
                 )
 
 
-def _require_complete(
-    spec: ArchSpec, net: FoundNet, found: Mapping[str, StoredTensor], left: Mapping[str, StoredTensor]
-) -> list[str]:
-    """The names of what is beside the net, if the tensors of its blocks are just those that `spec` consists of."""
-    keys = net.keys
+def _require_complete(spec: ArchSpec, keys: KeyMap, found: Mapping[str, StoredTensor], strange: list[str]) -> None:
+    """Raise CheckpointError unless the blocks' tensors are just those of `spec`, and none is `strange`."""
     with torch.device("meta"):
         expected = {k: v for k, v in RepVGG(spec).state_dict().items() if not k.endswith("num_batches_tracked")}
-    expected = {name: like for name, like in expected.items() if not name.startswith("classifier.")}
+    expected = {name: like for name, like in expected.items() if name.startswith("stages.")}
     tensors = {canonical: found[key] for key, canonical in keys.names.items() if not keys.layout.is_ignored(key)}
     missing = [keys.file_key(name) for name in expected if name not in tensors]
-    beside = [key for key in left if _is_beside(key, net, left)]
     surplus = [keys.file_key(name) for name in tensors if name not in expected]
-    surplus += sorted(left.keys() - set(beside), key=list(left).index) if len(beside) < len(left) else []
+    surplus += strange
     if missing:
         are = "tensor is" if len(missing) == 1 else "tensors are"
         raise CheckpointError(f"{len(missing)} {are} missing: {_some(missing, surplus)}", _incomplete(spec))
@@ -136,20 +145,24 @@ def _require_complete(
     ]
     if wrong:
         raise CheckpointError(f"shapes contradict each other: {'; '.join(wrong[:3])}", _incomplete(spec))
-    strange = [keys.file_key(name) for name, t in tensors.items() if t.dtype not in _FLOATS]
-    if strange:
+    whole = [keys.file_key(name) for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
+    if whole:
         raise CheckpointError(
-            f"{printable(strange[0])} is no floating-point tensor", "give the checkpoint before quantization"
+            f"{printable(whole[0])} is no floating-point tensor", "give the checkpoint before quantization"
         )
-    return beside
 
 
-def _is_beside(key: str, net: FoundNet, left: Mapping[str, StoredTensor]) -> bool:
+def _scope_of(head: Head, net: FoundNet) -> str:
+    """What is in front of all names of the net, the head's too, with a dot at its end; or nothing."""
+    scopes = [f"{scope}." if scope else "" for scope in scopes_of(net)]
+    return next(scope for scope in scopes if all(key.startswith(scope) for key in head.keys))
+
+
+def _is_beside(key: str, net: FoundNet, scope: str, left: Mapping[str, StoredTensor]) -> bool:
     """Whether a tensor that is neither a block's nor the head's can be left out without the net missing it."""
-    prefix = net.keys.prefix
-    if prefix and not key.startswith(prefix):
+    if not key.startswith(scope):
         return True
-    inner = key.removeprefix(prefix)
+    inner = key.removeprefix(net.keys.prefix if key.startswith(net.keys.prefix) else scope)
     words = inner.split(".")
     if words[0] in {segment.words[0] for segment in net.keys.layout.segments}:
         return False
@@ -219,7 +232,7 @@ def _check_values(tensors: Mapping[str, Tensor], keys: KeyMap, head: Head) -> No
         if -float("inf") < low <= high < float("inf") and not (name.endswith("running_var") and low < 0):
             continue
         leaf = name.rpartition(".")[2]
-        shown = head.parts[-1].keys.get(leaf, name) if name.startswith("classifier.") else keys.file_key(name)
+        shown = head.parts[-1].keys.get(leaf, name) if not name.startswith("stages.") else keys.file_key(name)
         if name.endswith("running_var") and low < 0:
             raise CheckpointError(
                 f"{printable(shown)} has a negative variance ({low:g})", "the file is damaged, or was averaged wrongly"

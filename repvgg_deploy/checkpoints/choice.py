@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repvgg_deploy.checkpoints.architecture import infer_spec
 from repvgg_deploy.checkpoints.containers import Contents
-from repvgg_deploy.checkpoints.inert import attributes_of, printable
+from repvgg_deploy.checkpoints.heads import HEAD_WORDS
+from repvgg_deploy.checkpoints.inert import Inert, attributes_of, printable
 from repvgg_deploy.checkpoints.known_layouts import LAYOUTS
 from repvgg_deploy.checkpoints.matching import FoundNet, find_nets
 from repvgg_deploy.checkpoints.other_nets import recognize_net
@@ -22,11 +23,12 @@ _EMA = re.compile(r"(?:^|[._])(?:model_)?ema(?:[._]|$)|^averaged_model|_ema$|^em
 
 @dataclass(frozen=True)
 class Choice:
-    """The net to take, whether it is an EMA copy, all tensors of its place by their names there, and notes."""
+    """The net to take, whether it is an EMA copy, all tensors and modules of its place by their names there, notes."""
 
     net: FoundNet
     is_ema: bool
     tensors: Mapping[str, StoredTensor]
+    modules: Mapping[str, Inert]
     notes: tuple[str, ...]
 
 
@@ -58,14 +60,41 @@ def choose_net(contents: Contents, path: Path, ema: bool | None, wanted: str | N
     notes = _ema_notes(ema, bool(plain), bool(averaged), bool(main))
     others = [net for net in find_nets(contents.places) if net.prefix != pool[0].prefix]
     foreign = {other.full_name(key) for other in others for key in other.keys.names}
-    return Choice(pool[0], pool[0] in averaged, _tensors_of(pool[0], contents, foreign), notes)
-
-
-def _tensors_of(net: FoundNet, contents: Contents, foreign: set[str]) -> dict[str, StoredTensor]:
-    """The tensors in the place of `net`, without the blocks of other nets, by their names in that place."""
+    net, places = _with_head(pool[0], contents)
     start = len(net.place) + 1 if net.place else 0
+    modules = {name[start:]: module for name, module in contents.modules.items() if name.startswith(net.place)}
+    return Choice(net, pool[0] in averaged, _tensors_of(net, places, contents, foreign), modules, notes)
+
+
+def _with_head(net: FoundNet, contents: Contents) -> tuple[FoundNet, set[str]]:
+    """The net and the places of its tensors; in the place around, where a head has a dict of its own beside the net's.
+
+    Where a dict is called `head` or `classifier`, and the net's own has no linear layer.
+    """
     own = {net.full_name(key) for key in net.keys.names}
     places = {contents.places[name] for name in own}
+    if len(places) > 1:
+        # Dicts in dicts in place of dots in names.
+        inside = f"{net.place}." if net.place else ""
+        return net, {place for place in contents.places.values() if f"{place}.".startswith(inside)}
+    around, _, last = net.place.rpartition(".")
+    beside = {
+        place
+        for place in contents.places.values()
+        if place.rpartition(".")[0] == around and place not in places and HEAD_WORDS.search(place.rpartition(".")[2])
+    }
+    matrices = [n for n, t in contents.tensors.items() if contents.places[n] in places and n not in own and t.ndim == 2]
+    if not net.place or len(beside) != 1 or matrices:
+        return net, places
+    names = {f"{last}.{key}": canonical for key, canonical in net.keys.names.items()}
+    keys = replace(net.keys, names=names, prefix=f"{last}.{net.keys.prefix}")
+    return FoundNet(net.prefix, around, keys), places | beside
+
+
+def _tensors_of(net: FoundNet, places: set[str], contents: Contents, foreign: set[str]) -> dict[str, StoredTensor]:
+    """The tensors in these places, without the blocks of other nets, by their names in the net's place."""
+    start = len(net.place) + 1 if net.place else 0
+    own = {net.full_name(key) for key in net.keys.names}
     return {
         name[start:]: tensor
         for name, tensor in contents.tensors.items()

@@ -17,7 +17,7 @@ from repvgg_deploy.checkpoints.matching import FoundNet
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
 
-_HEAD_WORDS = re.compile(r"(^|[._])(head|fc\d*|linear|classifier|cls|logits|last_layer)([._]|\d|$)")
+HEAD_WORDS = re.compile(r"(^|[._])(head|fc\d*|linear|classifier|cls|logits|last_layer)([._]|\d|$)")
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _BN = frozenset(("running_mean", "running_var"))
 
@@ -64,11 +64,11 @@ def find_head(net: FoundNet, features: int, rest: Mapping[str, StoredTensor]) ->
     named = _named_head(net, features, parts, rest)
     if named is not None:
         return _with_norms(named, parts, features)
-    for scope in _scopes(net):
+    for scope in scopes_of(net):
         inside = [part for part in parts if not scope or part.name.startswith(f"{scope}.")]
         linear = [part for part in inside if part.kind == "linear" and not is_beside_the_net(part.name)]
         fitting = [part for part in linear if part.inputs == features]
-        titled = [part for part in fitting if _HEAD_WORDS.search(part.name.removeprefix(scope))]
+        titled = [part for part in fitting if HEAD_WORDS.search(part.name.removeprefix(scope))]
         if fitting and _is_chain(linear, features):
             return _with_norms(tuple(linear), inside, features)
         if len(titled) == 1:
@@ -82,7 +82,7 @@ def find_head(net: FoundNet, features: int, rest: Mapping[str, StoredTensor]) ->
     return Head()
 
 
-def _scopes(net: FoundNet) -> list[str]:
+def scopes_of(net: FoundNet) -> list[str]:
     """The net's own prefix in its place, and each shorter one."""
     words = net.keys.prefix.removesuffix(".").split(".") if net.keys.prefix else []
     return [".".join(words[:n]) for n in range(len(words), -1, -1)]
@@ -92,7 +92,7 @@ def _named_head(
     net: FoundNet, features: int, parts: list[HeadPart], rest: Mapping[str, StoredTensor]
 ) -> tuple[HeadPart, ...] | None:
     """The linear layer that has the layout's own name, if a tensor of it is there."""
-    for scope in _scopes(net):
+    for scope in scopes_of(net):
         name = f"{scope}.{net.keys.layout.head}" if scope else net.keys.layout.head
         found = next((part for part in parts if part.name == name), None)
         if found is not None and found.kind == "linear":

@@ -47,7 +47,7 @@ class Checkpoint:
             configuration's text at `configuration["meta"]["cfg"]`, the official trainer's has a record of a yacs
             `CfgNode` at `configuration["config"]`, Lightning's its `hyper_parameters`; `attributes_of` reads dicts
             and records alike. Of a safetensors file it is the metadata, a string each.
-        settings: what the configuration says of the net and its images.
+        settings: what the configuration, or a pickle of whole modules, says of the net and its images.
         origins: what decided the parts of `spec` that leave no tensor.
 
     Example:
@@ -132,6 +132,7 @@ def load_checkpoint(
         ('RepVGG-demo', 'official', 'train')
     """
     path = Path(path)
+    structure = structure or StructureOptions()
     wanted = find_card(arch) if arch is not None else None
     with open_source(path) as source, start_workers(1) as pool:
         contents = read_contents(source, path)
@@ -146,7 +147,7 @@ def load_checkpoint(
                 f"{printable(str(path))} holds {holds}, not {wanted.name}",
                 "leave --arch out, or give the checkpoint that you meant",
             )
-        assembled = assemble(spec, chosen.net, chosen.tensors, source.size)
+        assembled = assemble(spec, chosen, source.size, structure.head_activation)
         names = contents.class_names
         checkpoint = Checkpoint(
             path,
@@ -161,7 +162,7 @@ def load_checkpoint(
             contents.configuration,
         )
         modules = read_modules(contents.modules, chosen.net)
-    return _settle(checkpoint, structure or StructureOptions(), modules)
+    return _settle(checkpoint, structure, modules)
 
 
 def _settle(checkpoint: Checkpoint, structure: StructureOptions, modules: StructureOptions) -> Checkpoint:

@@ -27,6 +27,10 @@ def name_state_dict(net: RepVGG, layout: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the layout has no place for a part of the net.
     """
+    if net.spec.hidden:
+        raise CheckpointError(
+            f"the {layout} layout has no name for a head of several layers", "export it to ONNX, which needs no layout"
+        )
     keys = _key_map(net.spec, layout)
     state = {}
     for name, tensor in net.state_dict().items():

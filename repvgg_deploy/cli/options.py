@@ -47,6 +47,8 @@ checkpoint_options = option_group(
                  help="Activation of the blocks: relu, silu, …  [default: as the configuration says, or relu]"),
     click.option("--bn-eps", type=FiniteRange(min=0, min_open=True), metavar="X",
                  help="Epsilon of the batch norms.  [default: as the configuration says, or 1e-05]"),
+    click.option("--head-act", type=click.Choice(["relu", "none"]),
+                 help="What stands between the linear layers of a head that has several."),
 )  # fmt: skip
 """How a checkpoint is read, and what its tensors do not tell."""
 
@@ -185,7 +187,8 @@ def take_checkpoint(values: dict[str, Any]) -> CheckpointOptions:
     from repvgg_deploy.checkpoints import CheckpointOptions
     from repvgg_deploy.nets.settings import StructureOptions
 
-    structure = StructureOptions(values.pop("strides"), values.pop("act"), values.pop("bn_eps"))
+    names = ("strides", "act", "bn_eps", "head_act")
+    structure = StructureOptions(*(values.pop(name) for name in names))
     return CheckpointOptions(values.pop("arch"), values.pop("ema"), structure, values.pop("net"))
 
 

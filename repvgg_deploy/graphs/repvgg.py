@@ -66,6 +66,7 @@ def to_onnx(net: RepVGG, layers: Layers, options: GraphOptions, metadata: Mappin
         outputs = _add_maps(g, net, layers, options, maps)
     else:
         x = g.add("Flatten", [layers.pool(g, "pool", x)], "features")
+        x = add_hidden(g, net, layers, x)
         if net.has_classifier:
             x = layers.linear(g, "classifier", net.classifier, x)
         outputs = add_output(g, net, layers, options, x)
@@ -117,6 +118,15 @@ def _io_dtype(options: GraphOptions) -> np.dtype[Any]:
 
 def _type(dtype: np.dtype[Any]) -> int:
     return int(helper.np_dtype_to_tensor_dtype(dtype))
+
+
+def add_hidden(g: GraphBuilder, net: RepVGG, layers: Layers, x: str) -> str:
+    """The nodes of the hidden layers of the head, which are never quantized."""
+    floats = layers if isinstance(layers, FloatLayers) else FloatLayers(layers.dtype)
+    for number, linear in enumerate(net.hidden):
+        x = floats.linear(g, f"hidden.{number}", cast(nn.Linear, linear), x)
+        x = g.add("Relu", [x], f"hidden.{number}.relu")
+    return x
 
 
 def describe_input(net: RepVGG, options: GraphOptions) -> onnx.ValueInfoProto:

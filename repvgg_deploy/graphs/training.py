@@ -16,7 +16,7 @@ import repvgg_deploy
 from repvgg_deploy.errors import GraphError
 from repvgg_deploy.graphs.builder import GraphBuilder, OnnxGraph, make_graph
 from repvgg_deploy.graphs.layers import FloatLayers
-from repvgg_deploy.graphs.repvgg import GraphOptions
+from repvgg_deploy.graphs.repvgg import GraphOptions, add_hidden
 from repvgg_deploy.nets.activations import Activation
 from repvgg_deploy.nets.repvgg import ConvBranch, FusedBlock, RepVGG, SqueezeExciteBlock, TrainingBlock, branch_name
 
@@ -37,6 +37,7 @@ def to_training_onnx(net: RepVGG, options: GraphOptions) -> OnnxGraph:
     for name, block in net.named_blocks():
         x = _add_block(g, name, block, net.spec.activation, layers, x)
     x = g.add("Flatten", [layers.pool(g, "pool", x)], "features")
+    x = add_hidden(g, net, layers, x)
     if net.has_classifier:
         layers.linear(g, "classifier", net.classifier, x)
     (output,) = net.spec.output_names

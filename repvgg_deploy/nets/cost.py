@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec
 
 
 def count_parameters(spec: ArchSpec) -> int:
     """Trainable values of the net in the form that `spec` has: kernels, biases, BN weights, the classifier."""
-    return sum(_block_parameters(block) for block in spec.blocks) + (spec.features + 1) * spec.classes
+    return sum(_block_parameters(block) for block in spec.blocks) + _head_parameters(spec)
 
 
 def count_flops(spec: ArchSpec, height: int, width: int) -> int:
@@ -16,13 +18,21 @@ def count_flops(spec: ArchSpec, height: int, width: int) -> int:
     One multiply-add of a convolution or of the classifier is 1, a bias 1 a value, a BN 2 a value. ReLU, additions of
     branches and pooling are not counted. Within 0.3 % of what OpenMMLab reports for its RepVGGs.
     """
-    total = spec.features * spec.classes
+    total = sum(inputs * outputs for inputs, outputs in pairwise(_head_widths(spec)))
     for block in spec.blocks:
         height, width = (-(-size // block.stride) for size in (height, width))
         total += height * width * _flops_per_pixel(block)
         if block.squeeze_excite is not None:
             total += 2 * block.out_channels * block.squeeze_excite.channels
     return total
+
+
+def _head_widths(spec: ArchSpec) -> tuple[int, ...]:
+    return (spec.features, *spec.hidden, *((spec.classes,) if spec.classes else ()))
+
+
+def _head_parameters(spec: ArchSpec) -> int:
+    return sum((inputs + 1) * outputs for inputs, outputs in pairwise(_head_widths(spec)))
 
 
 def _block_parameters(block: BlockSpec) -> int:

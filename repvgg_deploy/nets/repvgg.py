@@ -6,6 +6,7 @@ Source: "RepVGG: Making VGG-style ConvNets Great Again", section 3 (https://arxi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -141,8 +142,10 @@ class RepVGG(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(*(_make_block(block, spec) for block in stage)) for stage in spec.stages
         )
+        widths = (spec.features, *spec.hidden)
+        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
         if spec.classes:
-            self.classifier = nn.Linear(spec.features, spec.classes)
+            self.classifier = nn.Linear(widths[-1], spec.classes)
 
     @property
     def has_classifier(self) -> bool:
@@ -175,6 +178,8 @@ class RepVGG(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits (N, classes) or pooled features (N, C) of the last block's output (N, C, H, W)."""
         pooled = x.mean((2, 3))
+        for linear in self.hidden:
+            pooled = torch.relu(linear(pooled))
         return cast(Tensor, self.classifier(pooled)) if self.has_classifier else pooled
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.errors import DeployError
@@ -22,11 +23,13 @@ class StructureOptions:
     """What somebody says of the parts of a net that leave no tensor; None where nothing is said.
 
     `strides` are those of the stages' first blocks, `activation` is a name as `parse_activation` takes it.
+    `head_activation` stands between the linear layers of a head that has several; the tensors are read by it.
     """
 
     strides: tuple[int, ...] | None = None
     activation: str | None = None
     bn_eps: float | None = None
+    head_activation: Literal["relu", "none"] | None = None
 
     def apply(self, spec: ArchSpec) -> ArchSpec:
         """`spec` with what is said here in its place.
@@ -46,6 +49,7 @@ class StructureOptions:
             self.strides if self.strides is not None else other.strides,
             self.activation if self.activation is not None else other.activation,
             self.bn_eps if self.bn_eps is not None else other.bn_eps,
+            self.head_activation if self.head_activation is not None else other.head_activation,
         )
 
 

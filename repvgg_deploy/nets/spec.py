@@ -72,6 +72,7 @@ class ArchSpec:
         bn_eps: the ε of all BNs.
         activation: of all blocks.
         maps: the stages whose outputs the net gives in place of pooled features; only a backbone has some.
+        hidden: widths of the linear layers, each with a ReLU behind it, between the pool and the last one.
     """
 
     stages: tuple[tuple[BlockSpec, ...], ...]
@@ -79,6 +80,7 @@ class ArchSpec:
     bn_eps: float = 1e-5
     activation: Activation = RELU
     maps: tuple[int, ...] = ()
+    hidden: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -157,7 +159,7 @@ class ArchSpec:
                 f"the stem is stage 0, the last one is stage {len(self.stages) - 1}",
             )
         stages = self.stages[: chosen[-1] + 1] if chosen else self.stages
-        return replace(self, stages=stages, classes=0, maps=chosen)
+        return replace(self, stages=stages, classes=0, maps=chosen, hidden=())
 
     @property
     def shape(self) -> Shape:

@@ -110,6 +110,8 @@ def _prepare(
     keep_float: Collection[str],
     progress: Progress,
 ) -> _Prepared:
+    if fused.spec.hidden:
+        raise DeployError("INT8 does not cover a head of several layers", "export it with fp16 or fp32")
     _check_names(fused, keep_float)
     net = copy.deepcopy(fused).eval().requires_grad_(False)
     if statistics is None:
