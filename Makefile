@@ -9,6 +9,9 @@ LOWEST ?= .venv-lowest
 CONSTRAINTS := -c constraints.txt
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
+# Threads that wait by spinning take the core that another one needs, on a machine with few or busy cores.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test docs format lowest requirements clean
 
 demo: $(VENV)/.demo
