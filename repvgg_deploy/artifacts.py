@@ -109,7 +109,9 @@ class PreprocessingOptions:
             changed = replace(changed, height=self.size[0], width=self.size[1], resize=max(self.size))
         if self.crop_ratio is not None:
             if not 0 < self.crop_ratio <= 1:
-                raise DeployError(f"a crop ratio of {self.crop_ratio:g}", "the share of the short side, from 0 to 1")
+                raise DeployError(
+                    f"the crop ratio cannot be {self.crop_ratio:g}", "the share of the short side, from 0 to 1"
+                )
             # As timm rounds it.
             changed = replace(changed, resize=int(max(changed.height, changed.width) / self.crop_ratio))
         if self.resize is not None:
@@ -127,7 +129,8 @@ class PreprocessingOptions:
             )
         if max(changed.mean) > 1:
             raise DeployError(
-                f"a mean of {max(changed.mean):g}, of pixels from 0 to 1", "divide mean and std of pixels to 255 by 255"
+                f"the mean {max(changed.mean):g} is above 1, but pixels are scaled to 0..1",
+                "divide mean and std of pixels to 255 by 255",
             )
         if min(changed.std) <= 0 or min(changed.height, changed.width, changed.resize) < 1:
             raise DeployError("std, size and resize must be positive", "check the preprocessing options")

@@ -129,7 +129,7 @@ def _time_whole(model: Model, paths: tuple[ImageSource, ...], batch: int, second
         if time.perf_counter() - start >= seconds:
             break
     if broken.reasons:
-        raise ImageError(next(iter(broken.reasons.values())), "remove it: the figures would be of other images")
+        raise ImageError(next(iter(broken.reasons.values())), "remove it: without it, other images would be measured")
     return images, images / (time.perf_counter() - start)
 
 

@@ -24,7 +24,7 @@ _COSTLY = ("Conv", "FusedConv", "QLinearConv", "Gemm", "QGemm", "MatMul")
 
 
 LayerTimes = dict[tuple[str, str], list[float]]
-"""Milliseconds of every run by name and operator; TensorRT does not tell the operator."""
+"""Milliseconds of every run by name and operator; TensorRT does not report the operator."""
 
 
 @dataclass(frozen=True)

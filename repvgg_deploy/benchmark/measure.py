@@ -16,7 +16,7 @@ from repvgg_deploy.benchmark.statistics import Ratio, TimeStatistics, compare_ra
 from repvgg_deploy.progress import SILENT, Progress
 
 Clock = Callable[[], float]
-"""Seconds since any fixed moment, never going back."""
+"""Monotonic time in seconds."""
 
 MAX_VARIATION = 0.025
 """Beyond this coefficient of variation of the compute time a measurement is unstable (trtexec's limit)."""
@@ -167,7 +167,7 @@ class Measurement:
         if self.compute.cv > MAX_VARIATION:
             found.append(f"the compute time varies by {self.compute.cv:.1%}")
         if self.enqueue is not None and self.enqueue.p50 > MAX_ENQUEUE_SHARE * self.compute.p50:
-            found.append("the host limits: enqueuing takes nearly as long as computing")
+            found.append("the host is the limit: enqueuing takes nearly as long as computing")
         return tuple(found)
 
     @property

@@ -79,7 +79,7 @@ def _find_net(case: Case) -> NamedNet:
     if case.form == "deploy":
         net = fuse(net, torch.float32)
     elif net.spec.form == "deploy":
-        raise DeployError(f"{case.model} is fused already, its training form is gone", "leave --form out")
+        raise DeployError(f"{case.model} is already fused, so it has no training form", "leave --form out")
     return NamedNet(name, net, size, top1)
 
 
@@ -140,7 +140,9 @@ def _open_exported(case: Case, named: NamedNet, folder: Path) -> OpenedCase:
     # TF32 is a way to run a float32 graph.
     stored = "fp32" if for_engine and precision == "tf32" else precision
     if stored not in [str(known) for known in Precision]:
-        raise DeployError(f"a graph has no precision {precision!r}", "fp32, fp16 or int8; tf32 for an engine")
+        raise DeployError(
+            f"an ONNX graph cannot run in the precision {precision!r}", "fp32, fp16 or int8; tf32 for an engine"
+        )
     path = write_net(named, Precision(stored), case.form, folder, for_engine, case.input_type)
     if for_engine:
         plan = _build_plan(case, path, folder)
@@ -171,7 +173,7 @@ def comparable_options(options: BuildOptions) -> BuildOptions:
 def _open_graph(case: Case, path: Path, name: str) -> OpenedCase:
     backend = case.backend or _natural_provider()
     if backend not in PROVIDERS:
-        raise DeployError(f"{path} is an ONNX graph, and {backend} does not run it", f"one of: {', '.join(PROVIDERS)}")
+        raise DeployError(f"{path} is an ONNX graph, which {backend} does not run", f"one of: {', '.join(PROVIDERS)}")
     runner = OnnxRunner(path, PROVIDERS[backend], case.threads)
     known = replace(case, backend=backend, precision=_require_precision(case, path, runner.precision))
     dtype = NUMPY_TYPES.get(runner.input_type)
@@ -246,7 +248,7 @@ def _open_plan(case: Case, path: Path, name: str) -> OpenedCase:
     from repvgg_deploy.engine.runner import open_engine
 
     if case.backend not in (None, *ENGINES):
-        raise DeployError(f"{path} is an engine, and {case.backend} does not run it", "leave --backend out")
+        raise DeployError(f"{path} is an engine, which {case.backend} does not run", "leave --backend out")
     runner = open_engine(path, backend=case.backend, streams=case.streams)
     cleanup = ExitStack()
     cleanup.callback(runner.close)

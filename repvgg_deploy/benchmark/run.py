@@ -145,7 +145,7 @@ def _require_same(earlier: Record, request: BenchRequest) -> None:
     """
     elsewhere = "write to another file with -o"
     if earlier["name"] != request.name:
-        raise DeployError(f"the earlier result is of {earlier['name']!r}, not of {request.name!r}", elsewhere)
+        raise DeployError(f"the earlier result is called {earlier['name']!r}, not {request.name!r}", elsewhere)
     if earlier["method"] != _method(request):
         raise DeployError("the earlier result was measured with other options", elsewhere)
     before, now = (describe_identity(machine) for machine in (earlier["machine"], record_machine()))
@@ -199,7 +199,7 @@ def _square(case: Case, label: Label) -> int | None:
     if label.size is None or label.size[0] == label.size[1]:
         return None if label.size is None else label.size[0]
     raise DeployError(
-        f"{case.model} takes {label.size[0]}x{label.size[1]} pixels, and the baselines take squares",
+        f"{case.model} takes {label.size[0]}x{label.size[1]} pixels,but the baselines take square images",
         "leave --baseline out",
     )
 

@@ -70,7 +70,7 @@ def compare_rates(
     columns = [np.asarray(c, dtype=np.float64) for c in (images, seconds, baseline_images, baseline_seconds)]
     rounds = len(columns[0])
     if rounds < 1 or any(len(column) != rounds for column in columns):
-        raise ValueError("the two have not the same rounds")
+        raise ValueError("the two series have different numbers of rounds")
     n, t, base_n, base_t = columns
     ratios = np.sort(n / t / (base_n / base_t))
     outside = _rank_of_end(confidence, rounds)

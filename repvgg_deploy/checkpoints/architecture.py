@@ -80,7 +80,7 @@ def _infer_block(
     if rest or groups < 1 or width % groups:
         raise CheckpointError(
             f"shapes contradict each other: {keys.file_key(name)} is {tuple(kernel.shape)},"
-            f" and the block in front gives {channels} channels",
+            f" but the block before it outputs {channels} channels",
             "the file mixes two networks, or is damaged",
         )
     has_identity = any(part.startswith("branch_identity.") for part in parts)

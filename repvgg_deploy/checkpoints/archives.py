@@ -87,11 +87,11 @@ class Archive:
     def _check_entry(self, info: zipfile.ZipInfo) -> int:
         shown = printable(info.filename)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ArchiveError(f"{shown} is compressed in a way that is not known here")
+            raise ArchiveError(f"{shown} uses an unsupported compression method")
         if info.flag_bits & _ENCRYPTED:
             raise ArchiveError(f"{shown} is encrypted")
         if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
-            raise ArchiveError(f"{shown} has two sizes")
+            raise ArchiveError(f"{shown} is listed with two different sizes")
         name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
         try:
             header = read_bytes(self._source, info.header_offset, _LOCAL.size + len(name))
@@ -107,7 +107,7 @@ class Archive:
             or (flags ^ info.flag_bits) & (_ENCRYPTED | _SIZES_BEHIND)
             or not (same_sizes or (crc, packed, unpacked) == (info.CRC, info.compress_size, info.file_size))
         ):
-            raise ArchiveError(f"{shown} is another entry than the directory says")
+            raise ArchiveError(f"{shown} does not match its entry in the archive's directory")
         return int(info.header_offset + _LOCAL.size + length + extra)
 
 

@@ -111,12 +111,12 @@ def _require_head(head: Head, tensors: Mapping[str, StoredTensor], layout: Layou
             _require_array(key, tensor, layout)
             if tensor.dtype not in _FLOATS:
                 raise CheckpointError(
-                    f"{printable(key)} is no floating-point tensor", "give the checkpoint before quantization"
+                    f"{printable(key)} is not a floating-point tensor", "give the checkpoint before quantization"
                 )
             if (leaf != "weight" or part.kind == "bn") and tensor.shape != (part.outputs,):
                 raise CheckpointError(
                     f"shapes contradict each other: {printable(key)} is {tensor.shape}, expected ({part.outputs},)",
-                    "the file is damaged, or holds another net",
+                    "the file is damaged, or belongs to another net",
                 )
 
 
@@ -148,7 +148,7 @@ def _require_complete(spec: ArchSpec, keys: KeyMap, found: Mapping[str, StoredTe
     whole = [keys.file_key(name) for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
     if whole:
         raise CheckpointError(
-            f"{printable(whole[0])} is no floating-point tensor", "give the checkpoint before quantization"
+            f"{printable(whole[0])} is not a floating-point tensor", "give the checkpoint before quantization"
         )
 
 
@@ -180,12 +180,12 @@ def _require_modest(spec: ArchSpec, tensors: Iterable[StoredTensor], file_size: 
     claimed = sum(tensor.numel() * max(tensor.dtype.itemsize, 4) for tensor in tensors)
     if claimed > _FREE_BYTES + _MAX_EXPANSION * file_size:
         raise CheckpointError(
-            f"the tensors claim {claimed} bytes, and the file has {file_size}",
+            f"the tensors claim {claimed} bytes, but the file has {file_size}",
             "save the weights as plain tensors, each number once",
         )
     if spec.in_channels > _MAX_IN_CHANNELS:
         raise CheckpointError(
-            f"the net takes {spec.in_channels} channels, and an image has at most {_MAX_IN_CHANNELS} here",
+            f"the net takes {spec.in_channels} channels, but images have at most {_MAX_IN_CHANNELS}",
             "the file is damaged, or is not an image classifier",
         )
 
@@ -206,14 +206,14 @@ def _training_notes(net: FoundNet, tensors: Mapping[str, StoredTensor]) -> list[
     dropped = [k for k in tensors if _is_ignored(net, k) and not k.endswith(".num_batches_tracked")]
     if not dropped:
         return []
-    return [f"{len(dropped)} tensors that only training needs were left out ({printable(dropped[0])}, …)"]
+    return [f"{len(dropped)} tensors that are needed only for training were left out ({printable(dropped[0])}, …)"]
 
 
 def _beside_notes(beside: list[str]) -> list[str]:
     if not beside:
         return []
     names = ", ".join(printable(key) for key in beside[:3]) + (", …" if len(beside) > 3 else "")
-    tensors = "1 tensor beside the net was" if len(beside) == 1 else f"{len(beside)} tensors beside the net were"
+    tensors = "1 tensor outside the net was" if len(beside) == 1 else f"{len(beside)} tensors outside the net were"
     return [f"{tensors} left out: {names}"]
 
 
@@ -238,5 +238,5 @@ def _check_values(tensors: Mapping[str, Tensor], keys: KeyMap, head: Head) -> No
                 f"{printable(shown)} has a negative variance ({low:g})", "the file is damaged, or was averaged wrongly"
             )
         raise CheckpointError(
-            f"{printable(shown)} holds NaN or Inf", "the training diverged; take an earlier checkpoint"
+            f"{printable(shown)} contains NaN or Inf", "the training diverged; take an earlier checkpoint"
         )

@@ -47,14 +47,14 @@ def choose_net(contents: Contents, path: Path, ema: bool | None, wanted: str | N
         found = _select(found, wanted, contents, shown)
     plain, averaged = _split(found, contents)
     if ema and not averaged:
-        raise CheckpointError(f"{shown} holds no EMA copy of the weights", "leave --ema out")
+        raise CheckpointError(f"{shown} has no EMA copy of the weights", "leave --ema out")
     if ema is False and not plain:
-        raise CheckpointError(f"{shown} holds nothing but an EMA copy of the weights", "leave --no-ema out")
+        raise CheckpointError(f"{shown} contains only an EMA copy of the weights", "leave --no-ema out")
     main = averaged if ema is None and _is_swapped(contents) else []
     pool = main or (averaged if ema or not plain else plain)
     if len(pool) > 1:
         raise CheckpointError(
-            f"{shown} holds {len(pool)} nets: {_list(pool, contents)}",
+            f"{shown} contains {len(pool)} nets: {_list(pool, contents)}",
             f"choose one, as in --net {_shown_prefix(pool[0])}",
         )
     notes = _ema_notes(ema, bool(plain), bool(averaged), bool(main))
@@ -139,7 +139,9 @@ def _select(nets: list[FoundNet], wanted: str, contents: Contents, shown: str) -
     exact = [net for net in nets if net.prefix == word]
     inside = [net for net in nets if f".{net.prefix}.".find(f".{word}.") >= 0] if word else []
     if not exact and not inside:
-        raise CheckpointError(f"{shown} holds no net under {printable(wanted)}", f"there are: {_list(nets, contents)}")
+        raise CheckpointError(
+            f"{shown} contains no net under {printable(wanted)}", f"it contains: {_list(nets, contents)}"
+        )
     return exact or inside
 
 
@@ -167,11 +169,11 @@ def _is_swapped(contents: Contents) -> bool:
 
 def _ema_notes(ema: bool | None, plain: bool, averaged: bool, main: bool) -> tuple[str, ...]:
     if main and plain:
-        return ("the weights are an EMA copy; --no-ema takes those that were averaged",)
+        return ("the weights are an EMA copy; --no-ema selects those that were averaged",)
     if ema is None and plain and averaged:
-        return ("the file holds an EMA copy as well; --ema takes it",)
+        return ("the file also has an EMA copy; --ema selects it",)
     if ema is None and not plain:
-        return ("the file holds an EMA copy only; it was taken",)
+        return ("the file has only an EMA copy, which was used",)
     return ()
 
 
@@ -196,8 +198,8 @@ def _not_a_repvgg(shown: str, contents: Contents) -> CheckpointError:
     keys = [name[len(contents.places[name]) :].lstrip(".") for name in contents.tensors]
     keys = [key for key in keys if "." in key]
     if not keys:
-        return CheckpointError(f"{shown} holds no tensors by name", "save the model's state_dict()")
+        return CheckpointError(f"{shown} contains no named tensors", "save the model's state_dict()")
     known = recognize_net(keys)
     looks = f"it looks like {known}" if known else f"its first tensors are {', '.join(map(printable, keys[:3]))}"
     names = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
-    return CheckpointError(f"{shown} holds no RepVGG: {looks}", f"layouts that are known: {names}")
+    return CheckpointError(f"{shown} is not a RepVGG checkpoint: {looks}", f"known layouts: {names}")

@@ -77,7 +77,7 @@ def _read_zip(archive: Archive, path: Path, is_inner: bool) -> Contents:
     if any(name == "data.pkl" or name.endswith("/data.pkl") for name in archive.names):
         contents = _read_tree(lambda: read_torch_archive(archive), shown)
         if not archive.has_checksums:
-            note = "the file was saved without checksums, so damage to its weights cannot be told"
+            note = "the file was saved without checksums, so damage to its weights cannot be detected"
             contents = replace(contents, notes=(*contents.notes, note))
         return contents
     if any(name.endswith(".npy") for name in archive.names):
@@ -134,7 +134,7 @@ def _unread_notes(unread: Mapping[str, int]) -> tuple[str, ...]:
     if not unread:
         return ()
     names = ", ".join(printable(name, 80) for name in list(unread)[:3]) + (", …" if len(unread) > 3 else "")
-    return (f"what is beside the tensors was not executed, only read as data: {names}",)
+    return (f"everything other than tensors was read as data, not executed: {names}",)
 
 
 def _walk(root: Any) -> Iterator[tuple[str, str, StoredTensor | Inert]]:

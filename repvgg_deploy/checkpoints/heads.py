@@ -77,7 +77,7 @@ def find_head(net: FoundNet, features: int, rest: Mapping[str, StoredTensor]) ->
             names = ", ".join(printable(part.name) for part in (titled or fitting)[:4])
             raise CheckpointError(
                 f"{len(titled or fitting)} layers could be the classifier: {names}",
-                "a net with one output is exported: save its state_dict() without the other heads",
+                "only nets with one output can be exported: save its state_dict() without the other heads",
             )
     return Head()
 
@@ -101,7 +101,7 @@ def _named_head(
                 raise CheckpointError(
                     f"shapes contradict each other: {printable(name)}.weight is {shape}, and the net gives {features}"
                     " features",
-                    "the file is damaged, or holds another net",
+                    "the file is damaged, or belongs to another net",
                 )
             if "bias" not in found.keys:
                 raise CheckpointError(f"1 tensor is missing: {printable(name)}.bias", "the file may be incomplete")
@@ -115,7 +115,7 @@ def _named_head(
                 raise CheckpointError(f"{printable(name)}.weight is empty: its shape is {shape}", "the file is damaged")
             raise CheckpointError(
                 f"shapes contradict each other: {printable(name)}.weight is {shape}, expected that of a linear layer",
-                "the file is damaged, or holds another net",
+                "the file is damaged, or belongs to another net",
             )
         if f"{name}.bias" in rest:
             raise CheckpointError(f"1 tensor is missing: {printable(name)}.weight", "the file may be incomplete")
@@ -191,7 +191,7 @@ def fold_linear_chain(parts: Iterable[HeadPart], load: Load) -> tuple[Tensor, Te
         else:
             weight, bias = matrix @ weight, matrix @ bias + shift
     if weight is None or bias is None:
-        raise ValueError("a chain of no layers")
+        raise ValueError("the chain has no layers")
     return weight, bias
 
 

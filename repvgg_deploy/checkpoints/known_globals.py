@@ -50,7 +50,7 @@ _PROBLEMS = {
     "_rebuild_qtensor": _QUANTIZED,
     "_rebuild_nested_tensor": "is a nested tensor",
     "_rebuild_meta_tensor_no_storage": "has a shape, but no values",
-    "_rebuild_wrapper_subclass": "is a tensor of a class of its own",
+    "_rebuild_wrapper_subclass": "is an instance of a tensor subclass",
 }
 _NUMBERS = re.compile(r"(f2|f4|f8|i1|i2|i4|i8|u1|u2|u4|u8|b1|c8|c16)")
 
@@ -105,7 +105,7 @@ class _Copies:
             len(value) for value in values if isinstance(value, str | bytes | bytearray | list | tuple | dict)
         )
         if self._left < 0:
-            raise PickleError("it copies more than it holds")
+            raise PickleError("it copies more data than it contains")
 
 
 def make_globals(load_nested: Callable[[bytes], Any], size: int) -> Globals:
@@ -205,7 +205,7 @@ def _reconstruct_object(kind: Any, _base: Any, state: Any = None) -> Any:
 
 def _ints(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
-        raise PickleError("a tensor's shape is not one of numbers")
+        raise PickleError("a tensor's shape is not made of numbers")
     return tuple(values)
 
 

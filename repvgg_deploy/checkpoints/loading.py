@@ -144,7 +144,7 @@ def load_checkpoint(
         holds = describe(spec)
         if wanted is not None and not holds.startswith(wanted.name + " ") and holds != wanted.name:
             raise CheckpointError(
-                f"{printable(str(path))} holds {holds}, not {wanted.name}",
+                f"{printable(str(path))} contains {holds}, not {wanted.name}",
                 "leave --arch out, or give the checkpoint that you meant",
             )
         assembled = assemble(spec, chosen, source.size, structure.head_activation)

@@ -33,9 +33,9 @@ def read_openmmlab(config: Mapping[str, Any]) -> Settings:
         return NO_SETTINGS
     dilations = backbone.get("dilations")
     if isinstance(dilations, list) and any(dilation != 1 for dilation in dilations):
-        raise CheckpointError(f"by its configuration the net has the dilations {dilations}", _UNSUPPORTED)
+        raise CheckpointError(f"the net's configuration sets the dilations {dilations}", _UNSUPPORTED)
     if backbone.get("add_ppf"):
-        raise CheckpointError("by its configuration the net has a pyramid pooling behind its last stage", _UNSUPPORTED)
+        raise CheckpointError("the net's configuration sets a pyramid pooling after its last stage", _UNSUPPORTED)
     strides = as_strides(backbone.get("strides"))
     norm = backbone.get("norm_cfg")
     structure = StructureOptions(

@@ -15,7 +15,7 @@ from repvgg_deploy.checkpoints.sources import Source, read_bytes
 from repvgg_deploy.checkpoints.stored import Span, Storage, StoredTensor, contiguous_stride
 
 _MAX_HEADER = 100_000_000
-"""The limit of the safetensors library."""
+"""The safetensors library has the same limit."""
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -65,7 +65,7 @@ def read_safetensors(source: Source) -> tuple[dict[str, StoredTensor], dict[str,
     end = 0
     for name, (_, _, begin, behind) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != end:
-            raise HeaderError(f"{printable(name)} overlaps another tensor, or leaves a hole")
+            raise HeaderError(f"{printable(name)} overlaps another tensor, or leaves a gap")
         end = behind
     if 8 + length + end != source.size:
         raise HeaderError(f"the tensors have {end} bytes, the file has {source.size - 8 - length} for them")
@@ -95,9 +95,9 @@ def _parse(name: str, value: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
     if dtype is None:
         raise HeaderError(f"{shown} has the type {printable(str(value.get('dtype')))}, which is not known")
     if not isinstance(shape, list) or not isinstance(span, list) or len(span) != 2:
-        raise HeaderError(f"{shown} has no shape or no place")
+        raise HeaderError(f"{shown} has no shape or no data offsets")
     if any(type(number) is not int or not 0 <= number < 1 << 60 for number in (*shape, *span)):
-        raise HeaderError(f"{shown} has a shape or a place that cannot be")
+        raise HeaderError(f"{shown} has an impossible shape or impossible data offsets")
     if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
-        raise HeaderError(f"{shown} has another number of bytes than its shape")
+        raise HeaderError(f"the number of bytes of {shown} does not match its shape")
     return dtype, tuple(shape), span[0], span[1]

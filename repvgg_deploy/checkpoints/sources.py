@@ -111,7 +111,7 @@ class _Stream(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}[whence]
         if start + offset < 0:
-            raise ValueError("a position in front of the file")
+            raise ValueError("a position before the start of the file")
         self._position = start + offset
         return self._position
 
@@ -136,7 +136,7 @@ def open_source(path: Path) -> Iterator[FileSource]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise CheckpointError(
-            f"there is no file {shown}", "check the path; random weights are never taken instead"
+            f"there is no file {shown}", "check the path; random weights are never used instead"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"there is no file {shown}: {error}", "check the path") from error

@@ -69,7 +69,7 @@ class Deferred:
     def _content(self) -> Tensor:
         content = self._read()
         if len(content) != self.nbytes:
-            raise CheckpointError("a tensor has another number of bytes than the file says", _AGAIN)
+            raise CheckpointError("a tensor's number of bytes is not what the file says", _AGAIN)
         return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 
 
@@ -125,7 +125,7 @@ class StoredTensor:
         first, behind = self._span(name)
         if behind > self.storage.blob.nbytes:
             raise CheckpointError(
-                f"{name} of shape {self.shape} needs {behind} bytes, and its storage has {self.storage.blob.nbytes}",
+                f"{name} of shape {self.shape} needs {behind} bytes, but its storage has {self.storage.blob.nbytes}",
                 "the file is damaged: " + _AGAIN,
             )
         if first == behind:

@@ -78,7 +78,7 @@ def _read_legacy(stream: IO[bytes], source: Source, names: Globals) -> Any:
     value = read_pickle(stream, names, find_storage)
     keys = read_pickle(stream, names, _refuse_identifier)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise PickleError("the list of storages is not one")
+        raise PickleError("the list of storages is not a list")
     position = stream.tell()
     for key in keys:
         (count,) = struct.unpack("<q", read_bytes(source, position, 8))
@@ -101,7 +101,7 @@ class _LegacyStorage:
 def _parse_identifier(identifier: Any) -> tuple[StorageType, str, int]:
     """The type, the key and the count of numbers of a storage; what torch adds to them is the device and views."""
     if not isinstance(identifier, tuple) or len(identifier) < 5:
-        raise PickleError("a persistent id is not one of torch")
+        raise PickleError("a persistent id is not in torch's format")
     word, kind, key, _, count = identifier[:5]
     if word not in ("storage", b"storage") or not isinstance(kind, StorageType):
         raise PickleError("a persistent id is not that of a storage")

@@ -108,7 +108,7 @@ class _Machine:
                     raise PickleError(f"the instruction {name} has no meaning here")
                 instructions[name](argument)
             if count > _MAX_INSTRUCTIONS:
-                raise PickleError("it has more instructions than any checkpoint")
+                raise PickleError("it has more instructions than any checkpoint needs")
         raise PickleError("it does not end")
 
     def _mark(self, _: Any) -> None:
@@ -197,7 +197,7 @@ class _Machine:
     def _stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise PickleError("a name is no text")
+            raise PickleError("a name is not text")
         self._stack.append(self._names.find(module, name))
 
     def _ext1(self, code: int) -> None:

@@ -42,7 +42,7 @@ def name_state_dict(net: RepVGG, layout: str) -> dict[str, Tensor]:
         key = keys.file_key(name)
         if key in state:
             raise CheckpointError(
-                f"the {layout} layout has one block in its stem, the net has {len(net.spec.stages[0])}",
+                f"the {layout} layout has one block in its stem, but the net has {len(net.spec.stages[0])}",
                 "export it to ONNX, which needs no layout",
             )
         state[key] = tensor.contiguous()

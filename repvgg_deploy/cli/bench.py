@@ -146,7 +146,7 @@ def _check_model(model: str) -> None:
         return
     if model.isdecimal():
         raise click.UsageError(
-            f"{model} is taken for a model. For several batch sizes write --batch 1,{model} or repeat the option."
+            f"{model} is read as a model. For several batch sizes write --batch 1,{model} or repeat the option."
         )
     if not is_model_name(model):
         raise click.UsageError(f"{model!r} is neither a file nor an architecture. {suggest_model(model)}")
@@ -208,7 +208,10 @@ def _missed_limit(record: Record, min_images_per_sec: float | None, min_ratio: f
         return None
     compared = [r for r in record["ratios"] if r["model"] != r["baseline"]]
     if not compared:
-        return DeployError("no ratio to the baseline was measured", "no model runs as the baseline does")
+        return DeployError(
+            "no ratio to the baseline was measured",
+            "no model was measured with the baseline's batch size and precision",
+        )
     least = min(compared, key=lambda r: float(r["ratio"]))
     if least["ratio"] >= min_ratio:
         return None

@@ -25,7 +25,7 @@ def config_options(command: F) -> F:
     return option_group(
         "Input",
         click.option("--config", type=click.Path(path_type=Path), metavar="FILE", is_eager=True, expose_value=False,
-                     callback=_read_config, help="TOML file with options; those that are typed count first."),
+                     callback=_read_config, help="TOML file of options; options on the command line take precedence."),
         click.option("--save-config", type=click.Path(path_type=Path), metavar="FILE", expose_value=False,
                      callback=_save_config, help="TOML file to write the given options to, for --config."),
     )(command)  # fmt: skip

@@ -39,8 +39,8 @@ def path_argument(name: str, **options: Any) -> Callable[[F], F]:
 checkpoint_options = option_group(
     "Input",
     click.option("--arch", type=ARCH, metavar="NAME", help="Required architecture: A0, B1g4, …; another is an error."),
-    click.option("--ema/--no-ema", default=None, help="Which copy of the weights, where the file has an EMA copy too."),
-    click.option("--net", metavar="PREFIX", help="Which of several nets in the file, by the beginning of its names."),
+    click.option("--ema/--no-ema", default=None, help="Copy of the weights to use, if the file also has an EMA copy."),
+    click.option("--net", metavar="PREFIX", help="Net to use if the file has several, by the prefix of its names."),
     click.option("--strides", type=Strides(), metavar="S,S,…",
                  help="Stride of the stem and of each stage.  [default: as the configuration says, or 2,2,2,2,2]"),
     click.option("--act", type=ACTIVATION, metavar="NAME",
@@ -98,22 +98,22 @@ graph_options = option_group(
 int8_options = option_group(
     "INT8",
     click.option("--calib", type=PATH, metavar="DIR|none",
-                 help="Calibration images: a folder, or a file that lists them; none: made from BN statistics."),
+                 help="Calibration images: a folder, or a file that lists them; none: synthesized from BN statistics."),
     click.option("--calib-count", type=click.IntRange(min=1), metavar="N",
                  help="Number of calibration images.  [default: the recipe's]"),
     click.option("--calib-seconds", type=FiniteRange(min=0, min_open=True), metavar="S",
-                 help="Limit on the time that making pictures takes, with --calib none."),
+                 help="Limit on the time to synthesize images, with --calib none."),
     click.option("--calib-cache", type=PATH, metavar="FILE",
                  help="Where to keep the statistics for the next run; or the scales that `qat` wrote."),
     click.option("--calib-device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to quantize."),
     click.option("--recipe", type=RECIPE, default="accurate", metavar="NAME|FILE",
                  help="Method of quantization: fast, accurate, thorough, or a TOML file."),
-    click.option("--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Precision of what is not INT8."),
+    click.option("--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Precision of the layers that are not INT8."),
     click.option("--activation-type", type=click.Choice(["uint8", "int8"]), default="uint8",
                  help="Type of the activations; int8 for TensorRT before 10.10, which refuses uint8."),
     click.option("--keep-float", multiple=True, metavar="LAYER", help="Layer that is not quantized; repeatable."),
     click.option("--max-drop", type=FiniteRange(min=0), metavar="POINTS",
-                 help="Limit on the loss of top-1 on the images of --val; layers are kept in float to meet it."),
+                 help="Limit on the top-1 loss on the images of --val; layers are kept in float to meet it."),
     click.option("--val", type=PATH, metavar="DIR", help="Labeled images for --max-drop: DIR/<class>/*.jpg."),
     click.option("--layers", is_flag=True, help="Also print a table of the quantized layers."),
 )  # fmt: skip
@@ -143,7 +143,7 @@ engine_options = option_group(
 integers_option = option_group(
     "Backend",
     click.option("--integers", type=click.Choice(["exact", "native"]), default="exact",
-                 help="INT8 sums that saturate on this CPU: exact, or as its own kernels compute them."),
+                 help="INT8 sums that would saturate on this CPU: computed exactly, or by its native kernels."),
 )  # fmt: skip
 """How an INT8 graph is run on a CPU whose integer kernels saturate on it."""
 
@@ -156,7 +156,7 @@ trust_option = option_group(
 ray_options = option_group(
     "Cluster",
     click.option("--ray", is_flag=False, flag_value="auto", metavar="[ADDRESS]",
-                 help="Run on a Ray cluster: the one of this machine, or that of ADDRESS; `local` starts one."),
+                 help="Ray cluster to run on: this machine's, or that at ADDRESS; `local` starts one."),
     click.option("--ray-actors", type=click.IntRange(min=1), default=1, metavar="N", help="Processes with a model."),
     click.option("--ray-cpus", type=FiniteRange(min=0), default=1.0, metavar="N", help="Cores per process."),
     click.option("--ray-gpus", type=FiniteRange(min=0), default=0.0, metavar="N", help="GPUs per process, or a share."),
@@ -217,7 +217,7 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
         request["scales"], request["cache"] = request["cache"], None
     elif request["images"] is None:
         raise click.UsageError(
-            "--int8 needs --calib DIR, a few hundred typical images; --calib none makes pictures where there are none."
+            "--int8 needs --calib DIR, a few hundred typical images; --calib none synthesizes images if there are none."
         )
     if request["images"] == Path("none"):
         request["images"] = None
@@ -302,7 +302,7 @@ def take_preprocessing(values: dict[str, Any]) -> PreprocessingOptions:
     from repvgg_deploy.artifacts import PreprocessingOptions
 
     if values["resize"] is not None and values["crop_ratio"] is not None:
-        raise click.UsageError("--crop-ratio says what --resize says; give one of them.")
+        raise click.UsageError("--crop-ratio and --resize set the same value; give one of them.")
     names = ("size", "resize", "mean", "std", "interpolation", "color_order", "crop_ratio")
     return PreprocessingOptions(**{name: values.pop(name) for name in names})
 

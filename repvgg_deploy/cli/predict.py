@@ -96,7 +96,7 @@ def predict(
         summary = None if output == "-" else _run(request, cluster, progress)
         broken = print_predictions(request, sys.stdout.write, progress) if summary is None else summary.broken
         if broken:
-            progress.note(f"warning: {broken:,} images could not be read; their rows have an error")
+            progress.note(f"warning: {broken:,} images could not be read; their rows contain the error")
     if summary is None:
         return Outcome({}, lambda: None)
     return Outcome(summary.to_dict(), lambda: _show(summary))

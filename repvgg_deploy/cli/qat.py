@@ -34,12 +34,12 @@ from repvgg_deploy.cli.types import RECIPE, FiniteRange
 @option_group(
     "Input",
     click.option("--data", type=PATH, required=True, metavar="DIR|none",
-                 help="Images to train on, labeled or not; none: pictures made from BN statistics."),
+                 help="Images to train on, labeled or not; none: synthesized from BN statistics."),
     click.option("--calib", type=PATH, required=True, metavar="DIR|none",
-                 help="Images for the scales to start from; none: pictures made from BN statistics."),
-    click.option("--val", type=PATH, metavar="DIR", help="Labeled images to follow the training on."),
+                 help="Images for the initial scales; none: synthesized from BN statistics."),
+    click.option("--val", type=PATH, metavar="DIR", help="Labeled validation images."),
     click.option("--from-deploy", is_flag=True,
-                 help="Take a deploy form: batch norms are inserted, trained and fused again."),
+                 help="Train a checkpoint in deploy form: batch norms are inserted, trained and fused again."),
 )  # fmt: skip
 @preprocessing_options
 @option_group(
@@ -50,14 +50,14 @@ from repvgg_deploy.cli.types import RECIPE, FiniteRange
     click.option("--epochs", type=click.IntRange(min=1), metavar="N",
                  help="Passes over the images, in place of steps."),
     click.option("--batch", type=click.IntRange(min=1), default=64, metavar="N",
-                 help="Pictures per step, over all processes."),
+                 help="Images per step, over all processes."),
     click.option("--rate", type=FiniteRange(min=0, min_open=True), default=0.02, metavar="X",
                  help="Learning rate at the start, in steps of the weights' integers."),
     click.option("--label-weight", type=FiniteRange(min=0), default=0.0, metavar="X",
-                 help="Weight of the labels of --data DIR/<class>/ beside the float net's answers."),
+                 help="Weight of the labels of --data DIR/<class>/ relative to the float net's outputs."),
     click.option("--bn", type=click.Choice(["frozen", "moving"]), default="frozen",
-                 help="Running statistics of the batch norms: as they are, or following the quantized activations."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of every draw."),
+                 help="Running statistics of the batch norms: frozen, or updated from the quantized activations."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of all random numbers."),
     click.option("--mixed-precision", is_flag=True, help="Train in bfloat16 where the operator allows it."),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to train."),
 )  # fmt: skip
@@ -66,7 +66,7 @@ from repvgg_deploy.cli.types import RECIPE, FiniteRange
     click.option("-o", "--output", type=PATH, required=True, metavar="FILE",
                  help="Checkpoint to write, by its ending; NAME.scales.npz and NAME.curves.csv, .png go beside it."),
     click.option("--interval", type=FiniteRange(min=0), default=60.0, metavar="S",
-                 help="Seconds between saved states; a stopped run goes on from the last one."),
+                 help="Seconds between saved states; a stopped run continues from the last one."),
 )  # fmt: skip
 @output_options
 def qat(ckpt: Path, output: Path, **options: Any) -> Any:
@@ -85,7 +85,7 @@ def qat(ckpt: Path, output: Path, **options: Any) -> Any:
     if options["steps"] is not None and options["epochs"] is not None:
         raise click.UsageError("--steps and --epochs exclude each other.")
     if options["label_weight"] and options["data"] == Path("none"):
-        raise click.UsageError("made pictures have no labels: --label-weight needs --data DIR.")
+        raise click.UsageError("synthesized images have no labels: --label-weight needs --data DIR.")
     training = TrainingOptions(
         steps=options.pop("steps") or 1000,
         batch=options.pop("batch"),
@@ -130,5 +130,5 @@ def _draw_curves(curves: Path, note: Any) -> str | None:
     try:
         return str(draw_curves(curves))
     except DeployError as error:
-        note(f"note: no picture of the learning curves: {error.message}")
+        note(f"note: the learning curves were not plotted: {error.message}")
         return None

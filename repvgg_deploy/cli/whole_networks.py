@@ -123,7 +123,7 @@ def _preprocessing(options: dict[str, Any], shape: tuple[int, ...]) -> Any:
     from repvgg_deploy.artifacts import Preprocessing
 
     if len(shape) != 4 or shape[1] != 3:
-        raise click.UsageError("--calib takes images, and --example is no batch of them: NxCxHxW with 3 channels.")
+        raise click.UsageError("--calib takes images, and --example is not a batch of images: NxCxHxW with 3 channels.")
     given = take_preprocessing({**options, "size": (shape[2], shape[3])})
     return given.apply(replace(Preprocessing(), height=shape[2], width=shape[3], resize=max(shape[2:])))
 

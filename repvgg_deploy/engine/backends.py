@@ -125,7 +125,7 @@ def find_backend(name: str) -> Backend | Unavailable:
         DeployError: a backend was named and cannot build here, or there is none of that name.
     """
     if name == "none":
-        return Unavailable("no engine was asked for", "")
+        return Unavailable("no engine was requested", "")
     if name == "auto":
         return _first_usable()
     if name not in MODULES:
@@ -155,7 +155,7 @@ def _if_it_builds_here(backend: Backend, named: bool) -> Backend | Unavailable:
     found = find_gpus()
     if not found.gpus and not backend.capabilities.builds_without_gpu:
         return Unavailable(
-            f"{backend.label} builds engines on a GPU only, and none is here ({found.reason})",
+            f"{backend.label} builds engines on a GPU only, and there is none here ({found.reason})",
             "build on the machine that will run the engine, or use TensorRT-RTX: --engine tensorrt-rtx",
         )
     if found.gpus and not named and not backend.supports(found.gpus[0]):

@@ -102,7 +102,7 @@ def require_batch(loaded: LoadedEngine, batch: int) -> None:
     if not smallest <= batch <= largest:
         raise DeployError(
             f"{loaded.plan} takes batches from {smallest} to {largest}, not {batch}",
-            "export with another --batch-range, or give another batch",
+            "export with another --batch-range, or use another batch size",
         )
 
 

@@ -104,7 +104,7 @@ def parse_layers(text: str) -> tuple[Layer, ...]:
         values = json.loads(text)["Layers"]
         return tuple(_layer(value) for value in values)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DeployError(f"the engine inspector's text is not understood: {error}", "report the versions") from error
+        raise DeployError(f"the engine inspector's output cannot be parsed: {error}", "report the versions") from error
 
 
 def _layer(value: str | Mapping[str, Any]) -> Layer:

@@ -94,7 +94,7 @@ def load_plan(
     """
     content, side = check_plan(plan, trust)
     if side is not None and not side.has_weights and not for_refit:
-        raise DeployError(f"{plan} was built without weights", f"put them in: repvgg-deploy refit {plan} CHECKPOINT")
+        raise DeployError(f"{plan} was built without weights", f"add them: repvgg-deploy refit {plan} CHECKPOINT")
     library = _choose_library(plan, side, backend)
     if side is not None:
         require_same_library(plan, side, library)
@@ -153,7 +153,9 @@ def _read_tensors(backend: Backend, engine: Any) -> tuple[tuple[Tensor, ...], tu
         name = engine.get_tensor_name(index)
         dtype = engine.get_tensor_dtype(name).name
         if dtype not in DTYPES:
-            raise DeployError(f"the tensor {name} is of type {dtype}, which NumPy has not", "export with --io fp32")
+            raise DeployError(
+                f"the tensor {name} is of type {dtype}, which NumPy does not support", "export with --io fp32"
+            )
         tensor = Tensor(name, DTYPES[dtype], tuple(engine.get_tensor_shape(name)))
         tensors[engine.get_tensor_mode(name)].append(tensor)
     return tuple(tensors[modes.INPUT]), tuple(tensors[modes.OUTPUT])

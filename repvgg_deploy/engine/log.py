@@ -76,7 +76,7 @@ _MEANINGS = (
     _Meaning(
         ("cudaError 35", "driver version is insufficient"),
         "there is no GPU driver, or it is too old for this library",
-        "`repvgg-deploy doctor` tells which driver is here",
+        "`repvgg-deploy doctor` shows which driver is installed",
     ),
     _Meaning(
         ("libnvinfer_lean",),
@@ -120,7 +120,7 @@ def explain_failure(backend: Backend, doing: str, messages: Messages, refittable
     if refittable and not found.gpus:
         return DeployError(
             f"{doing} failed: {backend.label} builds refittable and weight-stripped engines on a GPU only, "
-            f"and none is here ({found.reason})",
+            f"and there is none here ({found.reason})",
             "leave --refittable and --strip-weights out, or build on a machine with a GPU",
         )
     for meaning in _MEANINGS:
@@ -178,4 +178,4 @@ def first_line(errors: list[str]) -> str:
 
 def _rest(errors: list[str]) -> str:
     others = [text.splitlines()[0].strip() for text in errors[1:4] if text.strip()]
-    return "; ".join(others) if others else "`repvgg-deploy doctor` tells what this machine can do"
+    return "; ".join(others) if others else "`repvgg-deploy doctor` shows what this machine can do"

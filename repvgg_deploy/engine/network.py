@@ -107,7 +107,7 @@ def _refused(backend: Backend, path: Path, errors: list[Any], logged: list[str])
     reasons = lines or [first_line(logged)]
     shown = "\n  ".join(reasons[:8]) + (f"\n  and {len(reasons) - 8} more" if len(reasons) > 8 else "")
     unsupported = any("UNSUPPORTED" in str(error.code()) for error in errors)
-    hint = "this operator has no place in a RepVGG; export the checkpoint again" if unsupported else "export it again"
+    hint = "this operator does not occur in a RepVGG; export the checkpoint again" if unsupported else "export it again"
     return GraphError(f"{backend.label} does not parse {path.name}: {shown}", hint)
 
 
@@ -166,11 +166,11 @@ def require_precision(precisions: dict[str, str], wanted: Precision) -> Counter[
     counts = Counter(precisions.values())
     if wanted is Precision.INT8:
         if not counts["int8"] or counts["mixed"]:
-            raise GraphError(f"the graph is said to be int8, and its convolutions are {dict(counts)}", "export again")
+            raise GraphError(f"the graph's metadata say int8, but its convolutions are {dict(counts)}", "export again")
         return counts
     other = next((name for name, precision in precisions.items() if precision != str(wanted)), None)
     if other is not None:
         raise GraphError(
-            f"the graph is said to be {wanted}, and the convolution {other} is {precisions[other]}", "export again"
+            f"the graph's metadata say {wanted}, but the convolution {other} is {precisions[other]}", "export again"
         )
     return counts

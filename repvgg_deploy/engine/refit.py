@@ -28,12 +28,12 @@ def require_refittable(plan: Path) -> Sidecar:
     """The sidecar of a plan that takes new weights.
 
     Raises:
-        DeployError: there is none, the plan is not what was built, or it was not built to take new weights.
+        DeployError: there is none, the plan is not what was built, or it was not built to be refitted with new weights.
     """
     _, side = check_plan(plan)
     assert side is not None  # Only a trusted plan has none.
     if not side.options.needs_refit:
-        raise DeployError(f"{plan} was not built to take new weights", _REBUILD)
+        raise DeployError(f"{plan} was not built to be refitted with new weights", _REBUILD)
     return side
 
 
@@ -73,13 +73,15 @@ def require_same_net(side: Sidecar, graph: Provenance | None) -> None:
     for what in ("arch", "precision"):
         built, new = (str(getattr(provenance, what)) for provenance in (side.provenance, graph))
         if built != new:
-            raise DeployError(f"the engine is {built}, the new weights are {new}", "refit takes the same architecture")
+            raise DeployError(
+                f"the engine is {built}, but the new weights are {new}", "refit needs the same architecture"
+            )
     old, given = (recorded_structure(known.extra.get("assumed")) for known in (side.provenance, graph))
     for what in ("strides", "activation"):
         built, new = getattr(old, what), getattr(given, what)
         if built is not None and new is not None and built != new:
             raise DeployError(
-                f"the engine has the {what} {built}, the net of the new weights {new}", "build a new engine"
+                f"the engine has the {what} {built}, but the net of the new weights has {new}", "build a new engine"
             )
 
 
@@ -126,7 +128,7 @@ def describe_refitted(side: Sidecar, backend: Backend) -> Sidecar:
         side,
         has_weights=True,
         options=replace(side.options, refittable=False, strip_weights=False),
-        warnings=(*side.warnings, f"{backend.label} writes a refitted engine so that it takes no further weights"),
+        warnings=(*side.warnings, f"{backend.label} writes a refitted engine that cannot be refitted again"),
     )
 
 
@@ -144,7 +146,7 @@ def _put_weights(loaded: LoadedEngine, onnx: Path) -> None:
         missing = refitter.get_missing_weights()
         if missing:
             raise DeployError(
-                f"{onnx.name} lacks {len(missing)} weights of the engine, {missing[0]} the first of them",
+                f"{onnx.name} lacks {len(missing)} weights of the engine, the first of them {missing[0]}",
                 "give a graph of the same architecture and options",
             )
         if not run_cancellable(lambda: refitter.refit_cuda_engine()):

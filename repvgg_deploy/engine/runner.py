@@ -56,7 +56,7 @@ class EngineRunner:
         with ExitStack() as cleanup:
             release_at_close(cleanup, loaded.close)
             if streams < 1:
-                raise DeployError(f"{streams} streams", "at least 1")
+                raise DeployError(f"the number of streams cannot be {streams}", "at least 1")
             for _ in range(streams):
                 self.streams.append(EngineStream(loaded, graphs))
                 release_at_close(cleanup, self.streams[-1].close)

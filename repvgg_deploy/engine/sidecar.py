@@ -19,7 +19,7 @@ SCHEMA = 1
 # Class names of the largest data sets take one megabyte.
 _MOST_BYTES = 64 << 20
 _REBUILD = "build it again on this machine: `repvgg-deploy export`"
-_TRUST = "build it again; `eval --trust` and `verify --trust` run a plan of which you know where it comes from"
+_TRUST = "build it again; `eval --trust` and `verify --trust` run a plan whose origin you trust"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read_sidecar(plan: Path) -> Sidecar:
     name = f"the sidecar {path}"
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise DeployError(f"{name} is larger than any: {path.stat().st_size} bytes", _REBUILD)
+            raise DeployError(f"{name} is too large for a sidecar: {path.stat().st_size} bytes", _REBUILD)
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise DeployError(f"{plan} has no sidecar {path.name} that says what it is", _TRUST) from error
@@ -100,7 +100,7 @@ def read_sidecar(plan: Path) -> Sidecar:
     values = parse_json(content, name, _REBUILD)
     schema = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
-        raise DeployError(f"{name} has the schema {schema!r:.40}, this release reads {SCHEMA}", _REBUILD)
+        raise DeployError(f"{name} has the schema {schema!r:.40}, but this release reads {SCHEMA}", _REBUILD)
     return convert(values, Sidecar, name, _REBUILD)
 
 
@@ -126,7 +126,7 @@ def require_unchanged(plan: Path, content: bytes, side: Sidecar) -> None:
     """
     if len(content) != side.bytes:
         what = "is cut short" if len(content) < side.bytes else "is longer than it was"
-        raise DeployError(f"{plan} {what}: {len(content)} bytes, built with {side.bytes}", _REBUILD)
+        raise DeployError(f"{plan} {what}: {len(content)} bytes, but it was built with {side.bytes}", _REBUILD)
     if hashlib.sha256(content).hexdigest() != side.sha256:
         raise DeployError(f"{plan} was changed after it was built: its sha256 is not that of its sidecar", _REBUILD)
 

@@ -139,7 +139,7 @@ class EngineStream:
     def _capture(self, batch: int, context: Any) -> Any:
         """The graph of a run; None where there can be none, and `without_graph` says why."""
         if not self._can_capture(context):
-            self.without_graph[batch] = f"{self._loaded.backend.label} does not let this engine be captured"
+            self.without_graph[batch] = f"{self._loaded.backend.label} cannot capture this engine"
             return None
         try:
             graph = self._record_graph(context)

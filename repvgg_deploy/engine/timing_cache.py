@@ -71,7 +71,7 @@ def _acquire(path: Path, progress: Progress) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        progress.note(f"another build holds {lock.lock_file}; waiting for it")
+        progress.note(f"another build has locked {lock.lock_file}; waiting for it")
         lock.acquire()
     return lock
 

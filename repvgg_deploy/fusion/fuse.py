@@ -210,7 +210,7 @@ def _require_same_function(block: nn.Module, parts: BlockParts, name: str) -> No
         raise FusionError(f"block {name} does not run on a batch of images: {str(error).splitlines()[0]}") from error
     if not same:
         raise FusionError(
-            f"block {name} ({type(block).__name__}) has the parts of a RepVGG block, and does something else with them",
+            f"block {name} ({type(block).__name__}) has the parts of a RepVGG block, but does something else with them",
             "a hook, a parameter or a forward of its own changes its output; fuse it by hand",
         )
 

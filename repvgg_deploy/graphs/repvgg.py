@@ -74,7 +74,7 @@ def to_onnx(net: RepVGG, layers: Layers, options: GraphOptions, metadata: Mappin
         name, largest = next(iter(layers.rounding.overflowed.items()))
         raise GraphError(
             f"{len(layers.rounding.overflowed)} weights do not fit FP16 (largest 65504): {name} reaches {largest:.3g}",
-            "export with fp32, or --int8, where every channel has a scale of its own",
+            "export with fp32, or --int8, which has one scale per channel",
         )
     producer = ("repvgg-deploy", repvgg_deploy.__version__)
     return make_graph(g, [describe_input(net, options)], outputs, options.opset, metadata, producer)
@@ -91,14 +91,17 @@ def check_options(net: RepVGG, options: GraphOptions) -> None:
         raise GraphError(f"opset {options.opset} is not supported", f"from {LOWEST_OPSET} to {newest}")
     _check_scores(net, options)
     if options.topk is not None and not 1 <= options.topk <= net.spec.classes:
-        raise GraphError(f"--topk {options.topk} of {net.spec.classes} classes", f"from 1 to {net.spec.classes}")
+        raise GraphError(
+            f"--topk {options.topk} is out of range: the net has {net.spec.classes} classes",
+            f"from 1 to {net.spec.classes}",
+        )
     if min(options.height, options.width) < 1:
-        raise GraphError(f"an image of {options.height}x{options.width} pixels", "sizes are at least 1")
+        raise GraphError(f"the image size cannot be {options.height}x{options.width} pixels", "sizes are at least 1")
     if options.uint8_input is not None and len(options.uint8_input.mean) != net.spec.in_channels:
         raise GraphError(
             f"--uint8-input: mean and std have {len(options.uint8_input.mean)} values,"
             f" the net takes {net.spec.in_channels} channels",
-            "give --mean and --std, one value a channel",
+            "give --mean and --std, one value per channel",
         )
 
 

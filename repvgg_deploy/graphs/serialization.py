@@ -106,7 +106,7 @@ def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int, int]]:
         else:
             raise ValueError("no field of an ONNX graph has this wire type")
         if field_end > end:
-            raise ValueError("a field ends behind the message that it is in")
+            raise ValueError("a field extends past the end of its message")
         yield tag >> 3, start, field_end
         start = field_end
 

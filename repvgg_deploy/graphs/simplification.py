@@ -63,7 +63,7 @@ class SimplificationCheck:
         """
         answer, log = self._process.communicate()
         if answer != _SAME:
-            lines = (answer or log).decode(errors="replace").strip().splitlines() or ["it ended without an answer"]
+            lines = (answer or log).decode(errors="replace").strip().splitlines() or ["it ended without a result"]
             raise GraphError(f"the graph could not be checked by onnxsim: {lines[-1]}", "pip install onnxsim")
 
 

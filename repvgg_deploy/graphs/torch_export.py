@@ -52,7 +52,7 @@ def resolve_dynamic(dynamic: Dynamic, inputs: Sequence[str], example: Sequence[T
         return {name: dict(sorted(dynamic[name].items())) for name in inputs if name in dynamic}
     unknown = set(dynamic) - _PLACES.keys()
     if unknown:
-        raise DeployError(f"dynamic={sorted(unknown)[0]!r} is no dimension", f"some of: {', '.join(_PLACES)}")
+        raise DeployError(f"dynamic={sorted(unknown)[0]!r} is not a dimension", f"some of: {', '.join(_PLACES)}")
     places = {_PLACES[name]: name for name in sorted(dynamic, key=lambda name: _PLACES[name])}
     return {
         name: {
@@ -78,7 +78,7 @@ def export_torch(module: nn.Module, example: Sequence[Tensor], signature: Signat
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise DeployError(
-            "onnxscript is not installed, without which torch exports no module",
+            "onnxscript is not installed, and torch cannot export modules without it",
             "pip install 'repvgg-deploy[modules]'",
         ) from error
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -123,7 +123,7 @@ def _reason(error: BaseException) -> str:
 def _hint(signature: Signature) -> str:
     if any(signature.dynamic.values()):
         return "fix the shapes with dynamic=(), or change the forward where it branches on values or sizes"
-    return "change the forward where it branches on values; torch.export.export(module, example) tells where"
+    return "change the forward where it branches on values; torch.export.export(module, example) shows where"
 
 
 def _cleaned(model: onnx.ModelProto, signature: Signature) -> onnx.ModelProto:
@@ -169,7 +169,7 @@ def _name_dimensions(model: onnx.ModelProto, signature: Signature) -> None:
             dimension = item.type.tensor_type.shape.dim[place]
             if not dimension.dim_param:
                 raise GraphError(
-                    f"the {name} of {item.name} is {dimension.dim_value} in the graph, it cannot be dynamic",
+                    f"the {name} of {item.name} is {dimension.dim_value} in the graph, so it cannot be dynamic",
                     "leave it out of `dynamic`: the module fixes it",
                 )
             names.setdefault(dimension.dim_param, name)

@@ -58,10 +58,10 @@ def open_nvml() -> tuple[Any, str]:
     except pynvml.NVMLError_LibraryNotFound:
         if Path("/proc/driver/nvidia/version").exists():
             # A container whose NVIDIA_DRIVER_CAPABILITIES lack `utility` has the driver without this library.
-            return None, "the NVIDIA driver is here without libnvidia-ml.so.1 (containers: capability `utility`)"
+            return None, "the NVIDIA driver is installed without libnvidia-ml.so.1 (containers: capability `utility`)"
         return None, "no NVIDIA driver is installed"
     except pynvml.NVMLError as error:
-        return None, f"the NVIDIA driver does not answer ({error})"
+        return None, f"the NVIDIA driver does not respond ({error})"
     return pynvml, ""
 
 

@@ -69,7 +69,7 @@ def _walk(path: Path, file: BinaryIO, prefix: str, depth: int) -> Iterator[TarMe
         # The module takes a damaged header behind the first for the end of the archive.
         file.seek(tar.offset)
         if file.read(_BLOCK) != bytes(_BLOCK):
-            raise tarfile.ReadError("damaged or cut off: no end marker behind its last member")
+            raise tarfile.ReadError("damaged or cut off: no end marker after its last member")
 
 
 def _explain(error: Exception) -> str:

@@ -52,7 +52,7 @@ def list_labelled_images(source: Path, ground_truth: Path | None = None) -> Labe
         return _collect(found, classes)
     archives = sorted(p for p in entries if p.suffix.lower() in ARCHIVES)
     if not archives:
-        raise ImageError(f"{source} has no image in class folders", _LAYOUTS)
+        raise ImageError(f"{source} contains no images in class folders", _LAYOUTS)
     return _from_archives(archives, source)
 
 
@@ -137,7 +137,8 @@ def _with_ground_truth(found: tuple[ImageSource, ...], path: Path) -> LabelledIm
         images.sort(key=_base_name)
         if len(rows) != len(images):
             raise ImageError(
-                f"{path} has {len(rows)} lines, there are {len(images)} images", "one class per line, or `NAME CLASS`"
+                f"{path} has {len(rows)} lines, but there are {len(images)} images",
+                "one class per line, or `NAME CLASS`",
             )
         named = [row[0] for row in rows]
         named = _translate_ids(named, path)

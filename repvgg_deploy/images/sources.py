@@ -66,7 +66,7 @@ def read_source(source: ImageSource, max_bytes: int) -> bytes:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ImageError(f"{source} cannot be read ({reason})") from error
     if isinstance(source, TarMember) and len(data) < source.size:
-        raise ImageError(f"{source} is damaged (the archive ends before it does)")
+        raise ImageError(f"{source} is damaged (the archive ends in the middle of it)")
     return data
 
 

@@ -95,7 +95,9 @@ def draw_image(label: int, seed: int, size: int = 64) -> Image.Image:
     if not 0 <= label < len(CLASS_NAMES):
         raise ImageError(f"there is no class {label}", f"labels go from 0 to {len(CLASS_NAMES) - 1}")
     if seed < 0 or size < 8:
-        raise ImageError(f"no picture of seed {seed} and size {size}", "the seed is at least 0, the size at least 8")
+        raise ImageError(
+            f"no image can be drawn with seed {seed} and size {size}", "the seed is at least 0, the size at least 8"
+        )
     scene, pixels = (np.random.Generator(np.random.PCG64([part, label, seed])) for part in (0, 1))
     grid = _grid(size)
     ground = (scene.uniform(0.3, 0.7) + scene.uniform(-0.2, 0.2, 3)).astype(np.float32)

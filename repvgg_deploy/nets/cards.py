@@ -165,4 +165,6 @@ def require_arch(path: Path, provenance: Provenance | None, arch: str | None) ->
     wanted = find_card(arch).name
     found = provenance.arch if provenance is not None else "a net of unknown architecture"
     if found != wanted and not found.startswith(wanted + " "):
-        raise DeployError(f"{path} holds {found}, not {wanted}", "leave --arch out, or give the model that you meant")
+        raise DeployError(
+            f"{path} contains {found}, not {wanted}", "leave --arch out, or give the model that you meant"
+        )

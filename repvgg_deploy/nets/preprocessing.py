@@ -55,6 +55,6 @@ def require_channels(preprocessing: Preprocessing, channels: int | None) -> None
     """Raise DeployError if `preprocessing` is not for a net of that many channels; None is any number."""
     if channels is not None and channels != len(preprocessing.mean):
         raise DeployError(
-            f"mean and std have {len(preprocessing.mean)} values, the net takes {channels} channels",
+            f"mean and std have {len(preprocessing.mean)} values, but the net takes {channels} channels",
             "give --mean and --std, one value per channel",
         )

@@ -67,7 +67,7 @@ def choose_images(
     images = CalibrationImages(paths, preprocessing, BrokenImages())
     if len(preprocessing.mean) not in (1, 3):
         raise ImageError(
-            f"images have 3 channels, the net takes {len(preprocessing.mean)}",
+            f"images have 3 channels, but the net takes {len(preprocessing.mean)}",
             "call repvgg_deploy.quantization.quantize with your own batches",
         )
     progress.note(f"calibrating on {len(paths)} images of {source}")

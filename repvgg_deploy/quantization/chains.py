@@ -228,7 +228,7 @@ def _statistics(chain: Chain, blocks: Sequence[FusedBlock], x: Tensor) -> list[P
         for conv, block, observer in zip(chain.convs, blocks, observers, strict=True):
             if not observer.add(batch):
                 raise DeployError(
-                    f"the activations in front of {conv.name} are not finite", "look at the calibration examples"
+                    f"the activations before {conv.name} are not finite", "look at the calibration examples"
                 )
             batch = block(batch)
     return [observer.result() for observer in observers]

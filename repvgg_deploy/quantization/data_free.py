@@ -128,7 +128,7 @@ def make_pictures(
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
     if not norms:
         raise DeployError(
-            "the checkpoint is in deploy form: it has no BN statistics to make calibration pictures from",
+            "the checkpoint is in deploy form: it has no BN statistics from which to synthesize calibration images",
             "give --calib DIR, a folder of a few hundred typical images, or the checkpoint in training form",
         )
     count, height, width = plan_pictures(net, preprocessing, options)

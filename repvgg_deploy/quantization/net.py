@@ -50,7 +50,7 @@ class QuantizationSummary:
         made = self.pictures
         if made is None:
             return f"{self.images} images"
-        return f"no images ({made.pictures} pictures of {made.height}x{made.width} made from BN statistics)"
+        return f"no images ({made.pictures} images of {made.height}x{made.width}, synthesized from BN statistics)"
 
 
 class IntegerLayer(nn.Module):

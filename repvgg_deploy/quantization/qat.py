@@ -304,9 +304,7 @@ def qat_layers(net: nn.Module) -> list[str]:
     """
     names = list(find_blocks(net))
     if not names:
-        raise DeployError(
-            f"{type(net).__name__} has no RepVGG block in training form", "its branches are what is trained"
-        )
+        raise DeployError(f"{type(net).__name__} has no RepVGG block in training form", "training needs its branches")
     return [*names, CLASSIFIER] if isinstance(net, RepVGG) else names
 
 

@@ -45,7 +45,7 @@ def observe_scales(model: nn.Module, batches: Iterable[Any], options: QatOptions
     points = [*names, POOL] if isinstance(model, RepVGG) else names
     seen = _watch(model, names, batches)
     if any(name not in seen for name in points):
-        raise DeployError("the batches reach no block", "give at least one batch of inputs, as the model takes them")
+        raise DeployError("no block received a batch", "give at least one batch of inputs, as the model takes them")
     layers = {}
     for name in names:
         layer = model.get_submodule(name)
@@ -140,7 +140,9 @@ def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary 
     for name, layer in [*wanted, (CLASSIFIER, fused.classifier)]:
         found = scales.layers.get(name)
         if found is None or len(found.weight) != len(layer.weight):
-            raise DeployError(f"the scales have none for {name}, or for another width", "take the file that qat wrote")
+            raise DeployError(
+                f"the file has no scales for {name}, or scales for another width", "give the file that qat wrote"
+            )
         taps = count_taps(layer.weight)
         rows = round_weights(layer.weight.detach().flatten(1), found.weight.to(layer.weight.device), taps)
         integers = rows.reshape(layer.weight.shape).to(torch.int8)

@@ -124,7 +124,7 @@ def _prepare(
         )
     if statistics.images < FEW_IMAGES:
         warnings.warn(
-            f"{statistics.images} calibration images are few; take at least {FEW_IMAGES}, better 512", stacklevel=3
+            f"{statistics.images} calibration images are few; use at least {FEW_IMAGES}, preferably 512", stacklevel=3
         )
     removed = prepare(net, statistics, recipe)
     count = statistics.images * statistics.augmentations

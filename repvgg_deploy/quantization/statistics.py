@@ -87,7 +87,7 @@ class CalibrationStatistics:
                 points = {name: _read_point(file, name) for name in names}
             statistics = cls(points, about["images"], about["augmentations"], about["sha256"], about["images_sha256"])
         except (OSError, ValueError, KeyError) as error:
-            raise DeployError(f"{path} is no calibration cache: {error}", "delete it to calibrate anew") from error
+            raise DeployError(f"{path} is not a calibration cache: {error}", "delete it to calibrate anew") from error
         if statistics.sha256 != sha256:
             raise DeployError(
                 f"the calibration cache {path} belongs to another checkpoint (sha256 {statistics.sha256[:12]}…)",
@@ -183,11 +183,11 @@ def collect_statistics(
         for name, x in walk(net, batch):
             if not observers[name].add(x):
                 raise DeployError(
-                    f"the activations in front of {name} are not finite", "look at the images, and at the checkpoint"
+                    f"the activations before {name} are not finite", "look at the images, and at the checkpoint"
                 )
         seen(len(batch))
     taken = next(iter(observers.values())).images
     if taken == 0:
-        raise DeployError("there are no calibration images", "give a folder of images that the net may meet: --calib")
+        raise DeployError("there are no calibration images", "give a folder of typical input images: --calib")
     points = {name: observer.result() for name, observer in observers.items()}
     return CalibrationStatistics(points, taken // augmentations, augmentations, sha256, digest.hexdigest())

@@ -145,7 +145,7 @@ def open_model(
     options, said = options or PreprocessingOptions(), checkpoint or CheckpointOptions()
     if replace(said, arch=None) != CheckpointOptions() and path.is_file() and (file_kind(path) != "checkpoint"):
         raise DeployError(
-            f"{path} is what was exported", "--ema, --no-ema, --net, --strides, --act and --bn-eps are for checkpoints"
+            f"{path} is an exported file", "--ema, --no-ema, --net, --strides, --act and --bn-eps are for checkpoints"
         )
     if path.is_file() and file_kind(path) == "engine":
         return _open_engine(path, options, said.arch, trust)

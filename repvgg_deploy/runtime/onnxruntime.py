@@ -25,7 +25,7 @@ _CUDA_OPTIONS = {"use_tf32": "0", "prefer_nhwc": "1", "enable_cuda_graph": "1"}
 _GRAPH_OF_A_RUN = "gpu_graph_id"
 _NO_GRAPH = "-1"
 
-_INSTALL = "install what that provider needs, or leave it out; `repvgg-deploy doctor` tells more"
+_INSTALL = "install what that provider needs, or leave it out; see `repvgg-deploy doctor`"
 
 
 class OnnxRunner:
@@ -107,7 +107,7 @@ class OnnxRunner:
         self.input_shape = tuple(size if isinstance(size, int) else None for size in first_input.shape)
         outputs = self._session.get_outputs()
         if not outputs:
-            raise GraphError(f"{path} gives nothing: it has no output", "an image classifier has one output N,classes")
+            raise GraphError(f"{path} has no output", "an image classifier has one output N,classes")
         self.output_names: tuple[str, ...] = tuple(output.name for output in outputs)
         self.output_shapes = [tuple(s if isinstance(s, int) else None for s in output.shape) for output in outputs]
 
@@ -117,7 +117,7 @@ class OnnxRunner:
             raise GraphError(f"{path} does not take one batch of images", "an image classifier has one input N,C,H,W")
         if 0 in inputs[0].shape:
             size = "x".join(map(str, inputs[0].shape))
-            raise GraphError(f"{path} takes inputs of {size}, which hold nothing", "export it with another batch")
+            raise GraphError(f"{path} takes inputs of {size}, which are empty", "export it with another batch")
         return inputs
 
     @property
@@ -222,7 +222,7 @@ def _explain_run(error: Exception, path: Path, images: Array) -> DeployError:
     what = f"an input of {'x'.join(map(str, images.shape))} {images.dtype}"
     if isinstance(error, MemoryError) or any(word in str(error) for word in ("bad_alloc", "Failed to allocate memory")):
         return GraphError(f"there is too little memory to run {path} on {what}", "a smaller batch")
-    return GraphError(f"{path} cannot be run on {what}: {said}", "`inspect` tells which input the graph takes")
+    return GraphError(f"{path} cannot be run on {what}: {said}", "`inspect` shows which input the graph takes")
 
 
 def _explain(error: Exception, path: Path, provider: str) -> DeployError:

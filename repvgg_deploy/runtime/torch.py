@@ -55,7 +55,7 @@ class TorchOptions:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DeployError("torch sees no CUDA GPU here", "run it on the CPU, or install torch for CUDA")
         if self.device == "cpu" and (self.precision == "tf32" or self.mode == "cuda-graph"):
-            raise DeployError(f"{self.precision} {self.mode} needs a GPU", "take fp32 and eager on the CPU")
+            raise DeployError(f"{self.precision} {self.mode} needs a GPU", "use fp32 and eager on the CPU")
 
     @property
     def label(self) -> str:

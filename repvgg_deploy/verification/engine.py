@@ -60,17 +60,17 @@ def check_where_possible(
     """
     found = find_gpus()
     if not found.gpus:
-        progress.note(f"note: the engine was built, and not run: {found.reason}")
+        progress.note(f"note: the engine was built but not run: {found.reason}")
         return None
     if not engine.side.has_weights:
-        progress.note("note: the engine was built without weights, and not run")
+        progress.note("note: the engine was built without weights, so it was not run")
         return None
     try:
         runner = open_engine(engine.plan)
     except DeployError as error:
         backend = import_backend(engine.side.backend)
         if isinstance(backend, Backend) and not backend.supports(found.gpus[0]):
-            progress.note(f"note: the engine was built, and not run: {error.message}")
+            progress.note(f"note: the engine was built but not run: {error.message}")
             return None
         raise
     with runner:
@@ -96,7 +96,7 @@ def require_signal(scores: Array) -> None:
     Seen in the field: RepVGG-B1 in FP16 gave all zeros (NVIDIA/TensorRT#3548), which agrees with itself.
 
     Raises:
-        VerificationError: they hold NaN or Inf, are all zero or all the same, or do not depend on the image.
+        VerificationError: they contain NaN or Inf, are all zero or all the same, or do not depend on the image.
     """
     values = scores.astype(np.float64).reshape(len(scores), -1)
     what = None

@@ -75,7 +75,7 @@ def choose_pixels(preprocessing: Preprocessing, channels: int, count: int, data:
     noise = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
     if channels not in (1, 3):
         if data is not None:
-            raise ImageError(f"images have 3 channels, the net takes {channels}", "leave the image folder out")
+            raise ImageError(f"images have 3 channels, but the net takes {channels}", "leave the image folder out")
         return noise
     wanted = max(1, count - 1)
     pictures = _drawn(wanted, height, width) if data is None else _from_folder(data, preprocessing, wanted)

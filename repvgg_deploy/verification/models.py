@@ -54,7 +54,7 @@ class Tolerance:
             )
 
 
-_LOOK = "see with `inspect` whether both are of one checkpoint, and take the same preprocessing"
+_LOOK = "check with `inspect` that both come from the same checkpoint and use the same preprocessing"
 
 
 @dataclass(frozen=True)

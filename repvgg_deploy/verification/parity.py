@@ -27,7 +27,7 @@ def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) ->
     """The differences of `candidate` from `reference`, both (images, …), computed in float64.
 
     Raises:
-        VerificationError: the shapes differ, or one of them holds NaN or Inf.
+        VerificationError: the shapes differ, or one of them contains NaN or Inf.
     """
     if reference.shape != candidate.shape:
         raise VerificationError(
@@ -37,7 +37,7 @@ def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) ->
     a, b = (array.astype(np.float64).reshape(len(array), -1) for array in (reference, candidate))
     for array, which in ((a, "first"), (b, "second")):
         if not np.isfinite(array).all():
-            raise VerificationError(f"the {which} model's outputs hold NaN or Inf", "in FP16: values beyond 65504")
+            raise VerificationError(f"the {which} model's outputs contain NaN or Inf", "in FP16: values beyond 65504")
     difference = b - a
     norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     both_zero = (norms[0] == 0) & (norms[1] == 0)
@@ -59,7 +59,7 @@ def compare_outputs(
     Of outputs that are no scores, `top1_agreement` is the share of images with the same largest value.
 
     Raises:
-        VerificationError: the outputs have other names or shapes, or hold NaN or Inf.
+        VerificationError: the outputs have other names or shapes, or contain NaN or Inf.
     """
     if reference.keys() != candidate.keys():
         raise VerificationError(

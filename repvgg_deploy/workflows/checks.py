@@ -74,7 +74,7 @@ def check_classes(request: ExportRequest, spec: ArchSpec) -> None:
         return
     if names is not None and len(names) != classes:
         raise DeployError(
-            f"--labels has {len(names)} names, and the checkpoint {classes} classes", "give one class per line"
+            f"--labels has {len(names)} names, but the checkpoint has {classes} classes", "give one class per line"
         )
     if request.graph.features is None and request.graph.topk is not None and request.graph.topk > classes:
         raise GraphError(f"--topk {request.graph.topk} is more than the {classes} classes", f"from 1 to {classes}")

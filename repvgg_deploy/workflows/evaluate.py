@@ -129,7 +129,7 @@ def evaluate(
 _CHANCE = (
     "top-1 is what guessing gives. The usual reasons: another input size, mean, std or colour order than in training"
     " (--size, --mean, --std, --color-order), classes in another order (--labels at the export), or strides, an"
-    " activation or a BN epsilon that the checkpoint does not tell (--strides, --act, --bn-eps); `inspect` shows them"
+    " activation or a BN epsilon that the checkpoint does not state (--strides, --act, --bn-eps); `inspect` shows them"
 )
 
 
@@ -233,7 +233,7 @@ def map_classes(images: LabelledImages, class_names: tuple[str, ...] | None, cla
         highest = max(images.labels)
         if classes is not None and highest >= classes:
             raise DeployError(
-                f"the ground truth has class {highest}, the model's classes are 0 to {classes - 1}",
+                f"the ground truth has class {highest}, but the model's classes are 0 to {classes - 1}",
                 "number the classes from 0, in the order of the model's outputs",
             )
         return np.arange(highest + 1)
@@ -245,11 +245,11 @@ def map_classes(images: LabelledImages, class_names: tuple[str, ...] | None, cla
         if len(unknown) < len(names):
             raise DeployError(
                 f"the folder {unknown[0]} is not one of the model's classes, and others are",
-                "name the folders as the model's classes are, or all of them otherwise, to be taken in sorted order",
+                "name all folders after the model's classes, or none of them, which are then taken in sorted order",
             )
     if classes is not None and len(names) != classes:
         raise DeployError(
-            f"the folder has {len(names)} classes, the model {classes}",
+            f"the folder has {len(names)} classes, but the model has {classes}",
             "give one folder per class, or export with --labels, whose names are then matched with the folders'",
         )
     return np.arange(len(names))

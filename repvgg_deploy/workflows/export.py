@@ -67,7 +67,7 @@ def export(
 def _export(request: ExportRequest, progress: Progress, simplification: SimplificationCheck) -> ExportResult:
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
-        raise DeployError(f"{request.output} is a file, and the files go to a folder", "-o DIR")
+        raise DeployError(f"{request.output}is a file, but a folder is needed", "-o DIR")
     backend = _find_backend(request, progress)
     check_request(request, backend)
     prepared, parity = prepare(request, progress)
@@ -128,7 +128,7 @@ def _note_other_engine(onnx: Path, plan: Path, progress: Progress) -> None:
     except DeployError:
         same = False
     if not same:
-        progress.note(f"note: {plan} was built from another graph, and stays as it is")
+        progress.note(f"note: {plan} was built from another graph and is left unchanged")
 
 
 def _find_backend(request: ExportRequest, progress: Progress) -> Any:

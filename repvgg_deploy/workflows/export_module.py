@@ -366,8 +366,8 @@ def _compare_graph(
     for name, parity_of in quantized.items():
         if not parity_of.relative < 1.0:
             raise VerificationError(
-                f"output {name} has nothing left of its float values in INT8 (relative {parity_of.relative:.2g})",
-                "take more, and more typical, calibration examples, or fp16",
+                f"output {name} no longer resembles its float values in INT8 (relative {parity_of.relative:.2g})",
+                "give more, and more typical, calibration examples, or fp16",
             )
     require_all("the INT8 graph", run, MAX_RELATIVE["stage"]["int8"])
     return {"quantized": quantized, "onnx": run}

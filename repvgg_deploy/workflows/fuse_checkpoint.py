@@ -53,9 +53,9 @@ def write_fused(
     if target.is_dir():
         raise DeployError(f"{target} is a directory", "give the name of the file to write: -o fused.pth")
     if target.exists() and source.exists() and target.samefile(source):
-        raise DeployError(f"{target} is the checkpoint itself, and its branches would be gone", "give another name: -o")
+        raise DeployError(f"{target} is the checkpoint itself, whose branches would be lost", "give another name: -o")
     if target.suffix not in (".pth", ".pt", ".safetensors"):
-        raise DeployError(f"{target} has no ending of a checkpoint", "-o FILE.pth or FILE.safetensors")
+        raise DeployError(f"{target} has no file extension of a checkpoint", "-o FILE.pth or FILE.safetensors")
     checkpoint = (options or CheckpointOptions()).load(source)
     chosen = layout or ("timm" if checkpoint.layout == "timm" else "official")
     net = build(checkpoint)

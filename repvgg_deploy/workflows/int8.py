@@ -93,7 +93,9 @@ def _find_scales(source: Int8Source, request: Int8Request) -> tuple[QuantizedNet
     found = None if path is None else load_scales(path, source.sha256)
     if found is None:
         if request.scales is not None:
-            raise DeployError(f"{path} does not hold the scales of qat", "give --calib DIR as well, to calibrate")
+            raise DeployError(
+                f"{path} does not contain the scales of a qat run", "give --calib DIR as well, to calibrate"
+            )
         return None
     if request.keep_float or request.max_drop is not None:
         raise DeployError(
@@ -113,16 +115,16 @@ def _find_images(
     if source.training is None:
         raise DeployError("no calibration images are given", "--calib DIR, a folder of a few hundred typical images")
     options = recipe.pictures if request.count is None else replace(recipe.pictures, count=request.count)
-    progress.note("no calibration images: making pictures from the BN statistics")
+    progress.note("no calibration images: synthesizing images from the BN statistics")
     net = copy.deepcopy(source.training).to(request.device)
     made = make_pictures(net, source.preprocessing, options, recipe.seed, request.seconds, progress)
     about = made.summary
     size = f"{about.height}x{about.width} pixels"
     change = f"distance {about.distance:.3g}, from {about.start_distance:.3g}"
-    progress.note(f"made {about.pictures} pictures of {size}: {change}")
+    progress.note(f"synthesized {about.pictures} images of {size}: {change}")
     if about.cut_short:
         progress.note(
-            f"warning: the time was up after {about.steps} of {options.steps} steps; the pictures may be poor"
+            f"warning: the time limit ended the synthesis after {about.steps} of {options.steps} steps; the images may be poor"
         )
     return made
 

@@ -30,7 +30,9 @@ def make_module(factory: str, kwargs: str | None, checkpoint: Path) -> nn.Module
     """
     name, _, attribute = factory.partition(":")
     if not attribute:
-        raise DeployError(f"--module {factory} names no factory", "package.module:factory")
+        raise DeployError(
+            f"--module {factory} is not of the form package.module:factory", "give the factory's full name"
+        )
     arguments = _parse_kwargs(kwargs)
     folder = str(Path.cwd())
     if folder not in sys.path:
@@ -41,11 +43,13 @@ def make_module(factory: str, kwargs: str | None, checkpoint: Path) -> nn.Module
     except Exception as error:
         # The code is the user's own: there is hardly an error that it cannot end in.
         raise DeployError(
-            f"{factory} gives no module: {type(error).__name__}: {error}",
+            f"{factory} did not return a module: {type(error).__name__}: {error}",
             "package.module:factory, importable from here; --kwargs takes its keywords as JSON",
         ) from error
     if not isinstance(module, nn.Module):
-        raise DeployError(f"{factory} gives a {type(module).__name__}", "the factory returns a torch.nn.Module")
+        raise DeployError(
+            f"{factory} returned a {type(module).__name__}, not a module", "the factory returns a torch.nn.Module"
+        )
     _load(module, checkpoint)
     return module.eval()
 
@@ -67,7 +71,7 @@ def _load(module: nn.Module, path: Path) -> None:
     if missing or unknown:
         raise CheckpointError(
             f"{path} does not fit {type(module).__name__}: {len(missing)} tensors are missing"
-            f" ({', '.join(missing[:3])}), {len(unknown)} are not the module's ({', '.join(unknown[:3])})",
+            f" ({', '.join(missing[:3])}), {len(unknown)} do not belong to the module ({', '.join(unknown[:3])})",
             "give the factory the keywords that the net was trained with: --kwargs",
         )
     try:
@@ -80,7 +84,7 @@ def _load(module: nn.Module, path: Path) -> None:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """The first dict of tensors in a file, which may be wrapped as trainers do."""
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}", "check the path; random weights are never taken instead")
+        raise CheckpointError(f"there is no file {path}", "check the path; random weights are never used instead")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -100,7 +104,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         found = found[key]
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
     if not tensors:
-        raise CheckpointError(f"{path} holds no state dict", "torch.save(net.state_dict(), 'net.pth')")
+        raise CheckpointError(f"{path} does not contain a state dict", "torch.save(net.state_dict(), 'net.pth')")
     return tensors
 
 

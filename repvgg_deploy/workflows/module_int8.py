@@ -98,7 +98,7 @@ def take_examples(
         tensors = (given,) if isinstance(given, Tensor) else tuple(given)
         if len(tensors) != len(names):
             raise DeployError(
-                f"a calibration example has {len(tensors)} inputs, the module takes {len(names)}",
+                f"a calibration example has {len(tensors)} inputs, but the module takes {len(names)}",
                 "each is a tensor or a tuple of tensors, with the batch in front",
             )
         taken.append({name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)})

@@ -75,7 +75,7 @@ def predict_on_ray(request: PredictRequest, cluster: RayOptions, progress: Progr
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder that takes the place of `output` when the block ends; after an error it is gone."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DeployError(f"{output} is there already", "choose another -o: Ray writes a new folder of Parquet files")
+        raise DeployError(f"{output} already exists", "choose another -o: Ray writes a new folder of Parquet files")
     folder = output.absolute().with_name(f"{output.name}.partial")
     try:
         # Of a run that was killed.
@@ -103,7 +103,8 @@ def _order_parts(folder: Path, images: int, arrow: Any) -> list[Path]:
     parts = sorted((path for path, index in found.items() if index), key=lambda path: found[path][0])
     if [number for part in parts for number in found[part]] != list(range(images)):
         raise DeployError(
-            "the cluster did not give each image once", "write to a folder that all nodes see under the same path"
+            "the cluster did not return each image exactly once",
+            "write to a folder that all nodes see under the same path",
         )
     for path in found.keys() - set(parts):
         path.unlink()

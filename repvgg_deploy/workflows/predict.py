@@ -110,7 +110,7 @@ def predict_to_file(request: PredictRequest, progress: Progress = SILENT) -> Pre
     names = [str(image) for image in images]
     partial = request.output.with_name(f"{request.output.name}.partial")
     if request.resume and not partial.exists() and (errors := count_errors(request.output, names)) is not None:
-        progress.note(f"note: {request.output} has all {len(names):,} images already")
+        progress.note(f"note: {request.output} already has all {len(names):,} images")
         return _summarize(request, predictor, len(names), errors, len(names), None)
     identity = {"model": hash_file(request.spec.model), **request.spec.identity(predictor)}
     journal = Journal(request.output, identity, request.resume)
@@ -125,7 +125,7 @@ def predict_to_file(request: PredictRequest, progress: Progress = SILENT) -> Pre
         write_predictions(request.output, lambda: journal.lines(names))
     except BaseException:
         if journal.done:
-            progress.note(f"note: {journal.path} keeps {journal.done:,} finished images; --resume goes on with them")
+            progress.note(f"note: {journal.path} keeps {journal.done:,} finished images; --resume continues after them")
             journal.close()
         else:
             journal.remove()

@@ -71,8 +71,8 @@ class Journal:
             first = file.readline()
             if first and first != header and first.endswith(b"\n"):
                 raise DeployError(
-                    f"{self.path} is of another model or of other options",
-                    "leave --resume out to begin anew, or choose another -o",
+                    f"{self.path} was written with another model or with other options",
+                    "leave --resume out to start over, or choose another -o",
                 )
             end = len(first) if first == header else 0
             for line in file if end else ():

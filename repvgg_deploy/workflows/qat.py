@@ -115,7 +115,7 @@ def _processes(device: str) -> Iterator[int]:
 
 def _load(request: QatRequest) -> Checkpoint:
     if request.output.suffix not in (".pth", ".pt", ".safetensors"):
-        raise DeployError(f"{request.output} has no ending of a checkpoint", "-o FILE.safetensors or FILE.pth")
+        raise DeployError(f"{request.output} has no file extension of a checkpoint", "-o FILE.safetensors or FILE.pth")
     if request.output.exists() and request.checkpoint.exists() and request.output.samefile(request.checkpoint):
         raise DeployError(f"{request.output} is the checkpoint itself", "give another name: -o")
     if request.device == "cuda" and not torch.cuda.is_available():
@@ -143,13 +143,13 @@ def _training_images(
 ) -> TrainingImages:
     if request.data is None:
         recipe = load_recipe(request.recipe)
-        progress.note("no images to train on: making pictures from the BN statistics")
+        progress.note("no images to train on: synthesizing images from the BN statistics")
         return made_images(make_pictures(net, preprocessing, recipe.pictures, recipe.seed, progress=progress))
     labelled = request.training.labels > 0
     images = read_training_images(request.data, preprocessing, None, labelled)
     if labelled and images.classes != net.spec.classes:
         raise DeployError(
-            f"{request.data} has {images.classes} classes, the net {net.spec.classes}",
+            f"{request.data} has {images.classes} classes, but the net has {net.spec.classes}",
             "one folder per class, in the order of the outputs; or leave out --label-weight",
         )
     progress.note(f"training on {len(images)} images of {request.data}")
@@ -174,10 +174,10 @@ def _begin(
         saved = _read_state(path)
         if saved["identity"] != identity:
             raise DeployError(
-                f"{path} is of another run, with other settings or another checkpoint",
-                "delete it to begin anew, or give another -o",
+                f"{path} belongs to another run, with other settings or another checkpoint",
+                "delete it to start over, or give another -o",
             )
-        progress.note(f"going on after step {saved['training']['done']}")
+        progress.note(f"continuing after step {saved['training']['done']}")
         begun = empty_start(net, request.options)
         begun.teacher.load_state_dict(saved["teacher"])
         training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
@@ -185,7 +185,7 @@ def _begin(
         return _Run(training, saved["rows"])
     calibration: Images
     if request.calibration is None:
-        progress.note("no calibration images: making pictures from the BN statistics")
+        progress.note("no calibration images: synthesizing images from the BN statistics")
         calibration = make_pictures(net, preprocessing, recipe.pictures, recipe.seed, progress=progress)
     else:
         calibration = choose_images(request.calibration, recipe.count, recipe.seed, preprocessing, progress)
@@ -202,7 +202,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DeployError(f"{path} is not the state of a run", "delete it to begin anew, or give another -o") from error
+        raise DeployError(
+            f"{path} is not the saved state of a run", "delete it to start over, or give another -o"
+        ) from error
     return state
 
 

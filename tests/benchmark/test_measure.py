@@ -227,7 +227,7 @@ def test_a_host_that_limits_is_reported() -> None:
     (result,) = measure([StreamWorkload(LABEL, [stream], SimulatedGpu(clock), clock=clock)], clock=clock)
     assert result.images_per_sec == pytest.approx(LABEL.batch / 0.003, rel=0.03)
     assert result.unstable
-    assert any("host limits" in warning for warning in result.warnings)
+    assert any("host is the limit" in warning for warning in result.warnings)
 
 
 def test_copies_are_part_of_the_latency_only_where_asked_for() -> None:

@@ -83,7 +83,7 @@ OTHER_NETWORKS = {
 @pytest.mark.parametrize("network", OTHER_NETWORKS)
 def test_another_network_is_called_by_its_name(network: str, save: Save) -> None:
     state = {key: torch.zeros(shape) for key, shape in OTHER_NETWORKS[network].items()}
-    message = refused(save({"state_dict": state}), "holds no RepVGG").message
+    message = refused(save({"state_dict": state}), "is not a RepVGG checkpoint").message
     assert f"it looks like {network}" in message
 
 
@@ -196,7 +196,7 @@ def test_empty_tensor_is_named(key: str, shape: tuple[int, ...], state: State, s
 @pytest.mark.parametrize("key", ["stage1.0.rbr_dense.conv.weight", "stage2.1.rbr_identity.running_mean", "linear.bias"])
 def test_value_that_is_no_number_is_named(value: float, key: str, state: State, save: Save) -> None:
     state[key].view(-1)[-1] = value
-    assert key in refused(save(state), "holds NaN or Inf").message
+    assert key in refused(save(state), "contains NaN or Inf").message
 
 
 def test_negative_variance_is_named(state: State, save: Save) -> None:
@@ -212,7 +212,7 @@ def test_zero_variance_is_no_error(state: State, save: Save) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_tensor_of_another_type_is_named(dtype: torch.dtype, state: State, save: Save) -> None:
     state["stage1.0.rbr_dense.conv.weight"] = state["stage1.0.rbr_dense.conv.weight"].to(dtype)
-    refused(save(state), r"stage1\.0\.rbr_dense\.conv\.weight is no floating-point tensor")
+    refused(save(state), r"stage1\.0\.rbr_dense\.conv\.weight is not a floating-point tensor")
 
 
 def test_sparse_tensor_is_named(state: State, save: Save) -> None:

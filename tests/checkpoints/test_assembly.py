@@ -40,7 +40,7 @@ def test_tensor_beside_the_net_is_left_out_with_a_note(key: str, prefix: str, st
     inside = {prefix + name: tensor for name, tensor in state.items()}
     checkpoint = load_checkpoint(save({"state_dict": inside | {key: torch.ones(BESIDE[key])}}))
     assert torch.equal(checkpoint.tensors["classifier.weight"], state["linear.weight"])
-    assert checkpoint.notes == (f"1 tensor beside the net was left out: {key}",)
+    assert checkpoint.notes == (f"1 tensor outside the net was left out: {key}",)
 
 
 @pytest.mark.parametrize(

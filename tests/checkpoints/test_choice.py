@@ -74,7 +74,7 @@ def test_last_word_of_the_prefix_is_enough(state: State, save: Save) -> None:
 
 def test_option_that_names_no_net_lists_them(state: State, save: Save) -> None:
     path = save({"student": state, "teacher": other_state()})
-    with pytest.raises(CheckpointError, match="holds no net under pupil") as caught:
+    with pytest.raises(CheckpointError, match="contains no net under pupil") as caught:
         load_checkpoint(path, net="pupil")
     assert "student" in caught.value.hint
 

@@ -142,7 +142,7 @@ def test_bare_pickle_with_code_is_never_run(tmp_path: Path) -> None:
     marker = tmp_path / "was_here"
     path = tmp_path / "a.pth"
     path.write_bytes(pickle.dumps(Payload(marker), protocol=2))
-    refused(path, "holds no tensors by name")
+    refused(path, "contains no named tensors")
     assert not marker.exists()
     pickle.loads(path.read_bytes())
     assert marker.exists(), "the payload does nothing, so it proves nothing"
@@ -151,7 +151,7 @@ def test_bare_pickle_with_code_is_never_run(tmp_path: Path) -> None:
 def test_whole_pickled_module_of_another_net_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), path)
-    refused(path, "holds no RepVGG")
+    refused(path, "is not a RepVGG checkpoint")
 
 
 def _contents(zipped: bool | None) -> bytes:
@@ -216,10 +216,10 @@ def test_noise_is_refused(content: bytes, head: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [None, 3, [1, 2], torch.ones(3), {}, {"epoch": 3}, {1: torch.ones(2)}])
 def test_file_without_a_state_dict(value: Any, save: Save) -> None:
-    refused(save(value), "holds no tensors by name")
+    refused(save(value), "contains no named tensors")
 
 
 def test_dictionary_that_contains_itself_ends(save: Save) -> None:
     value: dict[str, Any] = {}
     value |= {f"k{i}": value for i in range(60)}
-    refused(save(value), "holds no tensors by name")
+    refused(save(value), "contains no named tensors")

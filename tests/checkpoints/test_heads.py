@@ -170,7 +170,7 @@ def test_backbone_of_a_detector_has_no_head(state: State, save: Save) -> None:
     backbone = {f"backbone.{k}": t for k, t in state.items() if not k.startswith("linear.")}
     checkpoint = load_checkpoint(save({"state_dict": backbone | neck}))
     assert checkpoint.spec.classes == 0
-    assert any("4 tensors beside the net were left out" in note for note in checkpoint.notes)
+    assert any("4 tensors outside the net were left out" in note for note in checkpoint.notes)
 
 
 def test_two_layers_that_could_be_the_classifier_are_named(state: State, save: Save) -> None:

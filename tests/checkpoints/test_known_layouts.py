@@ -165,7 +165,7 @@ def test_auxiliary_heads_of_repvggplus_are_dropped_and_said_so(save: Save) -> No
     named = name_in_layout(make_net(**NETS["official-plus"]), "official-plus")
     named |= {"stage1_aux.0.weight": torch.ones(4, 8, 3, 3), "stage1_aux.2.bias": torch.ones(4)}
     checkpoint = load_checkpoint(save(named))
-    assert checkpoint.notes == ("2 tensors that only training needs were left out (stage1_aux.0.weight, …)",)
+    assert checkpoint.notes == ("2 tensors that are needed only for training were left out (stage1_aux.0.weight, …)",)
 
 
 def test_qarepvgg_with_squeeze_excite_is_refused(save: Save) -> None:
@@ -205,5 +205,5 @@ def test_timm_d2se_has_its_squeeze_excites_in_every_block(timm: ModuleType, save
     with torch.device("meta"):
         names = timm.create_model("repvgg_d2se", num_classes=3).state_dict()
     path = save({key: torch.zeros(()).expand(tensor.shape) for key, tensor in names.items()})
-    with pytest.raises(CheckpointError, match=r"holds RepVGG-D2se, not RepVGG-A0"):
+    with pytest.raises(CheckpointError, match=r"contains RepVGG-D2se, not RepVGG-A0"):
         load_checkpoint(path, arch="A0")

@@ -83,7 +83,7 @@ def test_plain_weights_are_taken_by_default_and_the_ema_copy_is_pointed_out(
     checkpoint = load_checkpoint(path)
     assert same(dict(checkpoint.tensors), net)
     assert checkpoint.is_ema is False
-    assert checkpoint.notes == ("the file holds an EMA copy as well; --ema takes it",)
+    assert checkpoint.notes == ("the file also has an EMA copy; --ema selects it",)
 
 
 def _as_places(plain: State, ema: State) -> dict[str, Any]:
@@ -139,16 +139,16 @@ def test_lone_ema_copy_is_taken_and_said_so(net: RepVGG, state: State, save: Sav
     checkpoint = load_checkpoint(save({"state_dict_ema": state}))
     assert same(dict(checkpoint.tensors), net)
     assert checkpoint.is_ema
-    assert checkpoint.notes == ("the file holds an EMA copy only; it was taken",)
+    assert checkpoint.notes == ("the file has only an EMA copy, which was used",)
 
 
 def test_ema_is_an_error_where_there_is_none(checkpoint_file: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no EMA copy"):
+    with pytest.raises(CheckpointError, match="has no EMA copy"):
         load_checkpoint(checkpoint_file, ema=True)
 
 
 def test_no_ema_is_an_error_where_there_is_nothing_else(state: State, save: Save) -> None:
-    with pytest.raises(CheckpointError, match="nothing but an EMA copy"):
+    with pytest.raises(CheckpointError, match="only an EMA copy"):
         load_checkpoint(save({"ema": state}), ema=False)
 
 
@@ -175,7 +175,7 @@ def test_optimizer_state_under_the_same_names_is_not_mistaken_for_the_weights(
 
 def test_names_that_clash_without_their_wrapper_are_not_mixed(state: State, save: Save) -> None:
     path = save(state | prefixed({key: tensor + 1 for key, tensor in state.items()}, "module."))
-    with pytest.raises(CheckpointError, match=r"holds 2 nets: '' \(custom RepVGG .*\), module \(custom") as caught:
+    with pytest.raises(CheckpointError, match=r"contains 2 nets: '' \(custom RepVGG .*\), module \(custom") as caught:
         load_checkpoint(path)
     assert "--net" in caught.value.hint
 

@@ -220,7 +220,7 @@ def test_whole_pickled_net_is_read_without_its_class(zipped: bool, images: Tenso
     net = make_net(seed=3)
     torch.save({"epoch": 3, "model": net.half(), "ema": None}, path, _use_new_zipfile_serialization=zipped)
     # A net of this package has the canonical names, which are no library's: what is told is that it was read.
-    with pytest.raises(CheckpointError, match="holds no RepVGG: its first tensors are stages"):
+    with pytest.raises(CheckpointError, match="is not a RepVGG checkpoint: its first tensors are stages"):
         load_checkpoint(path)
     module = Official(name_in_layout(net.float(), "official"))
     torch.save({"epoch": 3, "model": module.half(), "ema": None}, path, _use_new_zipfile_serialization=zipped)

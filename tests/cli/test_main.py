@@ -92,7 +92,7 @@ FAILURES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-500]), "truncated or damaged"),
     "directory": (lambda path: (path.unlink(), path.mkdir()), "is a directory"),
     "other network": (lambda path: torch.save({"layer1.0.conv1.weight": torch.ones(2)}, path), "a ResNet"),
-    "code": (lambda path: torch.save(torch.nn.ReLU(), path), "holds no tensors by name"),
+    "code": (lambda path: torch.save(torch.nn.ReLU(), path), "contains no named tensors"),
 }
 
 
@@ -126,7 +126,7 @@ def test_failed_export_leaves_an_earlier_graph_as_it_was(graph: Path, checkpoint
 
 
 def test_wrong_arch_names_the_right_one(checkpoint_file: Path) -> None:
-    assert "holds custom RepVGG" in failed(run("inspect", checkpoint_file, "--arch", "B1g4"))
+    assert "contains custom RepVGG" in failed(run("inspect", checkpoint_file, "--arch", "B1g4"))
 
 
 def test_output_that_cannot_be_written_is_an_error(checkpoint_file: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_ema_option_is_passed_on(state, save: Save) -> None:
     path = save({"model": state, "model_ema": name_in_layout(make_net(seed=2), "official")})
     assert object_of(run("inspect", path, "--ema", "--json"))["ema"] is True
     assert object_of(run("inspect", path, "--no-ema", "--json"))["ema"] is False
-    assert object_of(run("inspect", path, "--json"))["notes"] == ["the file holds an EMA copy as well; --ema takes it"]
+    assert object_of(run("inspect", path, "--json"))["notes"] == ["the file also has an EMA copy; --ema selects it"]
 
 
 def test_verify_prints_the_differences(graph: Path, checkpoint_file: Path) -> None:

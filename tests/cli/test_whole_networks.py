@@ -52,9 +52,13 @@ def test_a_net_of_the_users_own_code_is_exported(folder) -> None:
     [
         (["--module", "own_nets:PyramidNet"], 2, "--module needs --checkpoint"),
         (["--module", "own_nets:PyramidNet", "--checkpoint", "net.pth", "--example", "1x3"], 1, "does not fit"),
-        (["--module", "own_nets:wrong", "--checkpoint", "net.pth", "--example", "1x3x8x8"], 1, "gives a int"),
-        (["--module", "own_nets:absent", "--checkpoint", "net.pth", "--example", "1x3x8x8"], 1, "gives no module"),
-        (["--module", "own_nets", "--checkpoint", "net.pth", "--example", "1x3x8x8"], 1, "names no factory"),
+        (["--module", "own_nets:wrong", "--checkpoint", "net.pth", "--example", "1x3x8x8"], 1, "returned a int"),
+        (
+            ["--module", "own_nets:absent", "--checkpoint", "net.pth", "--example", "1x3x8x8"],
+            1,
+            "did not return a module",
+        ),
+        (["--module", "own_nets", "--checkpoint", "net.pth", "--example", "1x3x8x8"], 1, "is not of the form"),
         (["--module", "own_nets:PyramidNet", "--checkpoint", "no.pth", "--example", "1x3x8x8"], 1, "no file no.pth"),
         (["--module", "own_nets:PyramidNet", "--softmax"], 2, "--softmax is not for --module"),
         (["net.pth", "--example", "1x3x8x8"], 2, "--example is for --module"),

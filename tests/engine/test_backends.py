@@ -54,7 +54,7 @@ def test_auto_takes_what_builds_here() -> None:
 
 
 def test_none_is_no_error() -> None:
-    assert find_backend("none") == Unavailable("no engine was asked for", "")
+    assert find_backend("none") == Unavailable("no engine was requested", "")
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -129,7 +129,7 @@ def test_running_without_a_gpu_is_one_clear_error(tmp_path: Path) -> None:
 def test_an_engine_that_was_not_built_for_it_takes_no_new_weights(tmp_path: Path) -> None:
     onnx = small_onnx(tmp_path)
     engine = build_engine(onnx, rtx_backend(), NO_CACHE, tmp_path)
-    with pytest.raises(DeployError, match="was not built to take new weights") as raised:
+    with pytest.raises(DeployError, match="was not built to be refitted with new weights") as raised:
         refit_engine(engine.plan, onnx, tmp_path)
     assert "--refittable" in raised.value.hint
 
@@ -203,7 +203,7 @@ def test_a_refitted_engine_is_compared_with_its_graph_or_said_to_be_unverified(
     engine = build_engine(onnx, rtx_backend(), NO_CACHE, tmp_path)
     heard = Heard()
     _check_refitted(engine, onnx, heard)
-    assert heard.notes == [f"note: the engine was built, and not run: {find_gpus().reason}"]
+    assert heard.notes == [f"note: the engine was built but not run: {find_gpus().reason}"]
 
 
 def test_an_int8_engine_takes_no_float_checkpoint(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_failed_build_leaves_nothing_in_the_output_folder(tmp_path: Path) -> N
     backend = rtx_backend()
     onnx = small_onnx(tmp_path, declared=Precision.INT8)
     output = tmp_path / "out"
-    with pytest.raises(GraphError, match="said to be int8"), stage_files(output) as staging:
+    with pytest.raises(GraphError, match="metadata say int8"), stage_files(output) as staging:
         build_engine(onnx, backend, NO_CACHE, staging)
     assert not output.exists()
 

@@ -53,5 +53,5 @@ def test_an_engine_without_details_has_names_only() -> None:
 
 @pytest.mark.parametrize("text", ["", "no json", "{}", '{"Layers": 3}', '{"Layers": [3]}'])
 def test_text_that_is_not_understood_is_an_error(text: str) -> None:
-    with pytest.raises(DeployError, match="not understood"):
+    with pytest.raises(DeployError, match="cannot be parsed"):
         parse_layers(text)

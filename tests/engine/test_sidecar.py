@@ -101,7 +101,7 @@ def damage_the_sidecar(plan: Path) -> None:
 
 
 TAMPERED = [
-    (cut, "is cut short: 10140 bytes, built with 10240"),
+    (cut, "is cut short: 10140 bytes, but it was built with 10240"),
     (lengthen, "is longer than it was"),
     (change_a_byte, "was changed after it was built"),
     (lambda plan: sidecar_path(plan).unlink(), "has no sidecar net.fp16.plan.json"),

@@ -102,7 +102,7 @@ def test_a_second_build_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
     with holder:
         build_engine(onnx, backend, BuildOptions(), tmp_path, heard)
     assert time.perf_counter() - waited_from >= 0.5
-    assert heard.notes == [f"another build holds {path}.lock; waiting for it"]
+    assert heard.notes == [f"another build has locked {path}.lock; waiting for it"]
 
 
 _HOLD = """

@@ -26,7 +26,7 @@ def test_classes_are_the_sorted_names_of_the_folders(image_folder: Path) -> None
 
 def test_images_without_class_folders_are_an_error(tmp_path: Path) -> None:
     saved(Image.fromarray(noise(3, 3)), tmp_path / "a.png")
-    with pytest.raises(ImageError, match="no image in class folders"):
+    with pytest.raises(ImageError, match="no images in class folders"):
         list_labelled_images(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_numbers_of_the_development_kit_need_its_map(flat: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n01\nn02\n", "has 2 lines, there are 3 images"),
+        ("n01\nn02\n", "has 2 lines, but there are 3 images"),
         (f"{VALIDATION[0]} 0\n", r"_00000002\.JPEG is not in"),
         ("", "is empty"),
     ],

@@ -235,7 +235,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         prepare_qat(fuse(net), QatScales({}))
     with pytest.raises(DeployError, match="no block to convert"):
         convert_qat(net)
-    with pytest.raises(DeployError, match="reach no block"):
+    with pytest.raises(DeployError, match="no block received a batch"):
         observe_scales(net, [])
 
 

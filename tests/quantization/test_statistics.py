@@ -78,7 +78,7 @@ def test_saved_statistics_come_back_for_the_same_checkpoint_and_images_only(tmp_
     with pytest.raises(DeployError, match="other images"):
         CalibrationStatistics.load(path, "a" * 64, [images * 0.5])
     path.write_bytes(b"no npz")
-    with pytest.raises(DeployError, match="no calibration cache"):
+    with pytest.raises(DeployError, match="not a calibration cache"):
         CalibrationStatistics.load(path, "a" * 64, [images])
 
 

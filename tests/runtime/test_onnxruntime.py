@@ -165,7 +165,7 @@ def test_a_batch_that_memory_cannot_hold_is_told_as_that(tmp_path: Path) -> None
 
 
 def test_a_fixed_batch_of_nothing_or_of_more_than_memory_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(GraphError, match="takes inputs of 0x3x8x8, which hold nothing"):
+    with pytest.raises(GraphError, match="takes inputs of 0x3x8x8, which are empty"):
         OnnxRunner(conv_graph(tmp_path / "none.onnx", size=8, batch=0))
     model = open_model(conv_graph(tmp_path / "huge.onnx", size=8, batch=10**10), PreprocessingOptions(size=(8, 8)))
     with pytest.raises(DeployError, match=r"the batch of 10000000000 that .* takes needs .* GiB") as raised:

@@ -49,4 +49,4 @@ def test_an_engine_that_cannot_run_here_is_said_to_be_unverified(tmp_path: Path)
     engine = build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
     heard = Heard()
     assert check_where_possible(engine, np.zeros((1, 3, 32, 32), np.float32), dict, heard) is None
-    assert heard.notes == [f"note: the engine was built, and not run: {find_gpus().reason}"]
+    assert heard.notes == [f"note: the engine was built but not run: {find_gpus().reason}"]

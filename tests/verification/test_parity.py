@@ -62,7 +62,7 @@ def test_differences_are_computed_in_float64() -> None:
 def test_output_that_is_no_number_is_an_error(value: float, which: str, first: bool) -> None:
     bad = A.copy()
     bad[1, 0] = value
-    with pytest.raises(VerificationError, match=f"the {which} model's outputs hold NaN or Inf"):
+    with pytest.raises(VerificationError, match=f"the {which} model's outputs contain NaN or Inf"):
         compare(*((bad, A) if first else (A, bad)))
 
 

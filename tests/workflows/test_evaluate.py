@@ -126,7 +126,7 @@ def test_known_names_allow_a_folder_with_some_of_the_classes(model: Model, image
 
 def test_another_number_of_folders_than_classes_is_an_error(model: Model, image_folder: Path) -> None:
     (image_folder / "class7").mkdir()
-    with pytest.raises(DeployError, match="the folder has 6 classes, the model 5"):
+    with pytest.raises(DeployError, match="the folder has 6 classes, but the model has 5"):
         evaluate(model, image_folder)
 
 
@@ -239,7 +239,7 @@ def test_flat_folder_with_a_ground_truth_is_as_accurate_as_class_folders(
     options = EvaluationOptions(ground_truth=tmp_path / "truth.txt")
     assert evaluate(model, flat, options=options).top1 == evaluate(model, image_folder).top1
     (tmp_path / "truth.txt").write_text("\n".join([*lines[1:], lines[0].split()[0] + " 5"]))
-    with pytest.raises(DeployError, match="the ground truth has class 5, the model's classes are 0 to 4"):
+    with pytest.raises(DeployError, match="the ground truth has class 5, but the model's classes are 0 to 4"):
         evaluate(model, flat, options=options)
 
 

@@ -158,7 +158,7 @@ def test_activations_beyond_fp16_fail(checkpoint) -> None:
 
 
 def test_labels_must_be_one_a_class(checkpoint) -> None:
-    with pytest.raises(DeployError, match="--labels has 2 names, and the checkpoint 7 classes"):
+    with pytest.raises(DeployError, match="--labels has 2 names, but the checkpoint has 7 classes"):
         export(request(checkpoint, class_names=("a", "b")))
     assert not (checkpoint.parent / "out").exists()
 

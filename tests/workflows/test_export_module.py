@@ -176,7 +176,7 @@ class Branching(nn.Module):
         ({"module": nn.Conv2d(3, 3, 3)}, FusionError, "no RepVGG block"),
         ({"precision": "int8"}, DeployError, "needs calibration"),
         ({"precision": "int8", "calibration": []}, DeployError, "no calibration examples"),
-        ({"dynamic": ("depth",)}, DeployError, "no dimension"),
+        ({"dynamic": ("depth",)}, DeployError, "not a dimension"),
         ({"input_names": ["a", "b"]}, DeployError, "2 input names for 1 inputs"),
         ({"output_names": ["a"]}, DeployError, "1 output names for 3 outputs"),
         ({"path": "net.pt"}, DeployError, "does not end in .onnx"),

@@ -254,7 +254,7 @@ def test_fused_file_of_timm_itself_loads_here(timm: ModuleType, save: Save) -> N
 
 @pytest.mark.parametrize("layout", ["official", "timm"])
 def test_a_stem_of_two_blocks_has_no_place_in_either_layout(layout: str, shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="one block in its stem, the net has 2"):
+    with pytest.raises(CheckpointError, match="one block in its stem, but the net has 2"):
         write_fused(shared / "golden" / "holocron_train.pth", tmp_path / "fused.pth", layout)
     assert not list(tmp_path.iterdir())
 
@@ -269,5 +269,5 @@ def test_a_written_file_may_be_read_by_whom_any_new_file_may(
 
 
 def test_another_ending_is_refused(checkpoint_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(DeployError, match="no ending of a checkpoint"):
+    with pytest.raises(DeployError, match="has no file extension of a checkpoint"):
         write_fused(checkpoint_file, tmp_path / "fused.onnx")

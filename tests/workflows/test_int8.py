@@ -308,7 +308,7 @@ def test_int8_without_images_says_so_everywhere(quick_pictures, tmp_path) -> Non
     result = without_images(quick_pictures, tmp_path / "a")
     words = "no images (32 pictures of 64x64 made from BN statistics)"
     assert words in result.stdout
-    assert "no calibration images: making pictures from the BN statistics" in result.stderr
+    assert "no calibration images: synthesizing images from the BN statistics" in result.stderr
     properties = {p.key: p.value for p in onnx.load(tmp_path / "a" / "demo.int8.onnx").metadata_props}
     about = json.loads(properties["repvgg_deploy.quantization"])
     assert about["calibrated_on"] == words
@@ -331,7 +331,7 @@ def test_a_deploy_form_needs_images(quick_pictures, tmp_path) -> None:
 
 def test_the_time_for_pictures_can_be_limited(quick_pictures, tmp_path) -> None:
     result = without_images(quick_pictures, tmp_path, "--calib-seconds", "0.5", "--calib-count", "128")
-    assert "warning: the time was up after" in result.stderr
+    assert "warning: the time limit ended the synthesis after" in result.stderr
     assert "of 30 steps" in result.stderr
 
 

@@ -103,7 +103,7 @@ def test_predictions_of_a_cluster_that_loses_a_worker_are_those_of_one_process(
         assert row["error"] == prediction.error
         assert tuple(row["classes"] or ()) == prediction.classes
         assert (row["scores"] or []) == pytest.approx(prediction.scores, rel=1e-4)
-    with pytest.raises(DeployError, match="is there already"):
+    with pytest.raises(DeployError, match="already exists"):
         predict_on_ray(request, CLUSTER)
 
 

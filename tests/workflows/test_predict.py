@@ -170,7 +170,7 @@ def test_journal_of_another_model_or_of_other_options_is_not_continued(
         predict_to_file(request_)
     monkeypatch.undo()
     other = replace(request_.spec, options=replace(request_.spec.options, topk=3))
-    with pytest.raises(DeployError, match=r"rows\.jsonl\.partial is of another model or of other options"):
+    with pytest.raises(DeployError, match=r"rows\.jsonl\.partial was written with another model or with other options"):
         predict_to_file(replace(request_, spec=other, resume=True))
     # Without --resume it is begun anew.
     predict_to_file(replace(request_, spec=other))

@@ -135,14 +135,14 @@ def test_a_state_of_other_settings_is_not_taken(images, tmp_path) -> None:
     request = request_for(images, tmp_path / "trained.pth")
     with pytest.raises(KeyboardInterrupt):
         run_qat(request, Stop(2))
-    with pytest.raises(DeployError, match="of another run"):
+    with pytest.raises(DeployError, match="belongs to another run"):
         run_qat(replace(request, training=replace(request.training, rate=0.5)))
 
 
 def test_a_file_that_is_no_state_is_told_of_and_kept(images, tmp_path) -> None:
     request = request_for(images, tmp_path / "trained.pth")
     state_path(request.output).write_bytes(b"no state")
-    with pytest.raises(DeployError, match="is not the state of a run"):
+    with pytest.raises(DeployError, match="is not the saved state of a run"):
         run_qat(request)
     assert state_path(request.output).read_bytes() == b"no state"
 
@@ -171,7 +171,7 @@ def test_made_pictures_take_the_place_of_images(tmp_path) -> None:
     out = tmp_path / "trained.pth"
     arguments = (DEMO, "--data", "none", "--calib", "none", "-o", out, "--recipe", tmp_path / "quick.toml")
     result = run("qat", *arguments, "--steps", "2", "--batch", "8")
-    assert "no images to train on: making pictures from the BN statistics" in result.stderr
+    assert "no images to train on: synthesizing images from the BN statistics" in result.stderr
     assert out.exists()
 
 
@@ -180,11 +180,11 @@ def test_what_does_not_fit_is_told_before_any_work(images, tmp_path) -> None:
     out = tmp_path / "out.pth"
     assert "in deploy form: it has no branches" in qat(tmp_path / "fused.pth", images, out, code=1).stderr
     assert "in training form" in qat(DEMO, images, out, "--from-deploy", code=1).stderr
-    assert "no ending of a checkpoint" in qat(DEMO, images, tmp_path / "out.onnx", code=1).stderr
+    assert "has no file extension of a checkpoint" in qat(DEMO, images, tmp_path / "out.onnx", code=1).stderr
     (tmp_path / "few" / "a").mkdir(parents=True)
     first = next(path for path in sorted(images.rglob("*.png")))
     (tmp_path / "few" / "a" / "x.png").write_bytes(first.read_bytes())
-    assert "1 classes, the net 12" in qat(DEMO, tmp_path / "few", out, "--label-weight", "1", code=1).stderr
+    assert "1 classes, but the net has 12" in qat(DEMO, tmp_path / "few", out, "--label-weight", "1", code=1).stderr
     assert not out.exists()
     assert not state_path(out).exists()
     qat(DEMO, images, out, "--epochs", "1", code=2)
@@ -195,7 +195,10 @@ def test_scales_are_those_of_their_checkpoint(images, tmp_path) -> None:
     qat(DEMO, images, out)
     assert "another checkpoint" in export_with(DEMO, scales, tmp_path / "a", code=1).stderr
     (tmp_path / "no.npz").write_bytes(b"no scales")
-    assert "does not hold the scales of qat" in export_with(out, tmp_path / "no.npz", tmp_path / "a", code=1).stderr
+    assert (
+        "does not contain the scales of a qat run"
+        in export_with(out, tmp_path / "no.npz", tmp_path / "a", code=1).stderr
+    )
     refused = export_with(out, scales, tmp_path / "a", "--keep-float", "stages.1.1", code=1)
     assert "every layer was trained in INT8" in refused.stderr
     assert not (tmp_path / "a").exists()

@@ -28,7 +28,7 @@ def check(returned: Any, doing: str) -> Any:
         raise out_of_memory(doing)
     _, text = runtime.cudaGetErrorString(status)
     said = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-    raise DeployError(f"{doing}: CUDA says {said} ({int(status)})", "`repvgg-deploy doctor` tells about the driver")
+    raise DeployError(f"{doing}: CUDA says {said} ({int(status)})", "`repvgg-deploy doctor` reports on the driver")
 
 
 class CudaBindings:

@@ -188,7 +188,9 @@ class DeviceArray:
         dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
         strides = interface.get("strides")
         if strides is not None and tuple(strides) != _contiguous_strides(shape, dtype.itemsize):
-            raise DeployError("the array is not contiguous in GPU memory", "make it so: torch's `.contiguous()`")
+            raise DeployError(
+                "the array is not contiguous in GPU memory", "make it contiguous: torch's `.contiguous()`"
+            )
         return cls(int(interface["data"][0]), shape, dtype, array)
 
 
@@ -218,4 +220,4 @@ def stream_handle(stream: Any) -> int:
     if hasattr(stream, "__int__") and not isinstance(stream, float):
         # cudaStream_t and CUstream of cuda.bindings.
         return int(stream)
-    raise DeployError(f"a {type(stream).__name__} is no CUDA stream", "give its handle as an integer")
+    raise DeployError(f"a {type(stream).__name__} is not a CUDA stream", "give its handle as an integer")

@@ -28,7 +28,7 @@ def _explaining(doing: str) -> Iterator[None]:
     except driver.MemoryError as error:
         raise out_of_memory(doing) from error
     except driver.Error as error:
-        raise DeployError(f"{doing}: CUDA says {error}", "`repvgg-deploy doctor` tells about the driver") from error
+        raise DeployError(f"{doing}: CUDA says {error}", "`repvgg-deploy doctor` reports on the driver") from error
 
 
 class PyCuda:
@@ -133,7 +133,7 @@ class PyCuda:
         return False
 
     def _refuse_graphs(self, *_: Any) -> Any:
-        raise DeployError("pycuda has no CUDA graphs", "install cuda-python, or turn graphs off")
+        raise DeployError("pycuda does not support CUDA graphs", "install cuda-python, or turn graphs off")
 
     begin_capture = end_capture = abandon_capture = launch = destroy_graph = _refuse_graphs
 

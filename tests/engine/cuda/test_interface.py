@@ -191,7 +191,7 @@ def test_streams_of_every_library_become_handles() -> None:
 
 @pytest.mark.parametrize("stream", ["default", "77", 77.0, None, np.float32(77).item()])
 def test_what_is_no_stream_is_refused(stream: object) -> None:
-    with pytest.raises(DeployError, match="is no CUDA stream"):
+    with pytest.raises(DeployError, match="is not a CUDA stream"):
         stream_handle(stream)
 
 
