@@ -124,7 +124,8 @@ def _find_images(
     progress.note(f"synthesized {about.pictures} images of {size}: {change}")
     if about.cut_short:
         progress.note(
-            f"warning: the time limit ended the synthesis after {about.steps} of {options.steps} steps; the images may be poor"
+            f"warning: the time limit ended the synthesis after {about.steps} of {options.steps} steps; "
+            "the images may be poor"
         )
     return made
 

@@ -306,7 +306,7 @@ def without_images(recipe: Path, out: Path, *more: str | Path, checkpoint: str |
 
 def test_int8_without_images_says_so_everywhere(quick_pictures, tmp_path) -> None:
     result = without_images(quick_pictures, tmp_path / "a")
-    words = "no images (32 pictures of 64x64 made from BN statistics)"
+    words = "no images (32 images of 64x64, synthesized from BN statistics)"
     assert words in result.stdout
     assert "no calibration images: synthesizing images from the BN statistics" in result.stderr
     properties = {p.key: p.value for p in onnx.load(tmp_path / "a" / "demo.int8.onnx").metadata_props}
