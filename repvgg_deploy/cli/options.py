@@ -108,7 +108,7 @@ int8_options = option_group(
     click.option("--calib-device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to quantize."),
     click.option("--recipe", type=RECIPE, default="accurate", metavar="NAME|FILE",
                  help="Method of quantization: fast, accurate, thorough, or a TOML file."),
-    click.option("--rest", type=click.Choice(["fp32", "fp16"]), default="fp32", 
+    click.option("--rest", type=click.Choice(["fp32", "fp16"]), default="fp32",
                  help="Precision of the layers that are not INT8."),
     click.option("--activation-type", type=click.Choice(["uint8", "int8"]), default="uint8",
                  help="Type of the activations; int8 for TensorRT before 10.10, which refuses uint8."),
