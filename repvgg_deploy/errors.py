@@ -1,8 +1,8 @@
-"""The errors that a user can mend: a message that says what is wrong, a hint that says what to do."""
+"""The errors that a user can fix: a message that says what is wrong, a hint that says what to do."""
 
 
 class DeployError(Exception):
-    """A failure that the user can mend; the command line prints it as `error:` and `hint:` and exits 1.
+    """A failure that the user can fix; the command line prints it as `error:` and `hint:` and exits 1.
 
     A programming error is never a `DeployError`: it keeps its traceback.
 
@@ -42,4 +42,4 @@ class VerificationError(DeployError):
 
 
 class ThresholdError(DeployError):
-    """A measured figure on the wrong side of the limit that the user set."""
+    """A measured value that violates a limit set by the user."""

@@ -1,8 +1,8 @@
 """Threads that end before the call or the `with` block that started them, whatever signal arrives meanwhile.
 
-The interpreter must not end under a thread: one that comes back from C++ then is unwound by force, and the C++ runtime
-aborts the process ("terminate called without an active exception", exit status 134). Signals are handled in the main
-thread, by raising KeyboardInterrupt or, for SIGTERM, SystemExit wherever it happens to be.
+The interpreter must not exit while a thread runs: one that then returns from C++ is unwound by force, and the C++
+runtime aborts the process ("terminate called without an active exception", exit status 134). Signals are handled in
+the main thread, by raising KeyboardInterrupt or, for SIGTERM, SystemExit wherever it happens to be.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Cancellation:
-    """A wish to stop, set by one thread and read by another."""
+    """A request to stop, set by one thread and read by another."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -28,7 +28,7 @@ class Cancellation:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether stopping was asked for."""
+        """Whether stopping was requested."""
         return self._event.is_set()
 
 

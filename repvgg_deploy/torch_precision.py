@@ -19,7 +19,7 @@ def float32(tf32: bool = False, benchmark: bool = False, deterministic: bool = F
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # Who has set torch's newer switches (2.9 on) can use them only.
+        # Once torch's newer switches (2.9 on) are set, only they can be used.
         with _newer_switches(tf32, benchmark, deterministic):
             yield
         return

@@ -1,4 +1,4 @@
-"""Values from files, held to types: whatever is wrong with them is one error that names the file and the field."""
+"""Values from files, held to types: any mismatch is one error that names the file and the field."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class BaselineFloats(FloatLayers):
 
 @dataclass
 class BaselineIntegers:
-    """Layers with int8 weights, one scale a filter, and Q/DQ pairs on the points, one symmetric scale a tensor.
+    """Layers with int8 weights, one scale per filter, and Q/DQ pairs on the points, one symmetric scale per tensor.
 
     As in the RepVGG that it is compared with, the pairs stand behind the ReLU and are unsigned there. `for_engine`
     leaves out those in front of a sum and those that only ONNX Runtime needs to make an integer operator.

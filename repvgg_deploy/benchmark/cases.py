@@ -20,7 +20,7 @@ class Case:
     """What is to be opened.
 
     Attributes:
-        model: a checkpoint, an ONNX graph, an engine, or the name of an architecture, which gets seeded weights.
+        model: a checkpoint, an ONNX graph, an engine, or the name of an architecture, which gets random weights.
         backend: one of `BACKENDS`; None for the natural one of the file, on a GPU where the library finds one.
         precision: fp32, fp16, int8; on torch also bf16, on torch and engines tf32. None for the file's own, else fp32.
         form: `deploy`, or `training` for a RepVGG with all its branches.

@@ -25,7 +25,7 @@ _SAMPLE = 64
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """Images a second of the whole, and of every stage by itself on all cores.
+    """Images per second of the whole, and of every stage by itself on all cores.
 
     `stages` has `decode`, `resize`, `prepare` (stacking, and normalizing where the graph does not), for an engine
     `transfer` (to the GPU), and `inference`. `limit` is the slowest of them: on a CPU the stages share the cores, so
@@ -106,7 +106,7 @@ def _time_stages(model: Model, sample: list[ImageSource], batch: int, seconds: f
 
 
 def _rate(call: Callable[[], object], images: int, seconds: float) -> float:
-    """Images a second of a call, after one that does not count."""
+    """Images per second of a call, after one that does not count."""
     call()
     start, calls = time.perf_counter(), 0
     while calls < 3 or time.perf_counter() - start < seconds:
@@ -116,7 +116,7 @@ def _rate(call: Callable[[], object], images: int, seconds: float) -> float:
 
 
 def _time_whole(model: Model, paths: tuple[ImageSource, ...], batch: int, seconds: float) -> tuple[int, float]:
-    """Images, and images a second, with threads that decode ahead of the inference."""
+    """Images, and images per second, with threads that decode ahead of the inference."""
     broken = BrokenImages()
     for pixels in _endless(model, paths, batch, broken):
         model.run_pixels(pixels)

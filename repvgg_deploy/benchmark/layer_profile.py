@@ -31,7 +31,7 @@ LayerTimes = dict[tuple[str, str], list[float]]
 class LayerTime:
     """One layer as the backend runs it: the median time, its share of all, and what it has to do.
 
-    `cost` is None for what is no convolution or linear layer.
+    `cost` is None unless the layer is a convolution or a linear layer.
     """
 
     name: str
@@ -63,7 +63,7 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
     The profiler itself takes time, so the sum is more than an ordinary run; the shares are what counts.
 
     Raises:
-        DeployError: the file is no graph of a fixed input size.
+        DeployError: the file is not a graph with a fixed input size.
     """
     if file_kind(path) != "onnx":
         raise DeployError(f"{path} is not an ONNX graph", "--profile is for graphs and engines: `export` writes them")

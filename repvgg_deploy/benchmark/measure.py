@@ -1,6 +1,6 @@
 """Timing: warm-up, floors, interleaving, and nothing between two readings of the clock but the work that is timed.
 
-The rules are those of trtexec, the benchmark that comes with TensorRT; `docs/method.md` says what each is for.
+The rules are those of trtexec, TensorRT's own benchmark; `docs/method.md` explains each.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Workload(Protocol):
 
     @property
     def spins(self) -> bool:
-        """Whether threads of its own go on waiting for work, on a core, when it has none."""
+        """Whether its own threads keep spinning on a core when they have no work."""
 
     def run(self, queries: int) -> list[Query]:
-        """Run so many batches one after another and wait for the last; what may overlap does."""
+        """Run so many batches one after another and wait for the last; stages that can overlap do."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class MeasureOptions:
         pause_s: between two turns, where there are several workloads that compute on the CPU: threads of the workload
             before (ONNX Runtime's, and OpenMP's) wait for work by spinning, for some 50 ms, and would take a core from
             this one. A GPU gets no pause: it would cool, and its clocks would be higher than under steady load.
-        settle_s: queries shorter than this are run, and dropped, for so long at the begin of each turn: the caches
+        settle_s: queries shorter than this are run, and dropped, for so long at the start of each turn: the caches
             hold what the workload before has used.
     """
 
@@ -118,13 +118,13 @@ class Slice:
 
     @property
     def seconds(self) -> float:
-        """From the first begin of a query to the last end of one."""
+        """From the start of the first query to the end of the last."""
         return max(query.end_s for query in self.queries) - min(query.start_s for query in self.queries)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """All that was seen of one workload, a slice a round."""
+    """All that was seen of one workload, one slice per round."""
 
     label: Label
     slices: tuple[Slice, ...] = field(repr=False)
@@ -176,7 +176,7 @@ class Measurement:
         return bool(self.warnings)
 
     def ratio_to(self, baseline: Measurement) -> Ratio:
-        """How many times as many images a second as `baseline`, which was measured in the same rounds."""
+        """How many times as many images per second as `baseline`, which was measured in the same rounds."""
         mine, theirs = (
             ([float(m.label.batch * len(part.queries)) for part in m.slices], [part.seconds for part in m.slices])
             for m in (self, baseline)
@@ -197,7 +197,7 @@ def measure(
     Args:
         workloads: each has its own warm-up first.
         options: see `MeasureOptions`.
-        progress: gets the step `measuring`.
+        progress: receives the step `measuring`.
         clock: see `Clock`; of the warm-up only, the queries bring their own times.
         sleep: lets so many seconds pass.
         watch: called after every round, when the machine has just been at work.

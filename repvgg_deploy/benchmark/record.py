@@ -190,7 +190,7 @@ def check_record(record: Any, name: str = "the result") -> Record:
     """`record`, where it is one of this schema and version.
 
     Raises:
-        DeployError: it is not; the message says where it differs first.
+        DeployError: the record does not fit the schema; the message names the first difference.
     """
     if not isinstance(record, dict) or "schema" not in record:
         raise DeployError(f"{name} is not a benchmark result", "give a JSON file that `bench -o` wrote")

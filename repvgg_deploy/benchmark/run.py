@@ -1,4 +1,4 @@
-"""The story of a benchmark: cases are opened, measured side by side batch by batch, compared, and recorded."""
+"""The steps of a benchmark: cases are opened, measured side by side batch by batch, compared, and recorded."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def run_benchmark(
 
     Args:
         request: what is measured.
-        progress: gets a note for each model that is opened and each group, and the step `measuring` of each group.
+        progress: receives a note for each model that is opened and each group, and the step `measuring` of each group.
         earlier: the record of a run that was stopped; its groups are not measured again.
         save: given the record after every group, so that a stopped run loses one group at most.
 
     Raises:
-        DeployError: whatever the user can mend.
+        DeployError: any error that the user can fix.
 
     Example:
         >>> from repvgg_deploy import run_benchmark
@@ -138,10 +138,10 @@ def _new_record(request: BenchRequest) -> Record:
 
 
 def _require_same(earlier: Record, request: BenchRequest) -> None:
-    """Nothing, where what is measured now can stand in one record with `earlier`.
+    """Raise DeployError unless the new measurements can go into the same record as `earlier`.
 
     Raises:
-        DeployError: it was another benchmark, with other options, or on another machine or with other versions.
+        DeployError: the benchmark, its options, the machine or a version differs.
     """
     elsewhere = "write to another file with -o"
     if earlier["name"] != request.name:

@@ -61,7 +61,7 @@ def compare_rates(
 ) -> Ratio:
     """The ratio of two throughputs that were measured side by side, round by round.
 
-    Each sequence has one value a round. The ratio is the median of the rounds' ratios: a slow moment of the machine
+    Each sequence has one value per round. The ratio is the median of the rounds' ratios: a slow moment of the machine
     hits both of a round, and where it hits one of them, the median does not care. The interval is that of the sign
     test: two of the sorted ratios, which hold the true median with at least `confidence` whatever the distribution of
     the times is (Conover, Practical Nonparametric Statistics, section 3.2). Below 6 rounds nothing can be said with

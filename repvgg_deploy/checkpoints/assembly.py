@@ -1,4 +1,4 @@
-"""A net's tensors read and checked: every one that its architecture has, none that it has not."""
+"""A net's tensors, read and checked: exactly those that its architecture has."""
 
 from __future__ import annotations
 

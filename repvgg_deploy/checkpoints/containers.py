@@ -103,7 +103,7 @@ def _read_tree(read: Any, shown: str) -> Contents:
     except CheckpointError:
         raise
     except Exception as error:
-        # A damaged pickle is a program gone wrong: there is hardly an exception that it cannot end in.
+        # A damaged pickle is a corrupted program, so reading it can raise nearly any exception.
         raise _damaged(shown, error, "checkpoint") from error
     return _collect(tree, {})
 

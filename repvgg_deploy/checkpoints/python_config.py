@@ -11,7 +11,7 @@ _MAX_DEPTH = 60
 
 
 class _Unknown:
-    """What is no literal: a call of anything but `dict`, an import, arithmetic."""
+    """The value of what is not a literal: a call of anything but `dict`, an import, arithmetic."""
 
 
 UNKNOWN = _Unknown()
@@ -20,7 +20,7 @@ UNKNOWN = _Unknown()
 def read_python_config(text: str) -> dict[str, Any]:
     """The top-level assignments of literals in `text`, by name; `dict(a=1)` counts as one, all else is left out.
 
-    Text that is no Python, is larger than 1 MiB, or nests too deeply gives nothing.
+    Text that is not Python, is larger than 1 MiB, or nests too deeply gives an empty dict.
     """
     if len(text) > _MAX_TEXT:
         return {}

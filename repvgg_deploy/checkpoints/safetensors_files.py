@@ -47,7 +47,7 @@ def read_safetensors(source: Source) -> tuple[dict[str, StoredTensor], dict[str,
     (https://github.com/huggingface/safetensors#format).
 
     Raises:
-        HeaderError: the header is no header, or tensors overlap, leave a hole, or are not as long as their shape says.
+        HeaderError: the header is malformed, or tensors overlap, leave a gap, or do not match their shape's size.
     """
     length = int.from_bytes(read_bytes(source, 0, 8), "little")
     if length > min(_MAX_HEADER, source.size - 8):

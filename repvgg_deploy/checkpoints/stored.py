@@ -35,7 +35,7 @@ class Span:
         self._place = (name, source, offset, crc)
 
     def place_at(self, offset: int) -> None:
-        """Say where the bytes begin, which some files do last."""
+        """Set where the bytes begin, which some files say only at their end."""
         name, source, _, crc = self._place
         self._place = (name, source, offset, crc)
 

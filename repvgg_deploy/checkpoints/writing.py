@@ -71,7 +71,7 @@ def _layout(spec: ArchSpec, layout: str) -> Layout:
 
 def write_state_dict(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write `state` as `.safetensors` or, with any other ending, as a torch zip file."""
-    # Not by the libraries' own hand: on a full disk they raise errors of their own, which say nothing of a disk.
+    # Not written by the libraries themselves: on a full disk they raise errors that do not mention the disk.
     if path.suffix == ".safetensors":
         from safetensors.torch import save
 

@@ -40,7 +40,7 @@ def inspect(file: Path, **options: Any) -> Any:
     from repvgg_deploy.files import file_kind
     from repvgg_deploy.workflows.inspect import inspect_checkpoint, inspect_file
 
-    # Torch, whose import takes longer than everything else here, is needed for a checkpoint alone.
+    # Only a checkpoint needs torch, whose import takes longer than everything else here.
     if file_kind(file) == "checkpoint":
         description = inspect_checkpoint(file, take_checkpoint(options))
     else:

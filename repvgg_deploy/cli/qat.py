@@ -123,7 +123,7 @@ def _folder(path: Path) -> Path | None:
 
 
 def _draw_curves(curves: Path, note: Any) -> str | None:
-    """The picture of the learning curves, where matplotlib is installed."""
+    """The plot of the learning curves, if matplotlib is installed."""
     from repvgg_deploy.benchmark.report.curves import draw_curves
     from repvgg_deploy.errors import DeployError
 

@@ -1,4 +1,4 @@
-"""A signal ends a command at once and cleanly, wherever it is: in C++, in an import, in a callback.
+"""A signal ends a command at once and cleanly, whatever it is doing: C++ code, an import, a callback.
 
 Python's own way is to raise an exception in the main thread. That is lost inside a callback of a C library, aborts the
 process inside C++ that expects none, leaves a module half imported, waits as long as a call into C takes, and is taken
@@ -41,12 +41,12 @@ def end_on_signals() -> None:
     for number in numbers:
         signal.signal(number, _stand_still)
     threading.Thread(target=_end_process_on, args=(reading,), name="signals", daemon=True).start()
-    # The interpreter takes itself apart after that: the thread would not run any more.
+    # The interpreter is torn down after that, and the thread would no longer run.
     atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in numbers])
 
 
 def _stand_still(_number: int, _frame: FrameType | None) -> None:
-    """Keep the main thread from doing anything more, so that it does not fail at what is being removed."""
+    """Stop the main thread, so that it does not fail on files that are being removed."""
     while not is_past_abort():
         time.sleep(0.05)
 

@@ -42,9 +42,9 @@ def silence_libraries() -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Imports inside are not searched for garbage, nor is what they leave when the process ends.
+    """Keep the garbage collector away from the imports inside, and from their objects when the process ends.
 
-    They make objects by the hundred thousand, all of which stay; looking through them takes half a second. Where torch
+    They make hundreds of thousands of objects, all of which stay; scanning them takes half a second. Where torch
     is loaded already, as in somebody's own process, nothing is changed.
     """
     if "torch" in sys.modules or not gc.isenabled():

@@ -22,7 +22,7 @@ LABELS: dict[BackendName, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "Tenso
 # those that are 0 as int8 in strongly typed networks: 10.13 is safely behind that.
 OLDEST: dict[BackendName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 7)}
 
-# Attributes that not every supported release has; `has` is the only way to them.
+# Attributes that not every supported release has; use them only through `has`.
 OPTIONAL = frozenset(
     {
         "BuilderFlag.REQUIRE_USER_ALLOCATION",
@@ -151,7 +151,7 @@ def _first_usable() -> Backend | Unavailable:
 
 
 def _if_it_builds_here(backend: Backend, named: bool) -> Backend | Unavailable:
-    """`backend`, or why it cannot build here; a GPU that it does not list is tried only where it was named."""
+    """`backend`, or why it cannot build here; a GPU that it does not list is tried only if the backend was named."""
     found = find_gpus()
     if not found.gpus and not backend.capabilities.builds_without_gpu:
         return Unavailable(

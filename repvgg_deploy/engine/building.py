@@ -44,7 +44,7 @@ class Engine:
 
 @dataclass
 class _PlanWriter:
-    """Takes the plan as the library gives it out, piece by piece: no second copy is in memory."""
+    """Receives the plan from the library piece by piece, so that no second copy is in memory."""
 
     file: BinaryIO
     digest: Any = field(default_factory=hashlib.sha256)
@@ -87,7 +87,7 @@ def build_engine(
     """
     start = time.perf_counter()
     options.check(backend)
-    # Hashed by the second core while the first one builds.
+    # Hashed on another core while the build runs.
     with start_workers(1) as pool:
         provenance = read_metadata(read_onnx_metadata(onnx))
         onnx_hash = pool.submit(hash_file, onnx)
@@ -151,7 +151,7 @@ def _write_plan(
     with collect_messages(backend) as messages, _open_plan(plan) as writer:
         config, profile = _configure(backend, parsed, options, shapes)
         with use_timing_cache(backend, config, gpu, progress) if options.timing_cache else nullcontext():
-            # What the library says of a stored cache is not of this build: it takes an empty one instead.
+            # Messages about a stored cache are not about this build: the library continues with an empty cache.
             messages.clear()
             start = time.perf_counter()
             if not _build(backend, parsed, config, writer, progress):
@@ -208,7 +208,7 @@ def _configure(
 
 
 def _set_targets(trt: Any, config: Any, options: BuildOptions) -> None:
-    """Name the GPUs that the plan is for, where the library can be told; by default it takes its own choice."""
+    """Name the GPUs that the plan is for, if the library has that setting; by default it chooses them itself."""
     settable = has(trt, "IBuilderConfig.num_compute_capabilities") and has(trt, "IBuilderConfig.set_compute_capability")
     if options.compute_capabilities and settable:
         config.num_compute_capabilities = len(options.compute_capabilities)
@@ -258,7 +258,7 @@ def _build(
     writer: _PlanWriter,
     progress: Progress,
 ) -> bool:
-    """Let the library build and hand the plan to `writer`; False where it did not."""
+    """Let the library build and hand the plan to `writer`; return False if it failed."""
     cancellation = Cancellation()
     monitor = make_monitor(backend, progress, cancellation)
     config.progress_monitor = monitor

@@ -1,4 +1,4 @@
-"""Giving things back one after the other, whatever fails on the way."""
+"""Releasing resources one after another, even if a step fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repvgg_deploy.errors import DeployError
 
 
 def release_at_close(stack: ExitStack, step: Callable[..., object], *arguments: object) -> None:
-    """Let `stack` call `step` when it is closed, also where another step failed; the first failure is what is raised.
+    """Let `stack` call `step` when it is closed, even if another step failed; the first failure is raised.
 
     After a fault of the GPU every further call reports that same fault: it must not hide where the fault was seen.
     """

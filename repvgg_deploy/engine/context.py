@@ -14,7 +14,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.gpus import find_gpus
 
 ALIGNMENT = 256
-"""Of the addresses of inputs and outputs, in bytes (NVIDIA's guide, "setTensorAddress")."""
+"""The alignment in bytes of the addresses of inputs and outputs (NVIDIA's guide, "setTensorAddress")."""
 
 
 def batch_shape(tensor: Tensor, batch: int) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ def set_address(loaded: LoadedEngine, context: Any, name: str, pointer: int) -> 
     """Tell a context where one of its tensors is in GPU memory.
 
     Raises:
-        DeployError: the address is not a multiple of 256, which the library's kernels rely on, or it refuses.
+        DeployError: the address is not a multiple of 256, which the library's kernels rely on, or it is refused.
     """
     if pointer % ALIGNMENT:
         raise DeployError(
@@ -93,10 +93,10 @@ def set_batch(loaded: LoadedEngine, context: Any, batch: int) -> None:
 
 
 def require_batch(loaded: LoadedEngine, batch: int) -> None:
-    """Nothing, where the engine's profile has a batch.
+    """Raise DeployError unless the engine's profile includes this batch size.
 
     Raises:
-        DeployError: it does not.
+        DeployError: the batch is outside the profile's range.
     """
     smallest, _, largest = loaded.profile
     if not smallest <= batch <= largest:

@@ -55,7 +55,7 @@ class LoadedEngine:
     settings: ContextSettings | None = None
 
     def close(self) -> None:
-        """Give the engine's memory back, whoever still holds this object; its contexts must be gone before."""
+        """Release the engine's memory, even if this object is still referenced; its contexts must be gone before."""
         if self.settings is not None:
             # It outlives the contexts, and goes before the engine that it was made by.
             self.settings.close()

@@ -130,10 +130,10 @@ def explain_failure(backend: Backend, doing: str, messages: Messages, refittable
 
 
 def construct(backend: Backend, doing: str, messages: Messages, constructor: Callable[[], Any]) -> Any:
-    """What a constructor of the library gives; `messages` are those collected around the call.
+    """The object that a constructor of the library returns; `messages` are those logged around the call.
 
     Raises:
-        DeployError: it gave null, which pybind11 tells as a TypeError: the library could not start CUDA.
+        DeployError: it returned null, which pybind11 reports as a TypeError: the library could not start CUDA.
     """
     try:
         return constructor()
@@ -157,7 +157,7 @@ def naming_gpu(backend: Backend) -> Iterator[None]:
 
 
 def _unlisted_gpu(backend: Backend) -> str:
-    """The message for this machine's GPU where the library does not list it, else nothing."""
+    """The message about this machine's GPU if the library does not list it, else None."""
     found = find_gpus()
     if not found.gpus or backend.supports(found.gpus[0]):
         return ""

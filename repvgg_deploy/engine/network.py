@@ -56,7 +56,7 @@ def create_builder(backend: Backend) -> Any:
     """The library's Builder.
 
     Raises:
-        DeployError: it needs a GPU and there is none, or does not support the one here, or the driver is too old.
+        DeployError: the library needs a GPU and there is none, or does not support this one, or the driver is too old.
     """
     with collect_messages(backend) as messages:
         try:
@@ -161,7 +161,7 @@ def require_precision(precisions: dict[str, str], wanted: Precision) -> Counter[
     In an INT8 graph some may be in float by design (a squeeze-excite, layers that a recipe spares), but not all.
 
     Raises:
-        GraphError: they do not.
+        GraphError: the precisions differ.
     """
     counts = Counter(precisions.values())
     if wanted is Precision.INT8:

@@ -48,10 +48,10 @@ class BuildOptions:
         return self.refittable or self.strip_weights
 
     def check(self, backend: Backend) -> None:
-        """Nothing, where these options make sense for `backend`.
+        """Raise DeployError if an option is out of range or not supported by `backend`.
 
         Raises:
-            DeployError: one of them does not.
+            DeployError: the first such option.
         """
         smallest, best, largest = self.batch_range
         if not 1 <= smallest <= best <= largest:

@@ -63,10 +63,10 @@ def graph_options(side: Sidecar) -> GraphOptions:
 
 
 def require_same_net(side: Sidecar, graph: Provenance | None) -> None:
-    """Nothing, where a graph has the architecture and the precision of the engine.
+    """Raise DeployError unless the graph has the architecture and the precision of the engine.
 
     Raises:
-        DeployError: it has others.
+        DeployError: the architecture or the precision differs.
     """
     if graph is None or side.provenance is None:
         return

@@ -27,7 +27,7 @@ class EngineRunner:
     """A deserialized engine with its buffers; not for several threads at once.
 
     Attributes:
-        streams: one a stream; see `batch_streams` for a harness that enqueues by itself.
+        streams: one per stream; see `batch_streams` for a harness that enqueues by itself.
         cuda: the CUDA library that it runs through.
         input, outputs: the tensors; -1 for a dynamic batch.
         profile: smallest, best and largest batch.
@@ -37,7 +37,7 @@ class EngineRunner:
     """
 
     def __init__(self, loaded: LoadedEngine, streams: int = 1, graphs: bool = True) -> None:
-        """Take `loaded` over: it is closed with the runner, and also where the runner cannot be made."""
+        """Take ownership of `loaded`: it is closed with the runner, and also if the runner cannot be made."""
         self._loaded = loaded
         self.backend: str = loaded.backend.name
         self.backend_version: str = loaded.backend.version
@@ -191,7 +191,7 @@ class EngineRunner:
             )
 
     def close(self) -> None:
-        """Give the GPU's memory back, whatever fails on the way; a second call does nothing.
+        """Release the GPU's memory, even if a step fails; a second call is a no-op.
 
         Raises:
             DeployError: the first failure, where there was one.
@@ -199,7 +199,7 @@ class EngineRunner:
         self._cleanup.close()
 
     def _finish_borrowed_runs(self) -> None:
-        """Wait for what was enqueued in streams of others: its context and its memory go next."""
+        """Wait for what was enqueued in the callers' streams: its context and its memory are released next."""
         self._closed = True
         if self._borrowed is not None:
             with naming_gpu(self._loaded.backend):
@@ -217,7 +217,7 @@ class EngineRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Told of the block's error, so that no failure to give things back hides it.
+        # Told of the block's error, so that a failure to release something does not hide it.
         self._cleanup.__exit__(kind, error, trace)
 
 
@@ -231,7 +231,7 @@ class _OwnedMemory:
     def __del__(self) -> None:
         pointer = getattr(self, "pointer", None)
         if pointer is not None:
-            # When the interpreter ends the CUDA library may be gone, and its memory with it.
+            # At interpreter exit the CUDA library may already be unloaded, and its memory with it.
             with suppress(Exception):
                 self._cuda.free(pointer)
 
@@ -257,7 +257,7 @@ def open_engine(
         backend: the library of a trusted plan without a sidecar, `tensorrt` or `tensorrt-rtx`.
         cuda: `cuda.bindings` or `pycuda`; by default the first that is installed.
         streams: how many batches may be in flight.
-        graphs: replay CUDA graphs, one a batch size, where the CUDA library has them.
+        graphs: replay CUDA graphs, one per batch size, where the CUDA library has them.
 
     Raises:
         DeployError: the plan is not what was built, it is for another library, version or GPU, or none is here.

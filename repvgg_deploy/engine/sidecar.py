@@ -72,7 +72,7 @@ class Sidecar:
         return str(self.provenance.precision)
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """The file's text."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -119,10 +119,10 @@ def read_plan(plan: Path) -> bytes:
 
 
 def require_unchanged(plan: Path, content: bytes, side: Sidecar) -> None:
-    """Nothing, where `content` is what the sidecar was written for.
+    """Raise DeployError unless `content` is the plan that the sidecar was written for.
 
     Raises:
-        DeployError: the plan is cut, longer, or one of its bytes is another.
+        DeployError: the plan is shorter, longer, or differs in a byte.
     """
     if len(content) != side.bytes:
         what = "is cut short" if len(content) < side.bytes else "is longer than it was"
@@ -132,10 +132,10 @@ def require_unchanged(plan: Path, content: bytes, side: Sidecar) -> None:
 
 
 def require_same_library(plan: Path, side: Sidecar, backend: Backend) -> None:
-    """Nothing, where `backend` is the library and version that `plan` was built by, or a compatible one.
+    """Raise DeployError unless `plan` was built by this library, in this or a compatible version.
 
     Raises:
-        DeployError: it is another.
+        DeployError: the library or its version differs.
     """
     if side.backend != backend.name:
         raise DeployError(f"{plan} was built by {side.label}, not for {LABELS[backend.name]}", _REBUILD)
@@ -147,10 +147,10 @@ def require_same_library(plan: Path, side: Sidecar, backend: Backend) -> None:
 
 
 def require_same_gpu(plan: Path, side: Sidecar, gpu: Gpu, backend: Backend) -> None:
-    """Nothing, where a plan that was built on `side.gpu` may run on `gpu`.
+    """Raise DeployError unless a plan that was built on `side.gpu` can run on `gpu`.
 
     Raises:
-        DeployError: it was built for another GPU architecture.
+        DeployError: the plan was built for another GPU architecture.
     """
     if backend.capabilities.portable:
         _require_target(plan, side, gpu)

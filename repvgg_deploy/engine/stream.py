@@ -65,11 +65,11 @@ class EngineStream:
             release_at_close(cleanup, self._cuda.free, self._scratch.pointer)
             hosts = {t.name: self._allocate(t, cleanup) for t in (*loaded.inputs, *loaded.outputs)}
             self.context: Any = self._create_context()
-            # Backwards: the stream is waited for, then the graphs go, the contexts and views, and what they use.
+            # In reverse order: wait for the stream, then drop the graphs, the contexts, the arrays and what they use.
             release_at_close(cleanup, self._let_go)
             release_at_close(cleanup, self._captured.close)
             release_at_close(cleanup, self.synchronize)
-            # Only what was made to its end is kept; after a failure all of it goes back at once.
+            # Only what was made completely is kept; after a failure all of it is released at once.
             self._cleanup = cleanup.pop_all()
         self.images: Array = hosts.pop(loaded.inputs[0].name)
         self.results: dict[str, Array] = hosts
@@ -100,7 +100,7 @@ class EngineStream:
 
     def download(self, batch: int) -> None:
         """Enqueue the copy of the outputs of `batch` images into `results`."""
-        # The first call after a run that may tell of its failure.
+        # The first call after a run that can report its failure.
         with naming_gpu(self._loaded.backend):
             for name, host in self.results.items():
                 self._cuda.copy_to_host(host[:batch], self._pointers[name], self.handle)
@@ -175,7 +175,7 @@ class EngineStream:
         wait_for(self._loaded, self.handle)
 
     def close(self) -> None:
-        """Give everything back, whatever fails on the way; the stream cannot be used any more.
+        """Release everything, even if a step fails; the stream cannot be used afterwards.
 
         Raises:
             DeployError: the first failure, where there was one.
@@ -183,7 +183,7 @@ class EngineStream:
         self._cleanup.close()
 
     def _let_go(self) -> None:
-        """Drop the contexts and the views of the memory that is freed next."""
+        """Drop the contexts and the array views of the memory that is freed next."""
         self.context = None
         self._prepared.clear()
         del self.images, self.results

@@ -1,4 +1,4 @@
-"""The timing cache on disk: one file a library version and GPU, locked while a build uses it."""
+"""The timing cache on disk: one file per library version and GPU, locked while a build uses it."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def _trace(module: nn.Module, known: dict[int, bool]) -> tuple[fx.Graph, dict[fx
         with _ONE_AT_A_TIME:
             graph = _Tracer(known).trace(module)
     except Exception:
-        # The forward is anybody's code, run on placeholders: there is hardly an error that it cannot end in.
+        # The forward is user code, run on placeholders, so it can raise any exception.
         return None
     _erase_unread(graph)
     if sum(node.op == "placeholder" for node in graph.nodes) != 1:

@@ -1,7 +1,7 @@
 """An ONNX graph whose weights stay outside the protobuf until it is written: small to simplify, cheap to save.
 
 Protobuf messages may be concatenated field by field. So the file is the serialized graph without weights, followed by
-one `initializer` field a weight, written straight from its array: no second copy of the weights is ever in memory.
+one `initializer` field per weight, written straight from its array: no second copy of the weights is ever in memory.
 """
 
 from __future__ import annotations

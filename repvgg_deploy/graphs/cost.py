@@ -18,7 +18,7 @@ ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 class Cost:
     """What a layer, or a net, takes for one batch.
 
-    `flops` are operations, two a multiply-add. `bytes` are those that no implementation can avoid as long as layers run
+    `flops` are operations, two per multiply-add. `bytes` are those that no implementation can avoid while layers run
     one after another: each convolution and linear layer reads its input and weights and writes its output once, and
     everything else is done on the way.
     """

@@ -81,10 +81,10 @@ def to_onnx(net: RepVGG, layers: Layers, options: GraphOptions, metadata: Mappin
 
 
 def check_options(net: RepVGG, options: GraphOptions) -> None:
-    """Nothing, where `options` fit the net and the opset is one that this tool writes.
+    """Raise GraphError unless `options` fit the net and the opset is supported.
 
     Raises:
-        GraphError: they do not.
+        GraphError: an option does not fit.
     """
     newest = onnx.defs.onnx_opset_version()
     if not LOWEST_OPSET <= options.opset <= newest:

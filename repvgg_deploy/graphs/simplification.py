@@ -92,7 +92,7 @@ def find_simplification(model: onnx.ModelProto) -> str | None:
 
 
 def _describe(model: onnx.ModelProto) -> tuple[list[bytes], set[str]]:
-    """The nodes, and the names of all that goes in and out: the order of declarations is no difference."""
+    """The nodes, and the names of all that goes in and out: the order of declarations does not count."""
     graph = model.graph
     nodes = [node.SerializeToString(deterministic=True) for node in graph.node]
     return nodes, {item.name for items in (graph.input, graph.initializer, graph.output) for item in items}

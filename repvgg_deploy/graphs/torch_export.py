@@ -97,7 +97,7 @@ def export_torch(module: nn.Module, example: Sequence[Tensor], signature: Signat
                 verbose=False,
             )
         except Exception as error:
-            # The exporter runs the module's own code: there is hardly an error that it cannot end in.
+            # The exporter runs the module's own code, so it can raise any exception.
             raise GraphError(f"torch cannot export {name}: {_reason(error)}", _hint(signature)) from error
         finally:
             logging.disable(before)

@@ -70,7 +70,7 @@ def memory_bytes() -> int | None:
 
 
 def require_memory(size: int, what: str) -> None:
-    """Nothing, where `size` bytes may be taken: fewer than this machine has, and than the process may have.
+    """Raise DeployError if `size` bytes exceed this machine's memory, or the process's limit.
 
     A system that promises more memory than there is would end the process when the promised memory is written to.
 

@@ -23,7 +23,7 @@ _TELLING_FLAGS = (
 )  # fmt: skip
 _LIBRARIES = ("numpy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings")
 
-# NVML's clocks-event reasons (nvml.h); idle is no throttling.
+# NVML's clocks-event reasons (nvml.h); idling is not throttling.
 _THROTTLE_REASONS = {
     0x2: "application clocks setting",
     0x4: "power cap",
@@ -112,7 +112,7 @@ class GpuLoad:
             self._states.append(states)
 
     def summary(self) -> list[dict[str, Any]]:
-        """One object a GPU: the lowest and the median SM clock, the most power and heat, every throttle reason."""
+        """One object per GPU: the lowest and the median SM clock, the most power and heat, every throttle reason."""
         return [_summarize(states) for states in zip(*self._states, strict=True)]
 
 

@@ -1,1 +1,1 @@
-"""Pictures: decoded, prepared for a net, and drawn."""
+"""Images: decoded, prepared for a net, and synthesized."""

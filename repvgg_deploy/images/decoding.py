@@ -148,7 +148,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
-    """Whatever a decoder raises is about the file: each has exceptions of its own, RuntimeError and TypeError too."""
+    """Whatever a decoder raises means a bad file: each has its own exceptions, RuntimeError and TypeError too."""
     said = str(error).splitlines()
     return ImageError(f"{name} is damaged ({said[0] if said else type(error).__name__})")
 

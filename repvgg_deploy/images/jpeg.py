@@ -1,4 +1,4 @@
-"""The quick way from a JPEG file to prepared pixels: libjpeg-turbo through simplejpeg, torch's resize of bytes.
+"""The fast path from a JPEG file to prepared pixels: libjpeg-turbo through simplejpeg, torch's resize of uint8.
 
 Decoded pixels are those of Pillow; resized ones are within 2 of 255 of Pillow's, since torch rounds its filter's
 weights otherwise.
@@ -42,7 +42,7 @@ def find_simplejpeg() -> ModuleType | None:
 def decode_jpeg(data: bytes, header: Image.Image) -> NDArray[np.uint8] | None:
     """The pixels (H, W, 3 or 1) of a JPEG file, turned as its EXIF orientation says.
 
-    None where Pillow is to decide: simplejpeg is not installed, or the file is CMYK, damaged or otherwise unusual.
+    None if Pillow must decode it: simplejpeg is not installed, or the file is CMYK, damaged or otherwise unusual.
 
     Args:
         data: the file.
@@ -55,7 +55,7 @@ def decode_jpeg(data: bytes, header: Image.Image) -> NDArray[np.uint8] | None:
         pixels: NDArray[np.uint8] = library.decode_jpeg(data, "RGB" if header.mode == "RGB" else "GRAY")
         turn = _TURNS.get(header.getexif().get(_ORIENTATION, 1))
     except Exception:
-        # Damaged pixels or EXIF data: what that means is Pillow's to say.
+        # Damaged pixels or EXIF data: Pillow decides whether the file can still be decoded.
         return None
     if pixels.shape[:2] != (header.height, header.width):
         return None

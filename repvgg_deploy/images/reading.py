@@ -1,4 +1,4 @@
-"""Images decoded ahead of who uses them, in threads, in order."""
+"""Images decoded in threads ahead of their consumer, in order."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def decode_ahead(
             return error
 
     # The filters of warnings are shared by all threads, so they are set once, out here. Pillow warns about the size of
-    # large images and about damaged EXIF data; neither matters to who wants the pixels.
+    # large images and about damaged EXIF data; neither matters to the consumer of the pixels.
     with warnings.catch_warnings(), start_workers(options.workers or min(16, os.cpu_count() or 1)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         waiting: deque[Future[Pixels | ImageError]] = deque()

@@ -13,11 +13,11 @@ from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images.archives import TarMember, index_archive
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
-"""What is decoded, by Pillow's names; other formats run decoders that few have looked at, or other programs."""
+"""What is decoded, by Pillow's names; other formats run little-reviewed decoders, or other programs."""
 
 SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif",
-    # Not decoded, but images all the same: they are named as such, not left out.
+    # Not decoded, but images nevertheless: they are reported, not skipped silently.
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".tga", ".psd", ".eps", ".ico",
 })  # fmt: skip
 ARCHIVES = frozenset({".tar"})
@@ -85,7 +85,7 @@ def find_images(sources: Iterable[Path | str]) -> tuple[ImageSource, ...]:
     A folder gives all images below it, sorted, and those of the tar archives in it. An archive gives its members in
     its own order. A text file lists one path per line, relative to itself; empty lines and lines that begin with # do
     not count. A pattern with `*`, `?`, `[…]` or `**` gives what it matches, sorted. What cannot be entered or read is
-    in the result as `Unreadable`: nothing is left out in silence.
+    in the result as `Unreadable`: nothing is skipped silently.
 
     Raises:
         ImageError: there is no such folder or list, or no image in it.

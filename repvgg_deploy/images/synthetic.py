@@ -1,4 +1,4 @@
-"""Labelled pictures that are drawn, not stored: the data of the demo model, and inputs where no images are at hand.
+"""Synthetic labelled images: the data of the demo model, and the inputs if the user has no images.
 
 A picture is one figure (its class) of random colour, position, size, rotation and distortion before a background of
 noise whose amplitude falls with the frequency as natural images' does, under uneven light, partly hidden, then
@@ -90,7 +90,7 @@ def draw_image(label: int, seed: int, size: int = 64) -> Image.Image:
     It depends on nothing but the three arguments. A seed gives the same scene at any size, with other noise.
 
     Raises:
-        ImageError: `label` is no class, `seed` is negative, or `size` is below 8.
+        ImageError: `label` is not a class, `seed` is negative, or `size` is below 8.
     """
     if not 0 <= label < len(CLASS_NAMES):
         raise ImageError(f"there is no class {label}", f"labels go from 0 to {len(CLASS_NAMES) - 1}")

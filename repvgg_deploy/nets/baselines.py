@@ -1,4 +1,4 @@
-"""The nets to compare with: cards of `models/` of the families `resnet` and `vgg`, built with seeded weights."""
+"""The nets to compare with: cards of `models/` of the families `resnet` and `vgg`, built with random weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Baseline:
 
 @cache
 def load_baselines() -> dict[str, Baseline]:
-    """All cards of nets that are no RepVGG, by name, in the order of their FLOPs."""
+    """All cards of nets other than RepVGGs, by name, in the order of their FLOPs."""
     tables = [tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(data_folder("models").glob("*.toml"))]
     found = [_read(table) for table in tables if table["family"] in ("resnet", "vgg")]
     found.sort(key=lambda baseline: baseline.gflops)

@@ -15,7 +15,7 @@ def count_parameters(spec: ArchSpec) -> int:
 def count_flops(spec: ArchSpec, height: int, width: int) -> int:
     """Operations for one image of height x width pixels, as the field counts FLOPs of classifiers.
 
-    One multiply-add of a convolution or of the classifier is 1, a bias 1 a value, a BN 2 a value. ReLU, additions of
+    A multiply-add of a convolution or of the classifier is 1, a bias 1 per value, a BN 2 per value. ReLU, additions of
     branches and pooling are not counted. Within 0.3 % of what OpenMMLab reports for its RepVGGs.
     """
     total = sum(inputs * outputs for inputs, outputs in pairwise(_head_widths(spec)))

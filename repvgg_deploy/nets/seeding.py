@@ -1,4 +1,4 @@
-"""Nets with seeded weights: to time an architecture for which no checkpoint is at hand."""
+"""Nets with random weights from a fixed seed: to time an architecture without a checkpoint."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def seed_weights(net: nn.Module, in_channels: int, size: int | None = None, seed
 
 
 def seeded_repvgg(card: Card, seed: int = 0) -> RepVGG:
-    """The training form of a card with seeded weights."""
+    """The training form of a card with random weights."""
     net = RepVGG(card.spec())
     seed_weights(net, net.spec.in_channels, seed=seed)
     return net
 
 
 def seeded_baseline(baseline: Baseline, seed: int = 0) -> BaselineNet:
-    """A baseline with seeded weights, its BNs not folded."""
+    """A baseline with random weights, its BNs not folded."""
     net = baseline.build()
     seed_weights(net, net.spec.in_channels, seed=seed)
     return net

@@ -1,4 +1,4 @@
-"""Pictures for learned rounding, drawn from the calibration images: cropped, recoloured and blended at random.
+"""Augmented images for learned rounding: calibration images cropped, recoloured and blended at random.
 
 A net that learns from a few hundred images fits what is peculiar to them. Here it learns to answer as the float net
 does, which has an answer to any picture: so a picture may look like nothing, as long as it is always another one.
@@ -29,7 +29,7 @@ _MOST_SATURATION = 2.0
 def draw_pictures(images: Tensor, count: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of `count` pictures from normalized `images` (N, 3, H, W), channels last; `seed` decides all.
 
-    No value is outside the range that its channel has in `images`, so that the pictures are no reason for a coarser
+    No value is outside the range that its channel has in `images`, so that the images do not cause a coarser
     scale. All draws are made on the CPU, so that they are the same on every device.
     """
     generator = torch.Generator().manual_seed(seed)

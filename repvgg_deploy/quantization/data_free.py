@@ -1,4 +1,4 @@
-"""Calibration pictures from a checkpoint alone: images whose BN statistics are those that the net was trained with.
+"""Calibration images synthesized from a checkpoint: their BN statistics match those the net was trained with.
 
 A net in training form holds the mean and the variance of each BN's input over its training images. Images are optimized
 from smooth noise until a batch of them has the same at every BN. They look like textures, and they drive every channel
@@ -30,7 +30,7 @@ from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.recipe import PictureOptions
 from repvgg_deploy.torch_precision import float32
 
-# The start: noise on a grid of this many pixels a cell, enlarged; in shares of the range of pixel values.
+# The start: noise on a grid of this many pixels per cell, enlarged; in shares of the range of pixel values.
 _CELL, _SPREAD = 8, 0.2
 # Random shifts, in shares of the size.
 _SHIFT = 1 / 16
@@ -116,9 +116,9 @@ def make_pictures(
         net: in training form, on any device; it is not changed.
         preprocessing: of the images that the net takes; the pictures have their range, and their size or a smaller one.
         options: see `PictureOptions`.
-        seed: of every draw.
+        seed: of all random numbers.
         seconds: the time to take. Where the first steps show that it is too short, fewer are taken; None for no limit.
-        progress: gets the step `making pictures`, in steps of Adam.
+        progress: receives the step `synthesizing images`, in steps of Adam.
 
     Raises:
         DeployError: `net` has no BN with running statistics: it is in deploy form.
@@ -162,7 +162,7 @@ class _Batch:
 
 
 class _Clock:
-    """Counts steps, and tells how many fit into the time, which is seen after the first few."""
+    """Counts steps, and estimates from the first few how many fit into the time."""
 
     def __init__(self, seconds: float | None, total: int, each: int, progress: Progress) -> None:
         self.seconds, self.total, self.each, self.progress = seconds, total, each, progress
@@ -173,7 +173,7 @@ class _Clock:
         """One more step is done, which is number `begun` of its batch; the steps that this batch should take."""
         self.done += 1
         steps = self._steps_in_time(begun)
-        self.progress.step("making pictures", self.done, self.total)
+        self.progress.step("synthesizing images", self.done, self.total)
         return steps
 
     def _steps_in_time(self, begun: int) -> int:

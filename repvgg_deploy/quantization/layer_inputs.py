@@ -78,7 +78,7 @@ def input_moments(streams: Streams, layer: nn.Conv2d | nn.Linear, samples: int, 
         count += a.shape[0] * a.shape[2]
         repeated = weight.repeat_interleave(a.shape[2])
         for group, (x, y) in enumerate(zip(_rows(a, groups), _rows(b, groups), strict=True)):
-            # On the outputs, not on the inputs: filters × columns products a pixel in place of columns × columns.
+            # On the outputs, not on the inputs: filters × columns products per pixel instead of columns × columns.
             error = (x - y) @ filters[group].t()
             # Errors from their mean: that much the bias makes up for.
             weight_of_pixel = weights_of_errors((error - error.mean(0)).square().sum(1))

@@ -59,7 +59,7 @@ def report_layers(
     removed: Mapping[str, RemovedInputs],
     images: Tensor,
 ) -> tuple[LayerRow, ...]:
-    """One row a layer of the prepared `net`, measured on a few `images` (N, C, H, W)."""
+    """One row per layer of the prepared `net`, measured on a few `images` (N, C, H, W)."""
     rows: list[LayerRow] = []
     exact = rounded = images
     for name, block in fused_blocks(net):

@@ -57,7 +57,7 @@ class LayerScales:
 class QatScales:
     """The scales of a net: its blocks and its classifier by name, and of the input of the global pool.
 
-    Of a module that is no RepVGG classifier only the RepVGG blocks have scales, and `pool` is None.
+    For a module other than a RepVGG classifier, only the RepVGG blocks have scales, and `pool` is None.
     """
 
     layers: Mapping[str, LayerScales]
@@ -121,7 +121,7 @@ class FakeQuantizer(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32))
         self.lowest = -(2 ** (bits - 1))
         self.unsigned = unsigned
-        # Fewer bits have no engine that takes them signed: there an unsigned input has all integers from 0 on.
+        # No engine runs fewer bits, so there is no signed format to fit: an unsigned input uses all integers from 0.
         self.highest = 2**bits - 1 if unsigned and bits < 8 else 2 ** (bits - 1) - 1
 
     @property

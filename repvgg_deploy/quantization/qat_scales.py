@@ -34,7 +34,7 @@ def observe_scales(model: nn.Module, batches: Iterable[Any], options: QatOptions
 
     Args:
         model: a module with RepVGG blocks in training form, in evaluation mode.
-        batches: inputs of `model`, one a time: a tensor, or a tuple of arguments.
+        batches: inputs of `model`, one at a time: a tensor, or a tuple of arguments.
         options: as for `prepare_qat`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where quantization-aware training begins: the INT8 export's kernels and scales, put into trainable branches.
+"""The start of quantization-aware training: the INT8 export's kernels and scales, put into trainable branches.
 
 Dead inputs are removed and channels equalized, as for an export, and the branches of each block are changed so that
 together they are exactly the kernel that the export would round. So training starts where calibration ends. A net in
@@ -31,13 +31,13 @@ from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect
 
 # A BN that scales by less than this passes nothing on, so its kernel cannot be corrected through it.
 _SMALLEST = 1e-6
-# Images whose means biases are corrected by.
+# Number of images whose means correct the biases.
 _CORRECTION = 128
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """`student` is to be trained, `teacher` is the float net in deploy form whose answers it learns.
+    """`student` is trained; `teacher` is the float net in deploy form whose outputs it learns.
 
     Both have the same scaling of channels, so that their stages' outputs can be compared.
     """
@@ -218,7 +218,7 @@ def _match(block: TrainingBlock, weight: Tensor, bias: Tensor) -> None:
 
 
 def _revive(conv: nn.Conv2d, norm: _BatchNorm | None) -> None:
-    """Where a BN passes (nearly) nothing on, let it pass what comes, which is nothing."""
+    """Give a BN that scales by (nearly) 0 a gain of 1 behind a kernel of zeros, which can then be corrected."""
     if norm is None:
         return
     assert norm.running_mean is not None
@@ -239,7 +239,7 @@ def _gain(norm: _BatchNorm | None, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _add_norms(teacher: RepVGG, images: Images) -> RepVGG:
-    """A net with a BN behind each convolution of `teacher`, of the statistics that its output has on `images`."""
+    """A net with a BN after each convolution of `teacher`, with the statistics of its output on `images`."""
     net = RepVGG(_spec_with_norms(teacher.spec)).eval().requires_grad_(False)
     moments = _output_moments(teacher, images)
     for (name, fused), module in zip(fused_blocks(teacher), net.blocks(), strict=True):

@@ -1,7 +1,7 @@
-"""One run of quantization-aware training by distillation: what a step does, and the state that it can go on from.
+"""One run of quantization-aware training by distillation: what a step does, and the state that it can continue from.
 
-The student learns the float net's logits and the outputs of its stages, on pictures drawn anew for every step, so that
-unlabelled images do. Each step depends on its number and the seed alone: a run that was stopped goes on bit for bit.
+The student learns the float net's logits and the outputs of its stages, on new augmentations for every step, so that
+unlabelled images suffice. A step depends only on its number and the seed: a stopped run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class TrainingOptions:
 
     Attributes:
         steps: of Adam.
-        batch: pictures a step, over all processes.
+        batch: images per step, over all processes.
         rate: of kernels, in steps of their integers, at the start; it falls to 0 by a cosine.
-        features: weight of the stages' outputs beside the logits.
+        features: weight of the stages' outputs relative to the logits.
         labels: weight of the cross-entropy with the labels; 0 takes none.
-        seed: of every draw.
+        seed: of all random numbers.
         mixed_precision: convolutions in bfloat16 while training.
     """
 
@@ -134,17 +134,17 @@ class QatTraining:
         return {"loss": float(values[0]), "agreement": 100 * float(values[1])}
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to go on."""
+        """Everything that `restore` needs to continue."""
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            # They come from the scales at the start.
+            # They come from the initial scales.
             "rates": self._rates,
             "done": self.done,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._rates = list(state["rates"])

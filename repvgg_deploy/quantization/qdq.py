@@ -1,4 +1,4 @@
-"""The quantized net as an explicit Q/DQ graph: int8 weights, one scale a tensor of activations, float biases."""
+"""The quantized net as an explicit Q/DQ graph: int8 weights, one scale per activation tensor, float biases."""
 
 from __future__ import annotations
 

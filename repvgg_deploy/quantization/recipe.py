@@ -54,15 +54,15 @@ class LearningOptions:
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """How calibration pictures are made from BN statistics, where there are no images.
+    """How calibration images are synthesized from BN statistics, if there are no images.
 
     Attributes:
-        count: pictures to make; down to half as many where they can be larger for it, and fewer still where the net is
+        count: images to synthesize; down to half as many if they can then be larger, and fewer still if the net is
             so large that they would exceed `multiply_adds`.
-        batch: pictures that are optimized together; the statistics are those of a batch.
+        batch: images that are optimized together; the statistics are those of a batch.
         steps: of Adam, for each batch.
         rate: of Adam at the start, in units of normalized images.
-        multiply_adds: what all steps together may take, in 10¹²; it bounds the size and the number of the pictures.
+        multiply_adds: what all steps together may take, in 10¹²; it bounds the size and the number of the images.
     """
 
     count: int = 256
@@ -102,7 +102,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """The recipe of that name in `calibration/`, or that in a TOML file.
 
     Raises:
-        DeployError: there is no such recipe, or it holds a key or value that is not known.
+        DeployError: there is no such recipe, or it contains an unknown key or value.
 
     Example:
         >>> from repvgg_deploy import load_recipe

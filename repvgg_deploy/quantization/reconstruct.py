@@ -82,7 +82,7 @@ def reconstruct(
         images: those to reconstruct on (N, C, H, W), of `take_images`.
         recipe: its `scales` and `rounding` are used.
         keep_float: names of layers that are not quantized.
-        progress: gets the step `rounding`, in layers.
+        progress: receives the step `rounding`, in layers.
         chained: without it each layer is quantized as if all the others were float.
     """
     streams = Streams(images, images)

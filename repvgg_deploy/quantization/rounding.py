@@ -127,7 +127,7 @@ def quantize_activations(x: Tensor, scale: float) -> Tensor:
 
 
 def output_error(streams: Streams, layer: nn.Module | None, scale: float) -> float:
-    """The square error of `layer`'s output where its input is quantized; a constant offset a channel is no error.
+    """The square error of `layer`'s output where its input is quantized; a constant offset per channel is not counted.
 
     `layer` is a convolution or linear layer, None for the values themselves, or anything else for the mean over height
     and width.

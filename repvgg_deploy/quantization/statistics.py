@@ -78,7 +78,7 @@ class CalibrationStatistics:
         """Read what `save` wrote for the checkpoint with this sha256 and for these images.
 
         Raises:
-            DeployError: `path` is no such file, or belongs to another checkpoint or to other images.
+            DeployError: `path` is not a calibration cache, or belongs to another checkpoint or to other images.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -168,7 +168,7 @@ def collect_statistics(
         images: batches of normalized images (N, C, H, W).
         sha256: of the checkpoint; a saved result is refused for any other.
         augmentations: how often each image is taken; see `AugmentedImages`.
-        progress: gets the step `calibrating`, in images, each augmentation counted.
+        progress: receives the step `calibrating`, in images, each augmentation counted.
         count: of the images, for `progress`; 0 where it is not known.
 
     Raises:

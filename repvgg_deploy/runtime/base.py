@@ -8,7 +8,7 @@ from repvgg_deploy.artifacts import Array
 
 
 class Runner(Protocol):
-    """Runs one model on batches; names the backend, its version and the precision, and never falls back in silence."""
+    """Runs one model on batches; names the backend, its version and the precision; never falls back silently."""
 
     @property
     def backend(self) -> str:

@@ -18,7 +18,7 @@ from repvgg_deploy.runtime.saturation import EXACT, find_saturating_layers, has_
 
 _CUDA = "CUDAExecutionProvider"
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
-"""Of the inputs of the graphs that this project makes."""
+"""Of the inputs of the graphs that this project writes."""
 
 # FP32 without TF32, as in torch; channels last, which tensor cores take without a copy; kernels enqueued by one graph.
 _CUDA_OPTIONS = {"use_tf32": "0", "prefer_nhwc": "1", "enable_cuda_graph": "1"}
@@ -29,7 +29,7 @@ _INSTALL = "install what that provider needs, or leave it out; see `repvgg-deplo
 
 
 class OnnxRunner:
-    """An ONNX file in ONNX Runtime, on the provider that was asked for and on no other.
+    """An ONNX file in ONNX Runtime, on the requested provider and on no other.
 
     Attributes:
         metadata: the `metadata_props` of the graph.
@@ -47,7 +47,7 @@ class OnnxRunner:
         quick_start: bool = False,
         exact_integers: bool = False,
     ) -> None:
-        """Open `path`; with `quick_start` for a few runs, by mapping the weights in place of copying them.
+        """Open `path`; with `quick_start` for a few runs, by mapping the weights instead of copying them.
 
         The copy in ONNX Runtime's own layout makes a run faster, and costs more time than a few runs take.
         `exact_integers`: where this CPU's integer kernels may saturate on the graph, take slower ones that do not.
@@ -75,7 +75,7 @@ class OnnxRunner:
             options.add_session_config_entry(*EXACT)
         providers = choose_providers(runtime, provider)
         if not on_cpu:
-            # A node that the provider cannot take fails the session, where it would run on the CPU in silence.
+            # A node that the provider cannot take fails the session, instead of running on the CPU silently.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             _load_cuda(runtime)
         self._runtime = runtime
@@ -212,7 +212,7 @@ class BoundRun:
 
 
 def _is_its_own(error: Exception) -> bool:
-    """Whether ONNX Runtime raised it: its exceptions share no base class but Exception."""
+    """Whether ONNX Runtime raised it: its exceptions have no common base class except Exception."""
     return type(error).__module__.split(".")[0] == "onnxruntime"
 
 

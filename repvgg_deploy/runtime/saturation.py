@@ -64,7 +64,7 @@ def has_integers(path: Path) -> bool:
     try:
         skeleton = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError):
-        # What is wrong with the file is told by whoever opens it to run it.
+        # The code that opens the file to run it reports what is wrong with it.
         return False
     return any(node.op_type in _QUANTIZED for node in skeleton.graph.node)
 

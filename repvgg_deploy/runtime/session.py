@@ -35,7 +35,7 @@ class GraphSession:
         try:
             self._session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            # ONNX Runtime's exceptions share no base class but Exception.
+            # ONNX Runtime's exceptions have no common base class except Exception.
             if type(error).__module__.split(".")[0] != "onnxruntime":
                 raise
             raise GraphError(f"ONNX Runtime does not load the graph: {str(error).splitlines()[0]}") from error

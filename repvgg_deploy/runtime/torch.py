@@ -41,10 +41,10 @@ class TorchOptions:
     channels_last: bool = False
 
     def check(self) -> None:
-        """Nothing, where this machine can do it.
+        """Raise DeployError unless torch can run with these options on this machine.
 
         Raises:
-            DeployError: it cannot.
+            DeployError: a name is unknown, or the options need a GPU that is not there.
         """
         if self.precision not in get_args(TorchPrecision):
             raise DeployError(f"torch has no precision {self.precision!r}", "fp32, tf32, bf16 or fp16")
@@ -109,7 +109,7 @@ class TorchRunner:
             return self._forward(images)
 
     def _compiling(self, shape: torch.Size) -> AbstractContextManager[Any]:
-        """Where this call compiles: without torch's limit on compilations, beyond which it runs eagerly in silence.
+        """Where this call compiles: without torch's limit on compilations, beyond which it silently runs eagerly.
 
         The limit counts all nets of one class and all their batches together.
         """
@@ -161,7 +161,7 @@ class TorchStream:
             with runner.settings(), torch.cuda.graph(self._graph, stream=self._stream):
                 self._logits = runner.forward(self._images)
         self._results = torch.empty(self._logits.shape, dtype=self._logits.dtype, pin_memory=True)
-        # What cuDNN's search took would lie idle on this stream, out of the other streams' reach.
+        # The memory of cuDNN's search would stay reserved for this stream, out of the other streams' reach.
         torch.cuda.empty_cache()
 
     def upload(self) -> None:

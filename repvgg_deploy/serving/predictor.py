@@ -49,16 +49,16 @@ class PredictOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image, or why it says nothing.
+    """The prediction for one image, or the reason why there is none.
 
     Attributes:
         path: the image's name; the position of an image that was given as bytes or pixels.
         classes: the best classes, best first.
         names: theirs; None where the model has no names.
-        scores: theirs: probabilities, unless a graph with a top-k of its own gives something else.
+        scores: theirs: probabilities, unless a graph with its own top-k outputs something else.
         logits: of all classes, where they were asked for.
         features: the pooled features, where they were asked for.
-        error: why there is nothing; None where there is.
+        error: why there is no prediction; None if there is one.
 
     Example:
         >>> from repvgg_deploy import predict

@@ -105,7 +105,7 @@ def encode_sources(sources: Sequence[ImageSource], first: int = 0) -> Any:
 
 
 def _encode_source(source: ImageSource) -> dict[str, Any]:
-    # Names that are not UTF-8 are no Arrow strings.
+    # Names that are not UTF-8 cannot be Arrow strings.
     if isinstance(source, TarMember):
         member = source.name.encode("utf-8", "surrogateescape")
         return {**_place(source.archive), "member": member, "offset": source.offset, "size": source.size, "reason": ""}
@@ -182,7 +182,7 @@ def predict_dataset(ray: Any, spec: PredictorSpec, sources: Sequence[ImageSource
 
 @contextmanager
 def explain_failures(ray: Any) -> Iterator[None]:
-    """Make an error of the work on the cluster one that says what failed there.
+    """Turn an error of the work on the cluster into one that says what failed there.
 
     Raises:
         DeployError: in place of Ray's own exceptions.

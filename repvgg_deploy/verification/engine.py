@@ -1,4 +1,4 @@
-"""Whether a built engine computes what its ONNX graph computes."""
+"""Check that a built engine computes what its ONNX graph computes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_where_possible(
     expected: Callable[[], Mapping[str, Array]],
     progress: Progress = SILENT,
 ) -> Parity | None:
-    """`check_engine` on the GPU of this machine; None where none can run `engine`, and a note says why.
+    """`check_engine` on the GPU of this machine; None, with a note that says why, if no GPU can run `engine`.
 
     `expected` gives the outputs to compare with, and is asked where the engine runs.
 
@@ -91,12 +91,12 @@ def run_as_engine(onnx: Path, images: Array) -> dict[str, Array]:
 
 
 def require_signal(scores: Array) -> None:
-    """Nothing, where `scores` (images, …) look like those of a net at all.
+    """Raise VerificationError unless `scores` (images, …) could be those of a working net.
 
     Seen in the field: RepVGG-B1 in FP16 gave all zeros (NVIDIA/TensorRT#3548), which agrees with itself.
 
     Raises:
-        VerificationError: they contain NaN or Inf, are all zero or all the same, or do not depend on the image.
+        VerificationError: the scores contain NaN or Inf, are all zero or all the same, or do not depend on the image.
     """
     values = scores.astype(np.float64).reshape(len(scores), -1)
     what = None

@@ -1,4 +1,4 @@
-"""The inputs that a net is verified on: drawn pictures, or the user's own, and noise; as many as a budget allows."""
+"""The inputs that a net is verified on: synthetic images, or the user's own, and noise; as many as a budget allows."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def choose_pixels(preprocessing: Preprocessing, channels: int, count: int, data:
     return np.concatenate([pictures, noise[: count - len(pictures)]])
 
 
-# Below 32 a picture has no room for its figure; above 64, drawing takes longer than running a small net.
+# Below 32 an image has no room for its figure; above 64, drawing takes longer than running a small net.
 _SMALLEST_DRAWN, _LARGEST_DRAWN = 32, 64
 
 

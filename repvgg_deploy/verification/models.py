@@ -1,4 +1,4 @@
-"""Two models side by side: how far their outputs differ on the same images, and whether that is too far."""
+"""Two models side by side: how far their outputs differ on the same images, and whether that is too much."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tolerance:
             VerificationError: the default limit for their precisions is.
         """
         allowed = MAX_RELATIVE["models"]
-        # A graph of unknown origin is held to float32: a looser tolerance is the user's to give.
+        # A graph of unknown origin must agree as float32 does; the user can give a looser tolerance.
         coarsest = max(allowed.get(precision, allowed["fp32"]) for precision in precisions)
         if self.max_relative is None:
             require_parity("verify", parity, coarsest)

@@ -56,7 +56,7 @@ def compare_outputs(
 ) -> Parity:
     """The worst differences over all outputs of two models, of any shapes (images, …), by their names.
 
-    Of outputs that are no scores, `top1_agreement` is the share of images with the same largest value.
+    For outputs that are not scores, `top1_agreement` is the share of images with the same largest value.
 
     Raises:
         VerificationError: the outputs have other names or shapes, or contain NaN or Inf.
@@ -76,10 +76,10 @@ def compare_outputs(
 
 
 def require_parity(stage: str, parity: Parity, max_relative: float) -> None:
-    """Nothing, where `parity` is within `max_relative`; otherwise the command fails.
+    """Raise VerificationError if the relative difference in `parity` exceeds `max_relative`.
 
     Raises:
-        VerificationError: the relative difference is larger, or no number.
+        VerificationError: the relative difference is larger than that, or NaN.
     """
     if not parity.relative <= max_relative:
         raise VerificationError(

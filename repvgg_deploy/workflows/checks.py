@@ -1,4 +1,4 @@
-"""What can be wrong with a request, found before the work that would be lost."""
+"""Checks of a request, made before the work that an error would waste."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_classes(request: ExportRequest, spec: ArchSpec) -> None:
     """
     names, classes = request.graph.class_names, spec.classes
     if not classes:
-        # A backbone: there is nothing that either option could be about.
+        # A backbone: neither option applies to it.
         return
     if names is not None and len(names) != classes:
         raise DeployError(

@@ -1,4 +1,4 @@
-"""What was chosen of all that no tensor tells, what decided it, and what a user should be warned of."""
+"""The settings that no tensor determines, what decided each, and warnings about them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _show(value: Any) -> str:
 def warn_of_choices(
     checkpoint: Checkpoint, preprocessing: Preprocessing, options: PreprocessingOptions
 ) -> Iterator[str]:
-    """What is likely to be wrong of that which nobody said."""
+    """Warnings about assumed settings that are likely to be wrong."""
     spec = checkpoint.spec
     origins = preprocessing_origins(spec, options, checkpoint.settings)
     card = match_card(spec)

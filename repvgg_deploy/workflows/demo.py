@@ -1,4 +1,4 @@
-"""The whole path on the embedded model: draw images, load, fuse, export, verify, evaluate, time."""
+"""The whole path on the embedded model: synthesize images, load, fuse, export, verify, evaluate, time."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ class Row:
         part: its name, for example `tensorrt-rtx`; what `--require` takes.
         version: where it has one.
         detail: what was found.
-        can_build, can_run: engines (or for ONNX Runtime, graphs) here; None where that is no question.
-        missing: why not, empty where nothing is missing.
-        hint: what would change that.
+        can_build, can_run: engines (or for ONNX Runtime, graphs) here; None if that does not apply.
+        missing: the reason, empty if nothing is missing.
+        hint: what to do about it.
     """
 
     part: str
@@ -52,7 +52,7 @@ class Row:
 
 
 def probe_machine() -> list[Row]:
-    """What this machine can do, one row a part; every claim was tried, except that no engine is built or run."""
+    """What this machine can do, one row per part; every claim was tried, except that no engine is built or run."""
     found = find_gpus()
     cuda = [_probe_module("cuda.bindings", "cuda-bindings", found), _probe_module("pycuda.driver", "pycuda", found)]
     can_run_cuda = any(row.can_run for row in cuda)
@@ -61,10 +61,10 @@ def probe_machine() -> list[Row]:
 
 
 def require_parts(rows: list[Row], wanted: tuple[str, ...]) -> None:
-    """Nothing, where every part that was named is usable here.
+    """Raise DeployError unless every part that was named is usable here.
 
     Raises:
-        DeployError: one of them is not, or there is no such part; the hint says what to install.
+        DeployError: a part is not usable or does not exist; the hint says what to install.
     """
     parts = {row.part: row for row in rows}
     for name in wanted:

@@ -73,7 +73,7 @@ def evaluate(
         folder: one folder of images per class, sorted by name, or tar archives.
         batch: images per run; a model with a fixed batch has its own.
         strict: a broken image is an error.
-        progress: gets the step `evaluating`, in images.
+        progress: receives the step `evaluating`, in images.
         options: the ground truth of a flat folder, and how images are decoded.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The story of an export: checkpoint → training net → fused net → ONNX graph → engine, each held against the last."""
+"""The steps of an export: checkpoint → training net → fused net → ONNX graph → engine, each checked on the last."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def export(
         simplification: a check that was started ahead, since it takes a second to load; by default it starts here.
 
     Raises:
-        DeployError: whatever the user can mend; nothing is written then.
+        DeployError: any error that the user can fix; nothing is written then.
 
     Example:
         >>> from repvgg_deploy import ExportRequest, Precision, export
@@ -98,7 +98,7 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
 
 
 def _describe(prepared: Prepared, product: Product) -> ExportResult:
-    """What will be written, but for the comparisons and costs."""
+    """What will be written, except for the comparisons and costs."""
     request = prepared.request
     return ExportResult(
         onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
@@ -118,7 +118,7 @@ def _describe(prepared: Prepared, product: Product) -> ExportResult:
 
 
 def _note_other_engine(onnx: Path, plan: Path, progress: Progress) -> None:
-    """Tell of an engine that will stand beside the graph and was built from another one."""
+    """Warn of an engine that will lie beside the graph and was built from another one."""
     if not plan.exists():
         return
     from repvgg_deploy.engine.sidecar import read_sidecar
@@ -132,7 +132,7 @@ def _note_other_engine(onnx: Path, plan: Path, progress: Progress) -> None:
 
 
 def _find_backend(request: ExportRequest, progress: Progress) -> Any:
-    """The engine backend, asked for before any work is done: a named one that is missing is an error at once."""
+    """The engine backend, found before any work is done: a named one that is missing is an error at once."""
     name = request.engine
     if name == "none":
         return None

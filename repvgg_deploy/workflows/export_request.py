@@ -1,4 +1,4 @@
-"""What `export` is asked for, and what it gives back."""
+"""The request that `export` takes, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Int8Request:
     """How an INT8 export is calibrated.
 
     Attributes:
-        images: a folder of images, or a text file that lists them; None to make pictures from the BN statistics of a
+        images: a folder of images, or a text file that lists them; None synthesizes images from the BN statistics of a
             checkpoint in training form.
-        count: images to take, or pictures to make; the recipe's number by default.
+        count: images to use, or to synthesize; the recipe's number by default.
         recipe: a name in `calibration/`, or a TOML file.
         cache: a file that keeps the statistics of a calibration for the next one.
         device: where to quantize, `cpu` or `cuda`.
@@ -34,7 +34,7 @@ class Int8Request:
         activation_type: of the zero-points behind a ReLU. `int8` is for TensorRT before 10.10 alone.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
-        seconds: the time that making pictures may take; None for no limit.
+        seconds: the time that synthesizing images may take; None for no limit.
         scales: the file of scales that `qat` wrote, in place of images.
 
     Example:
@@ -98,7 +98,7 @@ class GraphRequest:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """All that `export` is asked for; see `BuildOptions` for the engine's part.
+    """The request that `export` takes; see `BuildOptions` for the engine's part.
 
     Attributes:
         checkpoint: the file to export.

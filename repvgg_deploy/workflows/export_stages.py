@@ -112,7 +112,7 @@ def prepare(request: ExportRequest, progress: Progress) -> tuple[Prepared, Parit
         fused=fused,
         outputs=outputs,
         largest=largest,
-        # Only pictures made from its BN statistics need the training form beyond this.
+        # Only images synthesized from its BN statistics need the training form beyond this.
         training=net if request.int8 is not None and request.int8.images is None else None,
     )
     return prepared, parity
@@ -228,7 +228,7 @@ def _require_fp16_range(largest: dict[str, float]) -> None:
 
 def tool_versions() -> dict[str, str]:
     """The versions of the libraries that shape a graph."""
-    # Importing onnxsim takes nearly as long as importing torch.
+    # From the metadata: importing onnxsim takes nearly as long as importing torch.
     return {"torch": torch.__version__, "onnx": onnx.__version__, "onnxsim": version("onnxsim")}
 
 

@@ -48,7 +48,7 @@ def write_fused(
         options: how `source` is read.
 
     Raises:
-        DeployError: whatever the user can mend; `target` is not touched then.
+        DeployError: any error that the user can fix; `target` is not touched then.
     """
     if target.is_dir():
         raise DeployError(f"{target} is a directory", "give the name of the file to write: -o fused.pth")
@@ -67,7 +67,7 @@ def write_fused(
         written = staging / target.name
         state = name_state_dict(fused, chosen)
         write_state_dict(state, written, class_names_metadata(checkpoint.class_names))
-        # What counts is what a reader gets from the file, not what was handed to the writer.
+        # Verify what a reader gets from the file, not what was handed to the writer.
         spec = checkpoint.spec
         same = StructureOptions(spec.strides, str(spec.activation), spec.bn_eps)
         again = build(load_checkpoint(written, structure=same))

@@ -39,7 +39,7 @@ from repvgg_deploy.workflows.export_request import Int8Request
 class Int8Source:
     """What is quantized: `fused`, of a checkpoint with this `sha256`, for images prepared by `preprocessing`.
 
-    `training` is the net in training form, where pictures are made from its BN statistics.
+    `training` is the net in training form, if images are synthesized from its BN statistics.
     """
 
     fused: RepVGG
@@ -109,7 +109,7 @@ def _find_scales(source: Int8Source, request: Int8Request) -> tuple[QuantizedNet
 def _find_images(
     source: Int8Source, request: Int8Request, recipe: Recipe, progress: Progress
 ) -> CalibrationImages | MadePictures:
-    """The calibration images that the user has, or pictures made now."""
+    """The user's calibration images, or images synthesized now."""
     if request.images is not None:
         return choose_images(request.images, request.count or recipe.count, recipe.seed, source.preprocessing, progress)
     if source.training is None:

@@ -25,8 +25,8 @@ def make_module(factory: str, kwargs: str | None, checkpoint: Path) -> nn.Module
     run: it holds tensors only.
 
     Raises:
-        DeployError: there is no such factory, it fails, or it gives no torch module.
-        CheckpointError: the file cannot be read, or its tensors are not the module's.
+        DeployError: there is no such factory, it fails, or it does not return a torch module.
+        CheckpointError: the file cannot be read, or its tensors do not belong to the module.
     """
     name, _, attribute = factory.partition(":")
     if not attribute:
@@ -41,7 +41,7 @@ def make_module(factory: str, kwargs: str | None, checkpoint: Path) -> nn.Module
         make = getattr(importlib.import_module(name), attribute)
         module = make(**arguments)
     except Exception as error:
-        # The code is the user's own: there is hardly an error that it cannot end in.
+        # The code is the user's own, so it can raise any exception.
         raise DeployError(
             f"{factory} did not return a module: {type(error).__name__}: {error}",
             "package.module:factory, importable from here; --kwargs takes its keywords as JSON",
@@ -92,7 +92,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged file is a program gone wrong: there is hardly an exception that it cannot end in.
+        # A damaged pickle is a corrupted program, so reading it can raise nearly any exception.
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"{path} cannot be read as tensors only: {reason}", "torch.save(net.state_dict(), 'net.pth')"

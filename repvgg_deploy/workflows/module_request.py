@@ -1,4 +1,4 @@
-"""What `export_module` gives back."""
+"""The result that `export_module` returns."""
 
 from __future__ import annotations
 

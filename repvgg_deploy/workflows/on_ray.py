@@ -40,7 +40,7 @@ def predict_on_ray(request: PredictRequest, cluster: RayOptions, progress: Progr
 
     Raises:
         ImageError: there is no image, or a broken one with `strict`.
-        DeployError: there is no cluster, the work failed there, or the output is there already.
+        DeployError: there is no cluster, the work failed there, or the output exists already.
     """
     arrow = import_pyarrow()
     images = find_sources(request.images)
@@ -73,12 +73,12 @@ def predict_on_ray(request: PredictRequest, cluster: RayOptions, progress: Progr
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that takes the place of `output` when the block ends; after an error it is gone."""
+    """A folder that becomes `output` when the block ends, or is removed after an error."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DeployError(f"{output} already exists", "choose another -o: Ray writes a new folder of Parquet files")
     folder = output.absolute().with_name(f"{output.name}.partial")
     try:
-        # Of a run that was killed.
+        # Left by a run that was killed.
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
@@ -97,7 +97,7 @@ def _order_parts(folder: Path, images: int, arrow: Any) -> list[Path]:
     """The files in the order of their rows.
 
     Raises:
-        DeployError: an image is missing or there twice.
+        DeployError: an image is missing, or is there twice.
     """
     found = {path: arrow.parquet.read_table(path, columns=["index"])["index"].to_pylist() for path in folder.iterdir()}
     parts = sorted((path for path, index in found.items() if index), key=lambda path: found[path][0])

@@ -1,4 +1,4 @@
-"""Predictions for any number of images: as an iterator, or into a file that an interrupted run goes on with."""
+"""Predictions for any number of images: as an iterator, or into a file that an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PredictRequest:
         spec: the model, and what is predicted.
         images: folders, patterns, lists, archives and files; `-` takes paths from standard input, one per line.
         output: a `.jsonl`, `.csv` or `.parquet` file.
-        resume: go on with an interrupted run of the same model and options.
+        resume: continue an interrupted run of the same model and options.
         strict: the first image that cannot be read is an error.
     """
 
@@ -95,12 +95,12 @@ def predict_to_file(request: PredictRequest, progress: Progress = SILENT) -> Pre
 
     The rows go to a journal beside the output, `FILE.partial`, batch by batch; the output appears when all are there,
     and is the same whether or not the run was interrupted. Whoever kills the process finds the old output or the new
-    one, and a journal to go on with.
+    one, and a journal to continue from.
 
     Raises:
         ImageError: there is no image, or a broken one with `strict`.
-        VerificationError: the model gives nothing but NaN or Inf.
-        DeployError: the model cannot be opened, the output cannot be written, or the journal is of another run.
+        VerificationError: the model outputs only NaN or Inf.
+        DeployError: the model cannot be opened, the output cannot be written, or the journal belongs to another run.
     """
     check_format(request.output)
     predictor = request.spec.open()
@@ -181,7 +181,7 @@ def _require_answers(lines: Iterable[bytes], predictor: Predictor) -> int:
     """The number of rows with an error.
 
     Raises:
-        VerificationError: the model gave no number for any image that could be read.
+        VerificationError: the model output only NaN or Inf for the images that could be read.
     """
     broken = not_finite = total = 0
     for line in lines:

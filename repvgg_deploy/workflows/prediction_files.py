@@ -1,4 +1,4 @@
-"""Files of predictions that appear when they are whole, and the journal that an interrupted run goes on from."""
+"""Files of predictions that appear when they are whole, and the journal that an interrupted run continues from."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Journal:
             raise DeployError(f"another process is writing {self.path}", "wait for it, or choose another -o") from error
 
     def _recover(self, header: bytes) -> None:
-        """Find the whole rows, and cut off what is behind the last of them."""
+        """Find the whole rows, and cut off what follows the last of them."""
         with self.path.open("rb") as file:
             first = file.readline()
             if first and first != header and first.endswith(b"\n"):

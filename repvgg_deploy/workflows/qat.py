@@ -49,10 +49,10 @@ _SEEN = 64
 def run_qat(request: QatRequest, progress: Progress = SILENT) -> QatResult | None:
     """Train, and write the checkpoint and its scales; the result, or None in all but the first process of torchrun.
 
-    A run that was stopped goes on from its last saved state, and ends as it would have ended.
+    A run that was stopped continues from its last saved state, with the same final result.
 
     Raises:
-        DeployError: whatever the user can mend; the output is not touched then.
+        DeployError: any error that the user can fix; the output is not touched then.
     """
     with _processes(request.device) as rank:
         return _run(request, progress if rank == 0 else SILENT, rank)
@@ -166,7 +166,7 @@ def _with_steps(request: QatRequest, count: int) -> QatRequest:
 def _begin(
     request: QatRequest, checkpoint: Checkpoint, net: RepVGG, preprocessing: Preprocessing, progress: Progress
 ) -> _Run:
-    """The run as it was saved, or a new one."""
+    """The saved run, or a new one."""
     recipe = load_recipe(request.recipe)
     path = state_path(request.output)
     identity = _identity(request, checkpoint)
@@ -198,7 +198,7 @@ def _begin(
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The state of a run, read without running anything that it may hold."""
+    """The state of a run, read without executing code that it may contain."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -209,7 +209,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _identity(request: QatRequest, checkpoint: Checkpoint) -> dict[str, str]:
-    """What must be the same for a run to go on."""
+    """What must be the same for a run to continue."""
     values = asdict(replace(request, output=Path(), interval_s=0.0, validation=None))
     return {"sha256": checkpoint.sha256, **{name: str(value) for name, value in values.items()}}
 

@@ -91,7 +91,7 @@ def read_training_images(
 
 
 def made_images(made: MadePictures) -> TrainingImages:
-    """Pictures made from BN statistics, to train on."""
+    """Images synthesized from BN statistics, to train on."""
     return TrainingImages((), Preprocessing(), made=made.pictures)
 
 

@@ -1,4 +1,4 @@
-"""What `qat` is asked for, what it gives back, and which files stand beside the checkpoint that it writes."""
+"""The request that `qat` takes, the result that it returns, and the files beside the checkpoint it writes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from repvgg_deploy.quantization.qat_training import TrainingOptions
 
 @dataclass(frozen=True)
 class QatRequest:
-    """All that `qat` is asked for.
+    """The request that `qat` takes.
 
     Attributes:
         checkpoint: in training form, or with `from_deploy` in deploy form.
         output: the checkpoint to write; the scales, the curves and the state of the run go beside it.
-        data: images to train on, with or without labels; None for pictures made from BN statistics.
-        calibration: images for the scales to start from; None for made pictures.
-        validation: labelled images whose top-1 and agreement are followed.
+        data: images to train on, with or without labels; None for images synthesized from BN statistics.
+        calibration: images for the initial scales; None for synthesized ones.
+        validation: labelled images for the top-1 and the agreement during training.
         recipe: of the INT8 export that training starts from.
         epochs: passes over the images, in place of `training.steps`.
         read: how the checkpoint is read.
         training, options: see `TrainingOptions` and `QatOptions`.
         from_deploy: a deploy form is taken: BNs are inserted, trained and fused again.
         device: `cpu` or `cuda`.
-        interval_s: the seconds after which the state is saved, at the latest.
+        interval_s: the longest time between saved states, in seconds.
     """
 
     checkpoint: Path
@@ -80,5 +80,5 @@ def curves_path(output: Path) -> Path:
 
 
 def state_path(output: Path) -> Path:
-    """The file that a stopped run goes on from; it is gone when the run has ended."""
+    """The file that a stopped run continues from; it is removed when the run has ended."""
     return output.with_name(f"{output.stem}.qat-state.pt")

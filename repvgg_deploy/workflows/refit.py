@@ -39,7 +39,7 @@ def refit_in_place(plan: Path, weights: Path, progress: Progress = SILENT) -> En
 
 
 def _check_refitted(engine: Engine, onnx: Path, progress: Progress) -> None:
-    """The comparison that follows every build, on drawn pictures, or on noise where the net takes no RGB."""
+    """The comparison that follows every build, on synthetic images, or on noise where the net takes no RGB."""
     side, images = engine.side, engine.side.inputs[0]
     takes_pixels = images.dtype == "uint8"
     batch, *rest = images.shape

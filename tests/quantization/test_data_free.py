@@ -59,7 +59,7 @@ class Steps:
         pass
 
     def step(self, name: str, done: float, total: float, /) -> None:
-        assert name == "making pictures"
+        assert name == "synthesizing images"
         self.seen.append((done, total))
 
 

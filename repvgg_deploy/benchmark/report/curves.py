@@ -1,4 +1,4 @@
-"""Learning curves of quantization-aware training, as a picture."""
+"""Learning curves of quantization-aware training, as a plot."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def _dot_rows(
     key: Callable[[dict[str, Any]], tuple[Any, ...]],
     label: Callable[[tuple[Any, ...]], str],
 ) -> None:
-    """One row a model, one dot with its interval a series."""
+    """One row per model, and one dot with its interval per series."""
     axes.axvline(1.0, color="#444444", linewidth=1)
     for number, which in enumerate(series):
         offset = (number - (len(series) - 1) / 2) * 0.7 / max(len(series), 1)

@@ -16,7 +16,7 @@ from repvgg_deploy.hardware.gpus import find_gpus
 
 
 def check(returned: Any, doing: str) -> Any:
-    """What a call gave besides its status: nothing, one value, or several.
+    """What a call returned besides its status: nothing, one value, or several.
 
     Raises:
         DeployError: the status is not success.
@@ -126,7 +126,7 @@ class CudaBindings:
         status, graph = runtime.cudaStreamEndCapture(stream)
         if status == runtime.cudaError_t.cudaSuccess:
             check(runtime.cudaGraphDestroy(graph), "dropping a CUDA graph")
-        # The runtime remembers a failure until it is asked for it; the next user must not find this one.
+        # The runtime keeps the last error until it is read; the next caller must not find this one.
         runtime.cudaGetLastError()
 
     def launch(self, graph: Any, stream: int) -> None:
@@ -146,7 +146,7 @@ class _Event:
 
     def __del__(self) -> None:
         # Without a handle it could not be created; the status does not matter: a GPU that has failed holds no events.
-        # When the interpreter ends the library may be gone, and its events with it.
+        # At interpreter exit the library may already be unloaded, and its events with it.
         if hasattr(self, "handle"):
             with suppress(Exception):
                 runtime.cudaEventDestroy(self.handle)

@@ -1,4 +1,4 @@
-"""The little of CUDA that running an engine needs, as one interface over `cuda.bindings` and over `pycuda`.
+"""The part of CUDA that running an engine needs, as one interface over `cuda.bindings` and over `pycuda`.
 
 Device pointers and streams are plain integers here, as TensorRT, torch and cupy give and take them.
 """
@@ -35,19 +35,19 @@ class Cuda(Protocol):
         """Whether a stream can be captured into a graph."""
 
     def close(self) -> None:
-        """Say that one engine needs the GPU no more; the process stays in its context."""
+        """Declare that one engine no longer needs the GPU; the process stays in its context."""
 
     def allocate(self, size: int) -> int:
         """A device pointer to `size` bytes."""
 
     def free(self, pointer: int) -> None:
-        """Give device memory back."""
+        """Release device memory."""
 
     def allocate_pinned(self, size: int) -> NDArray[np.uint8]:
         """Page-locked host memory, from which copies run beside the host's work."""
 
     def free_pinned(self, array: NDArray[np.uint8]) -> None:
-        """Give page-locked memory back; nothing may refer to it any more."""
+        """Release page-locked memory; nothing may refer to it any more."""
 
     def create_stream(self) -> int:
         """A stream that does not wait for the default stream."""
@@ -116,7 +116,7 @@ def open_cuda(library: str | None = None) -> Cuda:
         except ImportError as error:
             reasons.append(f"{candidate}: {str(error).splitlines()[0]}")
         except DeployError as error:
-            # A cuda.bindings that is too new for the driver says nothing of pycuda, which may fit it.
+            # A cuda.bindings that is too new for the driver does not rule out pycuda, which may fit it.
             reasons.append(f"{candidate}: {error.message}")
     found = find_gpus()
     if not found.gpus:

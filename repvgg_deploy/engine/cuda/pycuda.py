@@ -138,7 +138,7 @@ class PyCuda:
     begin_capture = end_capture = abandon_capture = launch = destroy_graph = _refuse_graphs
 
     def leave(self) -> None:
-        """At the end of the process: give everything back and leave the context."""
+        """At the end of the process: release everything and leave the context."""
         self._streams.clear()
         self._memory.clear()
         driver.Context.pop()
