@@ -23,7 +23,7 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MKDOCS) build -q --strict
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # The documentation as a site, in build/site; warnings are errors.
 docs: $(VENV)/.test
