@@ -93,6 +93,8 @@ def scratch_folder() -> Iterator[Path]:
 def stage_files(folder: Path, is_result: bool = True) -> Iterator[Path]:
     """A temporary folder whose files replace those of `folder` when the block ends; after an error, none does.
 
+    A folder in it is moved as a whole, to where there is none of its name.
+
     The temporary folder lies inside `folder`, so that the renames stay on one file system. A process that was killed
     leaves it there; the first call a day later removes it.
 
@@ -197,10 +199,11 @@ def file_kind(path: Path) -> FileKind:
 
 
 def flush_files(folder: Path) -> None:
-    """Wait until all files of `folder` are on the disk; quick where they are already."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    """Wait until all files below `folder` are on the disk; quick where they are already."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def hash_file(path: Path) -> str:

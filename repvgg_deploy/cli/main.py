@@ -10,6 +10,7 @@ from repvgg_deploy.cli.command import Group
 from repvgg_deploy.cli.export import export, fuse, refit
 from repvgg_deploy.cli.machine import demo, doctor
 from repvgg_deploy.cli.models import archs, eval_, inspect, verify
+from repvgg_deploy.cli.package import package
 from repvgg_deploy.cli.predict import predict
 from repvgg_deploy.cli.qat import qat
 from repvgg_deploy.cli.report import report
@@ -33,5 +34,20 @@ def main() -> None:
     """
 
 
-for _command in (archs, bench, demo, doctor, eval_, export, fuse, inspect, predict, qat, refit, report, verify):
+for _command in (
+    archs,
+    bench,
+    demo,
+    doctor,
+    eval_,
+    export,
+    fuse,
+    inspect,
+    package,
+    predict,
+    qat,
+    refit,
+    report,
+    verify,
+):
     main.add_command(_command)

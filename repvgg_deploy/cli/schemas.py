@@ -14,6 +14,7 @@ VERSIONS = {
     "export-module": 1,
     "fuse": 1,
     "inspect": 1,
+    "package": 1,
     "predict": 1,
     "profile": 1,
     "qat": 1,

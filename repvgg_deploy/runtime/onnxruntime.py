@@ -109,6 +109,7 @@ class OnnxRunner:
         if not outputs:
             raise GraphError(f"{path} has no output", "an image classifier has one output N,classes")
         self.output_names: tuple[str, ...] = tuple(output.name for output in outputs)
+        self.output_types = {output.name: str(output.type) for output in outputs}
         self.output_shapes = [tuple(s if isinstance(s, int) else None for s in output.shape) for output in outputs]
 
     def _inputs(self, path: Path) -> Sequence[Any]:

@@ -100,6 +100,7 @@ def test_export_and_what_looks_at_its_graphs(folder: Path) -> None:
     check(run("inspect", folder / "net.pth"), "inspect")
     parity = check(run("verify", folder / "net.pth", folder / "net.fp16.onnx"), "verify")
     assert parity["top1_agreement"] in (75.0, 87.5, 100.0)
+    check(run("package", folder / "net.fp16.onnx", "-o", folder / "served", "--triton"), "package")
     check(run("bench", folder / "net.fp16.onnx", *QUICK), "bench")
     check(run("bench", folder / "net.fp16.onnx", "--profile", "--duration", "0.05"), "profile")
     check(run("bench", folder / "net.fp16.onnx", "--input", "jpeg", folder / "images", "--duration", 0.1), "end-to-end")

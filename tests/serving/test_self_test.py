@@ -1,0 +1,56 @@
+"""The self-test of a model repository finds what does not agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from repvgg_deploy.serving.self_test import main
+
+
+def add_model(repository: Path, name: str, factor: float, expected: float, has_graph: bool = True) -> None:
+    """A model that multiplies `x` by `factor` into `x`'s successor, and golden files that say `expected`."""
+    version = repository / name / "1"
+    data = version / "test_data_set_0"
+    data.mkdir(parents=True)
+    (repository / name / "config.pbtxt").write_text(f'name: "{name}"\n')
+    nodes = [helper.make_node("Mul", ["x", "factor"], ["y"])]
+    shapes = [helper.make_tensor_value_info(tensor, TensorProto.FLOAT, [2]) for tensor in "xy"]
+    weights = [numpy_helper.from_array(np.float32(factor), "factor")]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", shapes[:1], shapes[1:], weights), opset_imports=[helper.make_opsetid("", 18)]
+    )
+    model.ir_version = 8
+    if has_graph:
+        onnx.save(model, version / "model.onnx")
+    for kind, values, tensor in (("input", [1.0, 2.0], "x"), ("output", [expected, 2 * expected], "y")):
+        proto = numpy_helper.from_array(np.array(values, np.float32), tensor)
+        (data / f"{kind}_0.pb").write_bytes(proto.SerializeToString())
+
+
+@pytest.mark.parametrize(("expected", "status"), [(3.0, 0), (3.001, 0), (4.0, 1), (float("nan"), 1)])
+def test_an_output_that_is_another_fails(
+    expected: float, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_model(tmp_path, "net", 3.0, expected)
+    assert main([str(tmp_path)]) == status
+    assert ("FAILED" in capsys.readouterr().out) == bool(status)
+
+
+def test_one_failure_among_others_fails(tmp_path: Path) -> None:
+    add_model(tmp_path, "good", 3.0, 3.0)
+    assert main([str(tmp_path)]) == 0
+    add_model(tmp_path, "bad", 3.0, 3.5)
+    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path), "--max-relative", "0.5"]) == 0
+
+
+def test_nothing_that_was_run_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    add_model(tmp_path, "plan", 3.0, 3.0, has_graph=False)
+    assert main([str(tmp_path)]) == 1
+    assert "plan/1: not run" in capsys.readouterr().out
