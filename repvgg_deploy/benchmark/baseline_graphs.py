@@ -67,8 +67,8 @@ class BaselineFloats(FloatLayers):
 class BaselineIntegers:
     """Layers with int8 weights, one scale per filter, and Q/DQ pairs on the points, one symmetric scale per tensor.
 
-    As in the RepVGG that it is compared with, the pairs stand behind the ReLU and are unsigned there. `for_engine`
-    leaves out those in front of a sum and those that only ONNX Runtime needs to make an integer operator.
+    As in the RepVGG that it is compared with, the pairs stand after the ReLU and are unsigned there. `for_engine`
+    leaves out those before a sum and those that only ONNX Runtime needs to make an integer operator.
     """
 
     ranges: Scales

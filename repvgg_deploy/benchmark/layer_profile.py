@@ -167,7 +167,7 @@ def _run_profiled(path: Path, name: str, images: Any, threads: int, seconds: flo
 
 
 def _with_fused_names(model: onnx.ModelProto, costs: dict[str, Cost]) -> dict[str, Cost]:
-    """`costs`, also under the names of the additions and ReLUs behind a layer: the fused node has the last one's."""
+    """`costs`, also under the names of the additions and ReLUs after a layer: the fused node has the last one's."""
     by_tensor = {node.output[0]: costs[node.name] for node in model.graph.node if node.name in costs}
     named = dict(costs)
     for node in model.graph.node:

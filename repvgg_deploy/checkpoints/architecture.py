@@ -24,7 +24,7 @@ def infer_spec(keys: KeyMap, tensors: Mapping[str, StoredTensor]) -> ArchSpec:
     stage, 1 elsewhere, except that a block with an identity branch has stride 1.
 
     Raises:
-        CheckpointError: a block's kernel is missing, or cannot follow the block in front of it.
+        CheckpointError: a block's kernel is missing, or cannot follow the block before it.
     """
     blocks = _group_by_block(keys, tensors)
     stages: list[list[BlockSpec]] = []

@@ -153,7 +153,7 @@ def _require_complete(spec: ArchSpec, keys: KeyMap, found: Mapping[str, StoredTe
 
 
 def _scope_of(head: Head, net: FoundNet) -> str:
-    """What is in front of all names of the net, the head's too, with a dot at its end; or nothing."""
+    """What is before all names of the net, the head's too, with a dot at its end; or nothing."""
     scopes = [f"{scope}." if scope else "" for scope in scopes_of(net)]
     return next(scope for scope in scopes if all(key.startswith(scope) for key in head.keys))
 

@@ -45,14 +45,14 @@ def group_layers(head: Head, modules: Mapping[str, Inert], given: HeadActivation
             groups.append([])
     if any(all(part.kind == "bn" for part in group) for group in groups):
         raise CheckpointError(
-            f"the head ends with a ReLU in front of {printable(groups[-1][0].name) if groups[-1] else 'nothing'}",
+            f"the head ends with a ReLU before {printable(groups[-1][0].name) if groups[-1] else 'nothing'}",
             "only heads whose last layer is linear are exported; --module exports a net by its own code",
         )
     return tuple(tuple(group) for group in groups)
 
 
 def _from_modules(parts: list[HeadPart], modules: Mapping[str, Inert]) -> list[HeadActivation] | None:
-    """What the pickled `Sequential` has behind each part but the last; None without one."""
+    """What the pickled `Sequential` has after each part but the last; None without one."""
     parent = modules.get(parts[0].name.rpartition(".")[0])
     if parent is None or parent.name != "Sequential":
         return None
@@ -90,7 +90,7 @@ def _from_names(parts: list[HeadPart], given: HeadActivation | None) -> list[Hea
                 if not gaps[1:]
                 else "there is more than one module between them: --module exports a net by its own code",
             )
-        # Without numbers: behind the BN, as is usual.
+        # Without numbers: after the BN, as is usual.
         behind[gaps[0] if gaps else second - 1] = given
     return behind
 

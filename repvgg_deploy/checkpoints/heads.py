@@ -1,6 +1,6 @@
 """The classifier among the tensors that are not the blocks': a linear layer under any name, or what is one.
 
-A head is a chain of linear layers, 1×1 convolutions behind the pooling, and BNs. Names do not tell activations.
+A head is a chain of linear layers, 1×1 convolutions after the pooling, and BNs. Names do not tell activations.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Match:
 class KeyMap:
     """The keys of one net under a layout: `names` maps the file's key to the canonical one.
 
-    `prefix`: what the layout's own names have in front of them, with a dot at its end; or nothing.
+    `prefix`: what the layout's own names have before them, with a dot at its end; or nothing.
     """
 
     layout: Layout

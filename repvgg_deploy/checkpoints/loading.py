@@ -40,7 +40,7 @@ class Checkpoint:
     A net without a classifier has 0 classes. Nothing here was executed, and nothing runs when it is read.
 
     Attributes:
-        prefix: which net of the file it is: the keys of dicts and the words of names in front of its own, by dots.
+        prefix: which net of the file it is: the keys of dicts and the words of names before its own, by dots.
         notes: things that a user should know of the file.
         configuration: what the file says beside its tensors, as plain data: dicts with string keys, lists, tuples,
             text, numbers, bytes, None, and an `Inert` record in place of each object. So an mmengine file has its

@@ -19,7 +19,7 @@ class FoundNet:
     """The blocks of one net: under which prefix, in which dict, and their names in it.
 
     Attributes:
-        prefix: what is in front of the layout's own names in the whole file, without a dot at its end.
+        prefix: what is before the layout's own names in the whole file, without a dot at its end.
         place: the dict or module in which the tensors lie: the beginning of `prefix`, or all of it.
         keys: the canonical name of each tensor, by its name in `place`.
     """

@@ -1,4 +1,4 @@
-"""`.safetensors` files: a header in JSON that must describe every byte behind it once."""
+"""`.safetensors` files: a header in JSON that must describe every byte after it exactly once."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def as_strides(value: Any) -> tuple[int, ...] | None:
 def as_activation(value: Any) -> str | None:
     """The name of an activation, of `SiLU`, `torch.nn.SiLU` or `dict(type="LeakyReLU", negative_slope=0.1)`.
 
-    A name that is not known comes back as it is, but what only stands behind a classifier is none.
+    An unknown name is returned as it is; a function that is only used after a classifier gives None.
     """
     slope = None
     if isinstance(value, Mapping):

@@ -19,7 +19,7 @@ _BLOCK = 1 << 22
 
 
 class EndsEarlyError(Exception):
-    """The bytes asked for lie behind the end of the file."""
+    """The requested bytes lie beyond the end of the file."""
 
 
 class Source(Protocol):

@@ -136,7 +136,7 @@ class StoredTensor:
         return content.view(self.dtype).as_strided(self.shape, self.stride)
 
     def _span(self, name: str) -> tuple[int, int]:
-        """The first byte in the storage, and the one behind the last."""
+        """The first byte in the storage, and the one after the last."""
         numbers = (self.offset, *self.shape, *self.stride)
         if len(self.shape) != len(self.stride) or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
             raise CheckpointError(f"{name} has the shape {self.shape} and the stride {self.stride}", _AGAIN)

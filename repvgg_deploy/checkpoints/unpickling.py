@@ -67,7 +67,7 @@ class Globals:
 
 
 def read_pickle(stream: IO[bytes], names: Globals, find_persistent: Callable[[Any], Any]) -> Any:
-    """The value of the pickle that begins at `stream`'s position, which is behind the pickle afterwards.
+    """The value of the pickle that begins at `stream`'s position, and move the stream past it.
 
     Args:
         stream: read forward only.

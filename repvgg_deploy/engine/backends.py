@@ -18,8 +18,8 @@ from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LABELS: dict[BackendName, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-# INT8 graphs have uint8 zero-points behind a ReLU. The ONNX parser refused them up to 10.1, and from 10.10 on it reads
-# those that are 0 as int8 in strongly typed networks: 10.13 is safely behind that.
+# INT8 graphs have uint8 zero-points after a ReLU. The ONNX parser refused them up to 10.1, and from 10.10 on it reads
+# those that are 0 as int8 in strongly typed networks: 10.13 is safely above that.
 OLDEST: dict[BackendName, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 7)}
 
 # Attributes that not every supported release has; use them only through `has`.

@@ -40,7 +40,7 @@ def require_refittable(plan: Path) -> Sidecar:
 def graph_options(side: Sidecar) -> GraphOptions:
     """The graph that a checkpoint must be exported to so that its weights fit the engine of `side`.
 
-    A softmax has no weights, so behind a top-k it need not be known.
+    A softmax has no weights, so after a top-k it need not be known.
 
     Raises:
         DeployError: the engine was not built from a graph of this tool.

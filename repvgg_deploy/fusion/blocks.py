@@ -134,7 +134,7 @@ def _has_conv(value: Affine) -> bool:
 
 
 def _branch(branch: nn.Module) -> Affine | None:
-    """A convolution, a BN, one behind the other, or neither; None where the branch holds anything else."""
+    """A convolution, a BN, one after the other, or neither; None where the branch holds anything else."""
     value: Affine = Input()
     leaves = list(branch.children()) if list(branch.children()) and not is_norm(branch) else [branch]
     for leaf in leaves:

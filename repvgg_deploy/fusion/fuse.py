@@ -35,7 +35,7 @@ def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype: of the fused weights; by default that of the block's own. The algebra is float64 in any case.
 
     Raises:
-        FusionError: a block has no equivalent convolution (no running statistics, a squeeze-excite in front of a BN,
+        FusionError: a block has no equivalent convolution (no running statistics, a squeeze-excite before a BN,
             padding that shifts the branches against each other, a branch that is not known), or there is none at all.
 
     Example:

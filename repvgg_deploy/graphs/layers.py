@@ -57,7 +57,7 @@ class Layers(Protocol):
         """The output of a block as the block `reader` reads it, None: as what follows the last block does."""
 
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
-        """The mean over height and width, in front of the classifier."""
+        """The mean over height and width, before the classifier."""
 
     def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
         """The classifier."""

@@ -210,7 +210,7 @@ def _add_squeeze_excite(g: GraphBuilder, name: str, se: nn.Module, layers: Layer
 def add_output(
     g: GraphBuilder, net: RepVGG, layers: Layers, options: GraphOptions, x: str
 ) -> list[onnx.ValueInfoProto]:
-    """The nodes behind the last layer and the declared outputs; what is computed here is computed in the I/O type."""
+    """The nodes after the last layer and the declared outputs; what is computed here is computed in the I/O type."""
     dtype = _io_dtype(options)
     batch: int | str = options.batch or "batch"
     steps: list[tuple[str, dict[str, Any]]] = []

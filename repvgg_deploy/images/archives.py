@@ -66,7 +66,7 @@ def _walk(path: Path, file: BinaryIO, prefix: str, depth: int) -> Iterator[TarMe
                 yield from _walk(path, file, f"{name}/", depth - 1)
             else:
                 yield TarMember(path, name, member.offset_data, member.size)
-        # The module takes a damaged header behind the first for the end of the archive.
+        # The module mistakes any damaged header but the first for the end of the archive.
         file.seek(tar.offset)
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise tarfile.ReadError("damaged or cut off: no end marker after its last member")

@@ -163,7 +163,7 @@ def _read_rows(path: Path) -> list[list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ImageError(f"{path} cannot be read as a ground truth ({error})", "a text file") from error
     rows = [row for line in text.splitlines() if (row := next(csv.reader([line]), [])) and not line.startswith("#")]
-    # Kaggle's: `ImageId,PredictionString`, and boxes behind the class.
+    # Kaggle's: `ImageId,PredictionString`, and boxes after the class.
     rows = [[field for part in row for field in part.split()] for row in rows]
     rows = [row for row in rows if row and row[0] != "ImageId"]
     if not rows:

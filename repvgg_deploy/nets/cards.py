@@ -120,7 +120,7 @@ def find_card(name: str) -> Card:
 def find_named_card(name: str) -> str | None:
     """The name of the one card that a name of any library contains; None where it contains none, or several.
 
-    Folders in front of the name do not count.
+    Folders before the name do not count.
     """
     short = {_plain(card): card for card in load_cards()}
     words = re.split(r"[^a-z0-9]+", name.lower().rpartition("/")[2])

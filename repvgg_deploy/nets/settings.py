@@ -115,7 +115,7 @@ NO_SETTINGS = Settings()
 def fit_settings(settings: Settings, spec: ArchSpec) -> Settings:
     """`settings` less what cannot be of this net; a note tells what was left out.
 
-    One stride less than there are stages is taken for those behind the stem, whose own is 2 then.
+    One stride less than there are stages is taken for those after the stem, whose own is 2 then.
     """
     said, images, notes = settings.structure, settings.preprocessing, list(settings.notes)
     if said.strides is not None and len(said.strides) == len(spec.stages) - 1:

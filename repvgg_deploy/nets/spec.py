@@ -72,7 +72,7 @@ class ArchSpec:
         bn_eps: the ε of all BNs.
         activation: of all blocks.
         maps: the stages whose outputs the net gives in place of pooled features; only a backbone has some.
-        hidden: widths of the linear layers, each with a ReLU behind it, between the pool and the last one.
+        hidden: widths of the linear layers, each with a ReLU after it, between the pool and the last one.
     """
 
     stages: tuple[tuple[BlockSpec, ...], ...]
@@ -147,7 +147,7 @@ class ArchSpec:
         return replace(self, stages=tuple(stages))
 
     def backbone(self, maps: tuple[int, ...] = ()) -> ArchSpec:
-        """This network without its linear layer; with `maps` it ends behind the last of these stages, which it gives.
+        """This network without its linear layer; with `maps` it ends after the last of these stages, which it gives.
 
         Raises:
             DeployError: there is no such stage.

@@ -1,6 +1,6 @@
 """Quantized chains in their ONNX graph: Q/DQ pairs where TensorRT and ONNX Runtime fuse them into the convolutions.
 
-A pair stands behind every ReLU of a chain, the last one's too: ONNX Runtime runs a convolution in integers only if all
+A pair stands after every ReLU of a chain, the last one's too: ONNX Runtime runs a convolution in integers only if all
 that reads it is a QuantizeLinear. What else reads a chain's output reads what the pair gives. In front of a chain whose
 input is float, a pair stands for the chain alone.
 """

@@ -189,7 +189,7 @@ def _to_block(node: ConvNode, constants: Mapping[str, onnx.TensorProto]) -> Fuse
 def quantize_chain(
     chain: Chain, blocks: Sequence[FusedBlock], streams: Streams, recipe: Recipe, number: int, scale: float | None
 ) -> QuantizedChain:
-    """The integers of `chain`, whose layers are `blocks`; changes `blocks`, and `streams` are behind it afterwards.
+    """The integers of `chain`, whose layers are `blocks`; changes `blocks`, and moves `streams` past it.
 
     Args:
         chain: of a graph.

@@ -1,6 +1,6 @@
 """Weights whose input is dead or constant: removed, because one outlier there sets the scale of a whole filter.
 
-An identity branch behind a channel that is (nearly) always the same has a tiny σ, so γ/σ puts an enormous weight on an
+An identity branch after a channel that is (nearly) always the same has a tiny σ, so γ/σ puts an enormous weight on an
 input that does not vary: on 0 the weight does nothing, and on another constant it is a bias.
 Source: "Make RepVGG Greater Again: A Quantization-Aware Approach", section 3 (https://arxiv.org/abs/2212.01593).
 """

@@ -27,7 +27,7 @@ _LIMIT = 1e8
 def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) -> dict[str, Tensor]:
     """Rescale the channels of every point between two layers; the net's function does not change. Changes `net`.
 
-    Maps that the net gives are not rescaled; behind an activation that is not homogeneous nothing is.
+    Maps that the net gives are not rescaled; after an activation that is not homogeneous nothing is.
 
     The factor of a channel is r = a^exponent / w^(1 − exponent), a the largest activation that an image usually has, w
     the largest share that its columns have of a filter's largest weight; their geometric mean over the channels is 1.

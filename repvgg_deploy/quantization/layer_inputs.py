@@ -51,7 +51,7 @@ class Moments:
 
     `covariance` (columns, columns) is that of the rounded inputs with themselves, `drift` (filters, columns) that of
     the error they bring to the group's outputs (its weights on exact minus rounded inputs) with them; `samples` pixels
-    are behind both. A pixel counts by `Streams.image_weights` and by `weights_of_errors` of its outputs.
+    were used for both. A pixel counts by `Streams.image_weights` and by `weights_of_errors` of its outputs.
     """
 
     exact_mean: Tensor

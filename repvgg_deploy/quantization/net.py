@@ -214,7 +214,7 @@ class QuantizedNet(nn.Module):
         return _Flow(rounded * scale, rounded)
 
     def _as_read(self, flow: _Flow, reader: str) -> Tensor:
-        """The values at a point as the layer behind it reads them."""
+        """The values at a point as the layer after it reads them."""
         scale = self.point_scale(reader)
         return flow.values if scale is None else flow.integers_with(scale, self._highest[reader]) * scale
 

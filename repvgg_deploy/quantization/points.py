@@ -53,7 +53,7 @@ def walk(net: RepVGG, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def after_conv(block: FusedBlock, x: Tensor) -> Tensor:
-    """What a block does behind its convolution: squeeze-excites and the activation."""
+    """What a block does after its convolution: squeeze-excites and the activation."""
     return cast(Tensor, block.se_after(block.act(block.se_before(x))))
 
 

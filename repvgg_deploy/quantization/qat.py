@@ -112,7 +112,7 @@ def round_kernel(weight: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
 class FakeQuantizer(nn.Module):
     """Rounds activations with one learned scale; its logarithm is the parameter, so that it stays positive.
 
-    `highest` is the integer at which it saturates. With 8 bits behind a ReLU that is 127 in TensorRT and 255 in ONNX
+    `highest` is the integer at which it saturates. With 8 bits after a ReLU that is 127 in TensorRT and 255 in ONNX
     Runtime: whoever trains for both sets it in turn.
     """
 
@@ -165,7 +165,7 @@ class QatBlock(_QuantizedLayer):
     """A RepVGG block in training form that computes what its deploy form does on integers.
 
     `block` is the block of whatever library, whose branches are trained, and `parts` are its parts. `output` rounds
-    what follows the block, in front of a global pool.
+    what follows the block, before a global pool.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class QatBlock(_QuantizedLayer):
         return cast(Tensor, self.output(parts.se_after(parts.act(parts.se_before(self.total(x))))))
 
     def total(self, x: Tensor) -> Tensor:
-        """What the rounded equivalent kernel gives, in front of squeeze-excites and activation."""
+        """What the rounded equivalent kernel gives, before squeeze-excites and activation."""
         parts = self.parts
         x = self.input(x)
         if self.training and self.options.moving_statistics:
@@ -253,7 +253,7 @@ def prepare_qat(model: nn.Module, scales: QatScales, options: QatOptions | None 
     for name in qat_layers(net):
         if name not in scales.layers:
             raise DeployError(f"there are no scales for {name}", "observe_scales() gives those of every block")
-    # Of a chain of blocks each input but the first is behind the ReLU of the block before.
+    # Of a chain of blocks each input but the first is after the ReLU of the block before.
     behind_relu = False
     last: QatBlock | None = None
     for name, (block, parts) in blocks.items():

@@ -2,7 +2,7 @@
 
 Dead inputs are removed and channels equalized, as for an export, and the branches of each block are changed so that
 together they are exactly the kernel that the export would round. So training starts where calibration ends. A net in
-deploy form gets a BN behind each convolution, with the statistics that its output has on the images.
+deploy form gets a BN after each convolution, with the statistics that its output has on the images.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _training_blocks(net: RepVGG) -> list[tuple[str, TrainingBlock]]:
 
 
 def _spec_with_norms(spec: ArchSpec) -> ArchSpec:
-    """The architecture of a deploy form with a BN behind each convolution."""
+    """The architecture of a deploy form with a BN after each convolution."""
     stages = tuple(tuple(replace(block, branches=(Branch(3),)) for block in stage) for stage in spec.stages)
     return replace(spec, stages=stages)
 
@@ -218,7 +218,7 @@ def _match(block: TrainingBlock, weight: Tensor, bias: Tensor) -> None:
 
 
 def _revive(conv: nn.Conv2d, norm: _BatchNorm | None) -> None:
-    """Give a BN that scales by (nearly) 0 a gain of 1 behind a kernel of zeros, which can then be corrected."""
+    """Give a BN that scales by (nearly) 0 a gain of 1 after a kernel of zeros, which can then be corrected."""
     if norm is None:
         return
     assert norm.running_mean is not None

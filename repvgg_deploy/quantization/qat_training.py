@@ -179,7 +179,7 @@ class QatTraining:
 
 
 def set_saturation(net: nn.Module, highest: int) -> None:
-    """Let activations of 8 bits behind a ReLU saturate at `highest`: 127 as in TensorRT, 255 as in ONNX Runtime."""
+    """Let activations of 8 bits after a ReLU saturate at `highest`: 127 as in TensorRT, 255 as in ONNX Runtime."""
     for quantizer in quantizers(net):
         if quantizer.unsigned and quantizer.lowest == -128:
             quantizer.highest = highest

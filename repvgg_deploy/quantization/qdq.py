@@ -32,9 +32,9 @@ FP16_SCALES_OPSET = 19
 
 @dataclass
 class IntegerLayers:
-    """Layers with Q/DQ in front of their inputs; see `repvgg_deploy.graphs.repvgg.Layers`.
+    """Layers with Q/DQ before their inputs; see `repvgg_deploy.graphs.repvgg.Layers`.
 
-    The pairs stand behind the ReLU, where TensorRT fuses them into the convolution's kernel, and where the saturation
+    The pairs stand after the ReLU, where TensorRT fuses them into the convolution's kernel, and where the saturation
     of an unsigned pair is the ReLU in ONNX Runtime (see `repvgg_deploy.quantization.target`). So that every
     operator is an integer one there, a pair also stands on both sides of the Flatten, and the classifier's bias is an
     Add of its own: a Gemm with a float bias stays float.
@@ -63,20 +63,20 @@ class IntegerLayers:
         return self.floats.activate(g, name, activation, x)
 
     def read_map(self, g: GraphBuilder, reader: str | None, x: str) -> str:
-        """The map as the block behind it reads it; Q/DQ of the last one."""
+        """The map as the block after it reads it; Q/DQ of the last one."""
         if reader is None:
             scale = self.net.pool_scale
             return x if scale is None else self._rounded(g, POOL, "pool.input", x, scale)
         return x if self.net.integer_layer(reader) is None else f"{reader}.input.dequantized"
 
     def pool(self, g: GraphBuilder, name: str, x: str) -> str:
-        """Q/DQ in front of the global average pool, and behind it, in front of the classifier."""
+        """Q/DQ before the global average pool, and after it, before the classifier."""
         x = self.floats.pool(g, name, self.read_map(g, None, x))
         classifier = self.net.integer_layer(CLASSIFIER)
         return x if classifier is None else self._rounded(g, CLASSIFIER, f"{name}.output", x, classifier.input_scale)
 
     def linear(self, g: GraphBuilder, name: str, linear: nn.Linear, x: str) -> str:
-        """DQ of the weights, Gemm; the pair in front of it once more where the Flatten has parted them."""
+        """DQ of the weights, Gemm; the pair before it once more where the Flatten has parted them."""
         layer = self.net.integer_layer(CLASSIFIER)
         if layer is None:
             return self.floats.linear(g, name, linear, x)
@@ -122,7 +122,7 @@ def to_qdq_onnx(
         options: of the graph.
         metadata: see `make_metadata`.
         dtype: float32 (default) or float16, of the scales, the biases and everything that is not int8.
-        activation_type: of the zero-points behind a ReLU. `int8` is for TensorRT before 10.10, whose parser refuses
+        activation_type: of the zero-points after a ReLU. `int8` is for TensorRT before 10.10, whose parser refuses
             uint8 ones; the integers are the same, and ONNX Runtime then runs the convolutions in float.
 
     Raises:

@@ -56,7 +56,7 @@ class LayerIntegers:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """All quantized layers by name, and the scale in front of the pool (None where the classifier stays float)."""
+    """All quantized layers by name, and the scale before the pool (None where the classifier stays float)."""
 
     layers: dict[str, LayerIntegers]
     pool_scale: float | None
@@ -115,7 +115,7 @@ def reconstruct(
 def reconstruct_block(
     block: FusedBlock, streams: Streams, recipe: Recipe, index: int, scale: float | None = None
 ) -> LayerIntegers:
-    """Quantize one block on `streams` in front of it, which are behind it afterwards.
+    """Quantize one block on the `streams` at its input, and move them to its output.
 
     `index` chooses the sampled pixels; `scale` is that of the block's input, where it is known already.
     """
@@ -176,7 +176,7 @@ def _widest(net: RepVGG, shape: torch.Size) -> int:
 
 
 def choose_scale(streams: Streams, layer: nn.Module | None, recipe: Recipe) -> float:
-    """The scale in front of `layer`, as float32 holds it; see `scale_by_output`."""
+    """The scale before `layer`, as float32 holds it; see `scale_by_output`."""
     scale = scale_by_output(streams, layer, recipe.scales.thresholds)
     # What the graph stores is float32.
     return float(torch.tensor(scale, dtype=torch.float32))

@@ -21,7 +21,7 @@ UNSIGNED_HIGHEST = 255
 
 
 def unsigned_points(net: RepVGG) -> frozenset[str]:
-    """The points of a fused net that never hold a negative value: all behind a ReLU."""
+    """The points of a fused net that never hold a negative value: all after a ReLU."""
     blocks = fused_blocks(net)
     readers = [[name] for name, _ in blocks[1:]] + [[POOL, CLASSIFIER] if net.has_classifier else [POOL]]
     found = zip(blocks, readers, strict=True)
@@ -41,5 +41,5 @@ def is_plain(block: FusedBlock) -> bool:
 
 
 def _ends_in_relu(block: FusedBlock) -> bool:
-    # A squeeze-excite behind it multiplies by a sigmoid.
+    # A squeeze-excite after it multiplies by a sigmoid.
     return isinstance(block.act, nn.ReLU) and isinstance(block.se_after, nn.Identity | SqueezeExciteBlock)

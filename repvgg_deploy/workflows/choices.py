@@ -66,6 +66,6 @@ def warn_of_choices(
         height, width = -(-height // stride), -(-width // stride)
     if checkpoint.origins.get("strides") == ASSUMED and max(height, width) <= 1:
         yield (
-            f"with the strides assumed, {preprocessing.height}x{preprocessing.width} px are a single pixel behind the"
+            f"with the strides assumed, {preprocessing.height}x{preprocessing.width} px are a single pixel after the"
             f" last stage; nets for small images often have others: --strides 1,1,2,2,2"
         )

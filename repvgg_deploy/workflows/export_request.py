@@ -31,7 +31,7 @@ class Int8Request:
         device: where to quantize, `cpu` or `cuda`.
         rest: the precision of what is not INT8.
         keep_float: layers that stay in that precision, by name.
-        activation_type: of the zero-points behind a ReLU. `int8` is for TensorRT before 10.10 alone.
+        activation_type: of the zero-points after a ReLU. `int8` is for TensorRT before 10.10 alone.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
         seconds: the time that synthesizing images may take; None for no limit.
