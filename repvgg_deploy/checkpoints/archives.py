@@ -12,7 +12,9 @@ from repvgg_deploy.checkpoints.sources import EndsEarlyError, Source, open_strea
 from repvgg_deploy.checkpoints.stored import Blob, Deferred, Span
 from repvgg_deploy.errors import CheckpointError
 
+# The local file header: signature, version, flags, method, time, date, CRC-32, sizes, lengths of name and extra field.
 _LOCAL: Final = struct.Struct("<4s5H3I2H")
+# Bits of the general purpose flag (APPNOTE.TXT, 4.4.4): encrypted; sizes and CRC follow the data; the name is UTF-8.
 _ENCRYPTED, _SIZES_BEHIND, _UTF8 = 0x1, 0x8, 0x800
 _MAX_EXPANSION = 20
 _EXPANSION_FREE_BYTES = 256 << 20

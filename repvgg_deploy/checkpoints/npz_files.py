@@ -14,6 +14,7 @@ from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.known_globals import array_tensor
 from repvgg_deploy.checkpoints.stored import StoredTensor
 
+# numpy's own limit: it parses the header as a Python literal, which is not safe for very long text.
 _MAX_HEADER = 10_000
 _NUMBERS = re.compile(r"float(16|32|64)|u?int(8|16|32|64)|bool|complex(64|128)")
 

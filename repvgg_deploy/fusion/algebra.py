@@ -2,6 +2,7 @@
 
 In float64: t = γ/√(σ²+ε); W = Σ over branches t·K, a smaller kernel and the identity at the centre of the largest one;
 b = Σ(β − μt). A BN after the sum scales both by its own t: W ← tW, b ← β + t(b − μ).
+Float64, because t is large where σ is small, and β − μt is then a difference of large numbers.
 Sources: RepVGG section 3.3 (https://arxiv.org/abs/2101.03697); QARepVGG section 4 (https://arxiv.org/abs/2212.01593).
 """
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from repvgg_deploy.graphs.builder import Array, GraphBuilder
 from repvgg_deploy.nets.activations import Activation
 
-# IEEE 754 half precision: the largest number, the smallest normal one, and what is rounded to zero below.
+# IEEE 754 half precision: the largest number, the smallest normal one, and the largest magnitude that rounds to zero:
+# half of the smallest subnormal, 2⁻²⁴, where the tie goes to the even neighbour, 0.
 FP16_MAX = 65504.0
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_ROUNDS_TO_ZERO = 2.0**-25

@@ -20,7 +20,9 @@ from repvgg_deploy.images.decoding import scale_and_shift
 from repvgg_deploy.nets.activations import Activation
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, SqueezeExciteBlock
 
+# The first opset whose QuantizeLinear takes float16 scales.
 DEFAULT_OPSET = 19
+# The first opset whose QuantizeLinear and DequantizeLinear have an `axis`, which one scale per filter needs.
 LOWEST_OPSET = 13
 
 

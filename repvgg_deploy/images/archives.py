@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+# Tar pads headers and data to blocks of this size, and ends with blocks of zeros.
 _BLOCK = 512
 _NESTED = ".tar"
 

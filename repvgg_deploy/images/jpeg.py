@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL import Image
 
+# The EXIF tag of the orientation.
 _ORIENTATION = 0x0112
 _TURNS = {
     2: lambda p: p[:, ::-1],

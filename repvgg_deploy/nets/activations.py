@@ -29,6 +29,7 @@ class Activation:
 
 NAMES = ("relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "elu", "mish")
 _OTHER_NAMES = {"swish": "silu", "hswish": "hardswish", "lrelu": "leaky_relu"}
+# The default of torch.nn.LeakyReLU.
 _DEFAULT_SLOPE = 0.01
 
 RELU = Activation()

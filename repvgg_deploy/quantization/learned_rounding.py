@@ -27,6 +27,7 @@ from repvgg_deploy.quantization.target import CLIPPING, LOWEST, UNSIGNED_HIGHEST
 
 # Scales and biases move by a share of what they are, weights by a share of one integer step.
 _SLOWER = 0.02
+# Steps over which the rates rise: Adam's first estimates of the gradients' variance are poor.
 _WARM_UP = 10
 _MEMORY_BYTES = 1 << 29
 

@@ -29,6 +29,7 @@ LEVELS = 127
 MOST = 128
 """What the weights of one sign in a pair may add up to."""
 
+# The largest input of such a kernel: a uint8, or an int8 held 128 higher.
 _LARGEST_INTEGER = 255
 INT16_MAX = 32767
 

@@ -14,9 +14,11 @@ from torch import nn
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, SqueezeExciteBlock
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks, point_names
 
+# Where an int8 QuantizeLinear saturates, one step below the clipping threshold −127.
 LOWEST = -128
 CLIPPING = 127
 """The integer of the clipping threshold, at every point."""
+# Where a uint8 QuantizeLinear saturates: ONNX Runtime keeps the integers above the clipping threshold.
 UNSIGNED_HIGHEST = 255
 
 

@@ -22,6 +22,7 @@ NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tens
 
 # FP32 without TF32, as in torch; channels last, which tensor cores take without a copy; kernels enqueued by one graph.
 _CUDA_OPTIONS = {"use_tf32": "0", "prefer_nhwc": "1", "enable_cuda_graph": "1"}
+# The run option that selects a captured graph; -1 runs without capturing or replaying one.
 _GRAPH_OF_A_RUN = "gpu_graph_id"
 _NO_GRAPH = "-1"
 

@@ -17,6 +17,7 @@ from repvgg_deploy.files import stage_files
 from repvgg_deploy.serving.tables import as_text, import_pyarrow, make_table, prediction_schema
 
 Row = Mapping[str, Any]
+# Rows per row group of a Parquet file; one group is in memory at a time.
 _ROW_GROUP = 4096
 
 
