@@ -20,9 +20,9 @@ from helpers.small_nets import make_net, name_in_layout
 from repvgg_deploy.artifacts import Preprocessing, PreprocessingOptions
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
-from repvgg_deploy.errors import DeployError
+from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.files import hash_file
-from repvgg_deploy.graphs.preprocessing import PIXELS
+from repvgg_deploy.graphs.preprocessing import PIXELS, NetInput, make_preprocessing
 from repvgg_deploy.hardware.gpus import Gpu
 from repvgg_deploy.images.decoding import DecodingOptions
 from repvgg_deploy.runtime.model import open_model
@@ -31,6 +31,8 @@ from repvgg_deploy.serving import PredictOptions, Predictor
 from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_request import ExportRequest, GraphRequest
 from repvgg_deploy.workflows.package import PackageRequest, ServingOptions, package
+from repvgg_deploy.workflows.package_checks import compare_with_pillow, read_pictures
+from repvgg_deploy.workflows.package_sources import read_source
 
 
 def make_graph(folder: Path, **graph: Any) -> Path:
@@ -89,6 +91,16 @@ def test_the_ensemble_s_graphs_give_the_scores_of_predict(graph: Path, tmp_path:
     options = PredictOptions(output="logits", decoding=DecodingOptions(decoder="pillow"))
     (expected,) = Predictor(open_model(graph), options)([picture])
     assert np.allclose(logits, expected.logits, atol=0.02 * np.abs(logits).max())
+
+
+def test_a_graph_that_prepares_images_otherwise_than_pillow_is_refused(graph: Path) -> None:
+    source, pictures = read_source([graph]), read_pictures(None)
+    net_input = NetInput("images", "float32")
+    right = GraphSession(make_preprocessing(source.preprocessing, net_input).to_proto())
+    assert compare_with_pillow(right, source, pictures).max_levels <= 1
+    wrong = GraphSession(make_preprocessing(replace(source.preprocessing, resize=80), net_input).to_proto())
+    with pytest.raises(VerificationError, match="of Pillow's values on 6 pictures"):
+        compare_with_pillow(wrong, source, pictures)
 
 
 def test_the_configs_are_read_by_triton_s_protobuf_and_agree_with_the_graphs(graph: Path, tmp_path: Path) -> None:
