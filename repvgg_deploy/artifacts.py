@@ -71,7 +71,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class PreprocessingOptions:
-    """What is said of the preprocessing; None where the model's metadata, configuration or card decides.
+    """What is said of the preprocessing; None if the model's metadata, configuration or card decides.
 
     `crop_ratio` is that of the size over `resize`, which stands in its place.
     """

@@ -62,8 +62,8 @@ class OpenedCase:
         label: with batch 0.
         at_batch: the workload for one batch size.
         build: of an engine from a file, and of what is built to be compared with it.
-        cost: of one batch; None where nothing tells what the model computes.
-        parameters, top1: of the architecture, the accuracy as published; None where it has no card.
+        cost: of one batch; None if nothing tells what the model computes.
+        parameters, top1: of the architecture, the accuracy as published; None if it has no card.
     """
 
     label: Label

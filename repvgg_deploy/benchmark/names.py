@@ -1,4 +1,4 @@
-"""What can be asked for by name: backends, precisions and modes of a benchmark."""
+"""What can be named on the command line: backends, precisions and modes of a benchmark."""
 
 from __future__ import annotations
 

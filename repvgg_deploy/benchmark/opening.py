@@ -239,7 +239,7 @@ def away_from_the_best_batch(profile: tuple[int, int, int], batch: int) -> tuple
 
 
 def _streams_and_copies(case: Case) -> str:
-    """What a label says of both, behind a mode."""
+    """The part of a label, after the mode, that says both."""
     streams = "" if case.streams == 1 else f", {case.streams} streams"
     return streams + (", with copies" if case.transfers else "")
 

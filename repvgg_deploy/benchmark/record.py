@@ -231,7 +231,7 @@ def _as_present(record: Any) -> Any:
 def write_record(record: Record, path: Path) -> None:
     """Write a benchmark result, all at once or not at all; lists of samples stay on one line."""
     check_record(record)
-    # A sweep goes on after each group, and may be aborted then.
+    # A sweep continues after each group, and may be aborted then.
     with stage_files(path.absolute().parent, is_result=False) as staging:
         (staging / path.name).write_text(_dump(record) + "\n", encoding="utf-8")
 

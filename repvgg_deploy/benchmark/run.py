@@ -55,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """All that a benchmark is asked for; `roofline` has the machine's ceilings measured as well."""
+    """The request for a benchmark; `roofline` has the machine's ceilings measured as well."""
 
     name: str
     groups: tuple[Group, ...]
@@ -206,7 +206,7 @@ def _square(case: Case, label: Label) -> int | None:
 
 @contextmanager
 def _open_cases(progress: Progress) -> Iterator[OpenAll]:
-    """A function that opens cases, and closes those that are not asked for again.
+    """A function that opens cases, and closes those that are not requested again.
 
     A baseline stays open, unless it is a plan for one batch: the next batch has another.
     """

@@ -81,7 +81,7 @@ def compare_rates(
 
 
 def _rank_of_end(confidence: float, rounds: int) -> int | None:
-    """How many of the sorted values lie outside each end of the interval; None where there are too few of them."""
+    """How many of the sorted values lie outside each end of the interval; None if there are too few of them."""
     tail, found = 0.0, None
     for outside in range(rounds // 2):
         # P(at most so many of the values are below the true median), binomial with p = 1/2.

@@ -69,7 +69,7 @@ def load_suite(path: Path) -> BenchRequest:
     `"model"` only those of one model.
 
     Raises:
-        DeployError: the file cannot be read, or has a key or value that is not known.
+        DeployError: the file cannot be read, or has a key or value that is unknown.
     """
     name = f"the suite {path}"
     try:

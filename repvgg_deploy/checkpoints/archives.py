@@ -68,7 +68,7 @@ class Archive:
         return bytes(self.blob(name).load().numpy())
 
     def blob(self, name: str) -> Blob:
-        """An entry's bytes, read when they are asked for."""
+        """An entry's bytes, read when they are requested."""
         entry = self._entries[name]
         info = entry.info
         if info.compress_type == zipfile.ZIP_STORED:

@@ -1,4 +1,4 @@
-"""Which net of a file is taken: the only one, the plain weights before an EMA copy, or the one that was asked for."""
+"""Which net of a file is taken: the only one, the plain weights before an EMA copy, or the one that was requested."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _with_head(net: FoundNet, contents: Contents) -> tuple[FoundNet, set[str]]:
     own = {net.full_name(key) for key in net.keys.names}
     places = {contents.places[name] for name in own}
     if len(places) > 1:
-        # Dicts in dicts in place of dots in names.
+        # Dicts in dicts instead of dots in names.
         inside = f"{net.place}." if net.place else ""
         return net, {place for place in contents.places.values() if f"{place}.".startswith(inside)}
     around, _, last = net.place.rpartition(".")

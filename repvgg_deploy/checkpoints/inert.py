@@ -1,4 +1,4 @@
-"""What a pickle says without anything being done: records in place of objects, and plain data made of them."""
+"""What a pickle says without anything being done: records instead of objects, and plain data made of them."""
 
 from __future__ import annotations
 

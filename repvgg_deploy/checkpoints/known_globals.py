@@ -78,7 +78,7 @@ class _DType(Stateful):
 
 
 class StoredArray(Stateful):
-    """A numpy array whose contents come in a BUILD; `tensor` is None where it is not an array of numbers."""
+    """A numpy array whose contents come in a BUILD; `tensor` is None if it is not an array of numbers."""
 
     def __init__(self) -> None:
         self.tensor: StoredTensor | None = None

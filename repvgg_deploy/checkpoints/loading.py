@@ -43,7 +43,7 @@ class Checkpoint:
         prefix: which net of the file it is: the keys of dicts and the words of names before its own, by dots.
         notes: things that a user should know of the file.
         configuration: what the file says beside its tensors, as plain data: dicts with string keys, lists, tuples,
-            text, numbers, bytes, None, and an `Inert` record in place of each object. So an mmengine file has its
+            text, numbers, bytes, None, and an `Inert` record instead of each object. So an mmengine file has its
             configuration's text at `configuration["meta"]["cfg"]`, the official trainer's has a record of a yacs
             `CfgNode` at `configuration["config"]`, Lightning's its `hyper_parameters`; `attributes_of` reads dicts
             and records alike. Of a safetensors file it is the metadata, a string each.

@@ -1,4 +1,4 @@
-"""The nets in a file: names that are a layout's own, behind whatever prefix, between whatever wrappers."""
+"""The nets in a file: names that are a layout's own, after any prefix, with any wrappers in between."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FoundNet:
 
 
 def find_nets(places: Mapping[str, str]) -> list[FoundNet]:
-    """Each set of names that share a prefix and have, behind it, those of a layout's blocks; in the file's order.
+    """Each set of names that share a prefix and have, after it, those of a layout's blocks; in the file's order.
 
     Args:
         places: all names in a file, and the place in which each lies.

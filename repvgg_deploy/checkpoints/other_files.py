@@ -44,7 +44,7 @@ def _is_messagepack(head: bytes) -> bool:
 
 
 def describe_folder(path: Path) -> CheckpointError:
-    """What a folder is that was given in place of a checkpoint."""
+    """What a folder is that was given instead of a checkpoint."""
     shown = printable(str(path))
     if (path / ".metadata").exists() and any(path.glob("*.distcp")):
         return _describe_sharded(path)

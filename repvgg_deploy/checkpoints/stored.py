@@ -1,4 +1,4 @@
-"""Tensors as a file describes them, which take no memory before they are asked for."""
+"""Tensors as a file describes them, which take no memory before they are requested."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 PATH: Any = click.Path(path_type=Path)
-"""A path; whether it exists is told by the code that opens it, as an error with a hint."""
+"""A path; whether it exists is reported by the code that opens it, as an error with a hint."""
 
 
 def path_argument(name: str, **options: Any) -> Callable[[F], F]:

@@ -67,14 +67,14 @@ class _Step:
     since: float
 
     def seconds_left(self, now: float) -> float | None:
-        """An estimate from the speed so far; None where there is no ground for one."""
+        """An estimate from the speed so far; None if there is no ground for one."""
         if self.total <= 0 or self.done <= 0 or now - self.since < 1.0:
             return None
         return (now - self.since) * (self.total - self.done) / self.done
 
     @property
     def amount(self) -> str:
-        """`12 of 512`, or a share where the units are not whole ones; empty where the total is not known."""
+        """`12 of 512`, or a share where the units are not whole ones; empty if the total is not known."""
         if self.total <= 0:
             return f"{self.done:,.0f}" if self.done >= 1 else ""
         if self.total == 1:

@@ -49,7 +49,7 @@ class Capabilities:
         hardware_compatible: a plan can be built for other GPU architectures than the builder's.
         version_compatible: a plan can be built for other releases of the library.
         portable: a plan runs on every GPU that the library supports, wherever it was built.
-        compute_capabilities: of the GPUs that the library supports, such as `8.9`; None where the list is open.
+        compute_capabilities: of the GPUs that the library supports, such as `8.9`; None if the list is open.
     """
 
     builds_without_gpu: bool

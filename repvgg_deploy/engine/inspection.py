@@ -43,8 +43,8 @@ class EngineReport:
     Attributes:
         plan: the file; its bytes are those that the sidecar was written for.
         side: what the sidecar says.
-        layers: of the deserialized engine; None where it cannot be deserialized here.
-        why_no_layers: the reason, empty where there are layers.
+        layers: of the deserialized engine; None if it cannot be deserialized here.
+        why_no_layers: the reason, empty if there are layers.
     """
 
     plan: Path

@@ -128,7 +128,7 @@ def read_convolution_precisions(backend: Backend, network: Any) -> dict[str, str
     """Precision by name of every convolution of a parsed network.
 
     It is `int8` where both the input and the kernel come out of a DequantizeLinear of INT8 values, else the type of
-    the input tensor. This is what the library was asked for; without a GPU nothing shows which kernel it chose.
+    the input tensor. This is what the library was told to use; without a GPU nothing shows which kernel it chose.
     """
     layer_type = backend.module.LayerType
     layers = [network.get_layer(i) for i in range(network.num_layers)]

@@ -1,4 +1,4 @@
-"""What a build is asked for."""
+"""The options of an engine build."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BuildOptions:
             that it supports from 8.0 on.
         version_compatible: the plan also runs on later releases of the same major version.
         refittable: new weights can be put into the engine later.
-        strip_weights: the plan holds no weights, and cannot run before `refit`; implies refittable.
+        strip_weights: the plan contains no weights, and cannot run before `refit`; implies refittable.
         tf32: FP32 convolutions may use TF32 tensor cores (10 bits of mantissa), as is the library's default.
     """
 

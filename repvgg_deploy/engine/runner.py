@@ -31,8 +31,8 @@ class EngineRunner:
         cuda: the CUDA library that it runs through.
         input, outputs: the tensors; -1 for a dynamic batch.
         profile: smallest, best and largest batch.
-        provenance: of the checkpoint; None where the sidecar does not say.
-        options: of the build; None where there is no sidecar.
+        provenance: of the checkpoint; None if the sidecar does not say.
+        options: of the build; None if there is no sidecar.
         warnings: of the library, when it loaded the plan.
     """
 

@@ -26,7 +26,7 @@ MAX_GRAPHS = 16
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A batch size with a context of its own; `graph` is None where the run could not be captured."""
+    """A batch size with a context of its own; `graph` is None if the run could not be captured."""
 
     context: Any
     graph: Any
@@ -46,7 +46,7 @@ class EngineStream:
         context: for the runs without a graph, of any batch.
         images: page-locked memory for the input, (largest batch, …).
         results: page-locked memory for the outputs, by name.
-        without_graph: why a batch size runs without the graph that was asked for.
+        without_graph: why a batch size runs without the graph that was requested.
     """
 
     def __init__(self, loaded: LoadedEngine, graphs: bool) -> None:
@@ -124,7 +124,7 @@ class EngineStream:
             self._batch = batch
 
     def _prepare(self, batch: int) -> _Prepared | None:
-        """A context and a graph for a batch size that comes for the first time; None where there are enough."""
+        """A context and a graph for a batch size that comes for the first time; None if there are enough."""
         if len(self._prepared) == MAX_GRAPHS:
             self.without_graph[batch] = f"{MAX_GRAPHS} other batch sizes have graphs"
             return None
@@ -137,14 +137,14 @@ class EngineStream:
         return prepared
 
     def _capture(self, batch: int, context: Any) -> Any:
-        """The graph of a run; None where there can be none, and `without_graph` says why."""
+        """The graph of a run; None if there can be none, and `without_graph` says why."""
         if not self._can_capture(context):
             self.without_graph[batch] = f"{self._loaded.backend.label} cannot capture this engine"
             return None
         try:
             graph = self._record_graph(context)
         except DeployError as error:
-            # A context goes on working after a failed capture (NVIDIA's guide, "CUDA Graphs").
+            # A context keeps working after a failed capture (NVIDIA's guide, "CUDA Graphs").
             self.without_graph[batch] = error.message
             return None
         release_at_close(self._captured, self._cuda.destroy_graph, graph)
@@ -204,7 +204,7 @@ class BatchStream:
 
     @property
     def without_graph(self) -> str:
-        """Why the run is enqueued without the graph that was asked for; empty where it is not."""
+        """Why the run is enqueued without the graph that was requested; empty if it is not."""
         return self._stream.without_graph.get(self._batch, "")
 
     def upload(self) -> None:

@@ -47,7 +47,7 @@ def use_timing_cache(backend: Backend, config: Any, gpu: Gpu | None, progress: P
     """Attach the cache to `config`, hold its lock during the block, and store it when the block ends well.
 
     Yields whether a stored cache was there. The lock is held for the whole build: two builds on one GPU would also
-    disturb each other's measurements. Where the folder cannot be written, the build goes on without a cache.
+    disturb each other's measurements. Where the folder cannot be written, the build continues without a cache.
     """
     path = cache_path(backend, gpu)
     try:

@@ -116,7 +116,7 @@ def kernel_and_bias(value: Affine, dtype: torch.dtype, rows: slice = ALL_ROWS) -
 
 @dataclass(frozen=True)
 class _Map:
-    """x ↦ kernel ∗ x + identity · x + bias for some output channels; `kernel` or `identity` is None where it is 0."""
+    """x ↦ kernel ∗ x + identity · x + bias for some output channels; `kernel` or `identity` is None if it is 0."""
 
     kernel: Tensor | None
     identity: Tensor | None

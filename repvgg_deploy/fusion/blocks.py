@@ -59,7 +59,7 @@ _NAMINGS = (
 
 
 def take_apart_by_name(block: nn.Module, name: str) -> BlockParts | None:
-    """The parts of a training block with the names of a known library, or None where `block` is something else.
+    """The parts of a training block with the names of a known library, or None if `block` is something else.
 
     Raises:
         FusionError: it has the names of a RepVGG block, and no equivalent convolution.
@@ -134,7 +134,7 @@ def _has_conv(value: Affine) -> bool:
 
 
 def _branch(branch: nn.Module) -> Affine | None:
-    """A convolution, a BN, one after the other, or neither; None where the branch holds anything else."""
+    """A convolution, a BN, one after the other, or neither; None if the branch holds anything else."""
     value: Affine = Input()
     leaves = list(branch.children()) if list(branch.children()) and not is_norm(branch) else [branch]
     for leaf in leaves:

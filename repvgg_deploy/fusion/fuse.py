@@ -36,7 +36,7 @@ def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Raises:
         FusionError: a block has no equivalent convolution (no running statistics, a squeeze-excite before a BN,
-            padding that shifts the branches against each other, a branch that is not known), or there is none at all.
+            padding that shifts the branches against each other, a branch that is unknown), or there is none at all.
 
     Example:
         >>> from repvgg_deploy import build, fuse, load_checkpoint

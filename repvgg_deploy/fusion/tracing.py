@@ -130,7 +130,7 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(module: nn.Module, known: dict[int, bool]) -> tuple[fx.Graph, dict[fx.Node, Affine]] | None:
-    """The graph of a module's forward, and which of its values are affine; None where it cannot be traced."""
+    """The graph of a module's forward, and which of its values are affine; None if it cannot be traced."""
     try:
         with _ONE_AT_A_TIME:
             graph = _Tracer(known).trace(module)
@@ -234,7 +234,7 @@ def _last_affine(graph: fx.Graph, values: dict[fx.Node, Affine]) -> fx.Node | No
 
 
 def _rest(twin: nn.Module, graph: fx.Graph, root: fx.Node) -> tuple[nn.Module, nn.Module, nn.Module] | None:
-    """What follows `root` as (before the activation, activation, after it); None where it reads anything else."""
+    """What follows `root` as (before the activation, activation, after it); None if it reads anything else."""
     nodes = list(graph.nodes)
     behind = nodes[nodes.index(root) + 1 : -1]
     available = {root}
@@ -255,7 +255,7 @@ def _rest(twin: nn.Module, graph: fx.Graph, root: fx.Node) -> tuple[nn.Module, n
 
 
 def _as_chain(twin: nn.Module, nodes: list[fx.Node], root: fx.Node, result: fx.Node) -> list[nn.Module] | None:
-    """`nodes` as modules of which each reads the one before; None where they are not that."""
+    """`nodes` as modules of which each reads the one before; None if they are not that."""
     chain: list[nn.Module] = []
     last = root
     for node in nodes:

@@ -36,7 +36,7 @@ class GraphOptions:
         opset: of the default ONNX domain.
         io: type of the input and output tensors, fp32 or fp16.
         uint8_input: the normalization if the graph takes uint8 NHWC pixels 0-255 and normalizes them itself.
-        softmax: the output is `probabilities` in place of `logits`.
+        softmax: the output is `probabilities` instead of `logits`.
         topk: the outputs are the K largest `scores` and their `classes`.
     """
 

@@ -82,7 +82,7 @@ def answer() -> None:
 
 
 def find_simplification(model: onnx.ModelProto) -> str | None:
-    """What onnxsim changes in `model`, as a text; None where it changes nothing."""
+    """What onnxsim changes in `model`, as a text; None if it changes nothing."""
     import onnxsim
 
     simplified = onnxsim.simplify(model, check_n=0)[0]

@@ -158,7 +158,7 @@ def check(model: onnx.ModelProto) -> None:
 
 
 def _name_dimensions(model: onnx.ModelProto, signature: Signature) -> None:
-    """Give the dynamic dimensions the names of `signature` in place of torch's symbols.
+    """Give the dynamic dimensions the names of `signature` instead of torch's symbols.
 
     Raises:
         GraphError: torch has fixed one of them.

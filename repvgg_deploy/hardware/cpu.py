@@ -34,7 +34,7 @@ class Cpu:
 
     @property
     def integer_instructions(self) -> str:
-        """The instructions for products of bytes, for people; `unknown` where the system does not tell."""
+        """The instructions for products of bytes, for people; `unknown` if the system does not say."""
         found = [name for flag, name in _INTEGER_INSTRUCTIONS.items() if flag in self.flags]
         if found:
             return ", ".join(found)
@@ -62,7 +62,7 @@ def read_cpu(path: Path = Path("/proc/cpuinfo")) -> Cpu:
 
 
 def memory_bytes() -> int | None:
-    """The memory of this machine; None where the system does not tell."""
+    """The memory of this machine; None if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -23,7 +23,7 @@ class Gpu:
 class FoundGpus:
     """The GPUs that CUDA uses, in its order; `reason` says why there is none.
 
-    `driver` is the driver's own version, `cuda` the newest CUDA that it supports; empty where unknown. `uuids` name the
+    `driver` is the driver's own version, `cuda` the newest CUDA that it supports; empty if unknown. `uuids` name the
     GPUs to NVML, whose own numbers are not CUDA's.
     """
 
@@ -66,7 +66,7 @@ def open_nvml() -> tuple[Any, str]:
 
 
 def ask_nvml(nvml: Any, function: str, *arguments: Any) -> Any:
-    """What an NVML function says; None where this GPU, driver or release does not answer it."""
+    """What an NVML function says; None if this GPU, driver or release does not answer it."""
     try:
         answer = getattr(nvml, function)(*arguments)
     except (nvml.NVMLError, AttributeError):

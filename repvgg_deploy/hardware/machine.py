@@ -42,7 +42,7 @@ _REASON_FUNCTIONS = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCur
 
 @dataclass(frozen=True)
 class GpuState:
-    """One GPU at one moment; None where the driver does not tell.
+    """One GPU at one moment; None if the driver does not tell.
 
     `throttle_reasons` are those that hold the clocks down right now.
     """
@@ -194,7 +194,7 @@ def _commit() -> str | None:
 
 
 def read_gpus() -> list[GpuState]:
-    """The state of every GPU that CUDA uses, in its order; empty where there is none."""
+    """The state of every GPU that CUDA uses, in its order; empty if there is none."""
     nvml, _ = open_nvml()
     return [_read_gpu(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)) for uuid in find_gpus().uuids]
 

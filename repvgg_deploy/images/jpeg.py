@@ -31,7 +31,7 @@ _TURNS = {
 
 @cache
 def find_simplejpeg() -> ModuleType | None:
-    """The module `simplejpeg`, or None where it is not installed."""
+    """The module `simplejpeg`, or None if it is not installed."""
     try:
         import simplejpeg
     except ImportError:

@@ -172,7 +172,7 @@ def _read_rows(path: Path) -> list[list[str]]:
 
 
 def _translate_ids(named: list[str], path: Path) -> list[str]:
-    """Wnids in place of ILSVRC2012's own numbers from 1, which are in another order than the sorted classes."""
+    """Wnids instead of ILSVRC2012's own numbers from 1, which are in another order than the sorted classes."""
     if not all(name.isdecimal() for name in named) or "0" in named:
         return named
     known = _read_map(path.with_name(_MAP))

@@ -1,6 +1,6 @@
 """Synthetic labelled images: the data of the demo model, and the inputs if the user has no images.
 
-A picture is one figure (its class) of random colour, position, size, rotation and distortion before a background of
+An image is one figure (its class) of random colour, position, size, rotation and distortion before a background of
 noise whose amplitude falls with the frequency as natural images' does, under uneven light, partly hidden, then
 blurred and noisy. Source of the spectrum: Field, "Relations between the statistics of natural images and the
 response properties of cortical cells", JOSA A 4, 1987 (amplitude ∝ 1/f).
@@ -81,11 +81,11 @@ _FIGURES: dict[str, Callable[[Array, Array], Mask]] = {
 }
 
 CLASS_NAMES: tuple[str, ...] = tuple(_FIGURES)
-"""What a label means: the figure in the picture."""
+"""What a label means: the figure in the image."""
 
 
 def draw_image(label: int, seed: int, size: int = 64) -> Image.Image:
-    """The picture of figure `label` that `seed` stands for: RGB, `size` x `size` pixels.
+    """The image of figure `label` that `seed` stands for: RGB, `size` x `size` pixels.
 
     It depends on nothing but the three arguments. A seed gives the same scene at any size, with other noise.
 
@@ -115,9 +115,9 @@ def draw_image(label: int, seed: int, size: int = 64) -> Image.Image:
 
 
 def draw_images(count: int, seed: int, size: int = 64) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """`count` pictures, uint8 (count, size, size, 3), and their labels, int64 (count,); the classes take turns.
+    """`count` images, uint8 (count, size, size, 3), and their labels, int64 (count,); the classes take turns.
 
-    Sets of different seeds below 2³¹ share no picture, and a longer set begins with the shorter one of its seed.
+    Sets of different seeds below 2³¹ have no image in common, and a longer set begins with the shorter one of its seed.
 
     Raises:
         ImageError: as `draw_image`.
@@ -130,12 +130,12 @@ def draw_images(count: int, seed: int, size: int = 64) -> tuple[npt.NDArray[np.u
 
 
 def image_seed(seed: int, index: int) -> int:
-    """The seed of picture `index` in the set `seed`."""
+    """The seed of image `index` in the set `seed`."""
     return (seed << 32) + index
 
 
 def write_image_folder(folder: Path, count: int, seed: int, size: int = 64) -> None:
-    """Writes the pictures of `draw_images` as `folder/<class>/<index>.png`, all of them or none.
+    """Writes the images of `draw_images` as `folder/<class>/<index>.png`, all of them or none.
 
     Raises:
         ImageError: `folder` exists and is not an empty folder, or as `draw_image`.
@@ -161,7 +161,7 @@ def write_image_folder(folder: Path, count: int, seed: int, size: int = 64) -> N
 
 
 def _grid(size: int) -> tuple[Array, Array]:
-    """The x (1, n) and y (n, 1) of the supersampled pixels' centres; the picture goes from −1 to 1."""
+    """The x (1, n) and y (n, 1) of the supersampled pixels' centres; the image goes from −1 to 1."""
     count = size * SUPERSAMPLING
     axis = ((np.arange(count, dtype=np.float32) + 0.5) * (2 / count) - 1).astype(np.float32)
     return axis[None, :], axis[:, None]
@@ -183,7 +183,7 @@ def _placed(
 def _occluder(
     scene: np.random.Generator, grid: tuple[Array, Array], centre: npt.NDArray[np.float64], radius: float
 ) -> tuple[Callable[[Array, Array], Mask], Array, Array]:
-    """Something that hides a part of the figure: an ellipse near its rim, or a bar across the picture."""
+    """Something that hides a part of the figure: an ellipse near its rim, or a bar across the image."""
     direction, distance = scene.uniform(0, 2 * np.pi), scene.uniform(0.5, 1.3) * radius
     at = centre + distance * np.array([np.cos(direction), np.sin(direction)])
     extent = scene.uniform(0.06, 0.26)

@@ -60,7 +60,7 @@ def _read(values: dict[str, Any]) -> Baseline:
 
 
 def find_baseline(name: str) -> Baseline | None:
-    """The card that a user means by `resnet50` or `ResNet-50`; None where there is none of that name."""
+    """The card that a user means by `resnet50` or `ResNet-50`; None if there is none of that name."""
     wanted = _plain(name)
     return next((card for card in load_baselines().values() if _plain(card.name) == wanted), None)
 

@@ -118,7 +118,7 @@ def find_card(name: str) -> Card:
 
 
 def find_named_card(name: str) -> str | None:
-    """The name of the one card that a name of any library contains; None where it contains none, or several.
+    """The name of the one card that a name of any library contains; None if it contains none, or several.
 
     Folders before the name do not count.
     """

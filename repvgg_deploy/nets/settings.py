@@ -20,7 +20,7 @@ ASSUMED = "assumed"
 
 @dataclass(frozen=True)
 class StructureOptions:
-    """What somebody says of the parts of a net that leave no tensor; None where nothing is said.
+    """What somebody says of the parts of a net that leave no tensor; None if nothing is said.
 
     `strides` are those of the stages' first blocks, `activation` is a name as `parse_activation` takes it.
     `head_activation` stands between the linear layers of a head that has several; the tensors are read by it.

@@ -71,7 +71,7 @@ class ArchSpec:
         classes: outputs of the linear layer; 0 for a backbone, which has none.
         bn_eps: the ε of all BNs.
         activation: of all blocks.
-        maps: the stages whose outputs the net gives in place of pooled features; only a backbone has some.
+        maps: the stages whose outputs the net gives instead of pooled features; only a backbone has some.
         hidden: widths of the linear layers, each with a ReLU after it, between the pool and the last one.
     """
 

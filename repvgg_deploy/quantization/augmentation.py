@@ -1,7 +1,7 @@
 """Augmented images for learned rounding: calibration images cropped, recoloured and blended at random.
 
 A net that learns from a few hundred images fits what is peculiar to them. Here it learns to answer as the float net
-does, which has an answer to any picture: so a picture may look like nothing, as long as it is always another one.
+does, which has an answer to any image, so an augmented image need not look natural, as long as each is different.
 Source: "Knowledge distillation: A good teacher is patient and consistent" (https://arxiv.org/abs/2106.05237); the
 blending is mixup (https://arxiv.org/abs/1710.09412).
 """
@@ -20,14 +20,14 @@ from repvgg_deploy.quantization.points import Images
 # How small a crop may be, in shares of the size, and how much wider than high or the other way round (natural log).
 _SMALLEST = 0.6
 _STRETCH = 0.25
-# Of normalized values: the spread of a picture's and a channel's factor (natural log), and of what is added to them.
+# Of normalized values: the spread of an image's and a channel's factor (natural log), and of what is added to them.
 _CONTRAST, _BALANCE = 0.15, 0.05
 _BRIGHTNESS, _TINT = 0.2, 0.05
 _MOST_SATURATION = 2.0
 
 
 def draw_pictures(images: Tensor, count: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of `count` pictures from normalized `images` (N, 3, H, W), channels last; `seed` decides all.
+    """Endless batches of `count` augmentations of normalized `images` (N, 3, H, W), channels last; `seed` decides all.
 
     No value is outside the range that its channel has in `images`, so that the images do not cause a coarser
     scale. All draws are made on the CPU, so that they are the same on every device.

@@ -42,6 +42,6 @@ def smallest_scale(bias: Tensor, input_scale: Tensor | float, room: float) -> Te
 
 
 def rescale(weight: Tensor, scale: Tensor, wanted: Tensor) -> Tensor:
-    """int8 `weight` with the scales `wanted` (filters) in place of `scale` (filters)."""
+    """int8 `weight` with the scales `wanted` (filters) instead of `scale` (filters)."""
     rows = (weight * per_channel(scale / wanted, weight)).flatten(1)
     return round_in_pairs(rows, count_taps(weight)).reshape(weight.shape).to(torch.int8)

@@ -18,7 +18,7 @@ from repvgg_deploy.images.sources import ImageSource, list_images
 from repvgg_deploy.progress import SILENT, Progress
 
 _BATCH = 32
-# Decoded pixels are kept where they are no more than this; beyond it every pass decodes the files anew.
+# Decoded pixels are kept in memory up to this many bytes; beyond it every pass decodes the files anew.
 _KEPT_BYTES = 1 << 29
 
 

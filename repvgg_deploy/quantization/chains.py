@@ -37,7 +37,7 @@ class ConvNode:
         name: of its node.
         weight, bias: names of the constants; no bias is None.
         x: the tensor that it reads.
-        y: the tensor behind it, behind its ReLU where it has one.
+        y: the tensor that it makes; that of its ReLU if it has one.
         relu: whether a ReLU is all that reads the convolution itself.
         groups, stride, padding, dilation: as torch has them.
     """
@@ -101,7 +101,7 @@ class GraphReaders:
                 self.readers.setdefault(name, []).append(node)
 
     def only_reader(self, tensor: str) -> onnx.NodeProto | None:
-        """The one node that reads `tensor`; None where there are several, or where it is an output."""
+        """The one node that reads `tensor`; None if there are several, or where it is an output."""
         found = self.readers.get(tensor, [])
         return found[0] if len(found) == 1 and tensor not in self.outputs else None
 

@@ -45,7 +45,7 @@ class PictureSummary:
 
     `distance` is the mean over the BNs of the squared distance of the batch's mean and deviation to the running ones,
     in units of the running deviation; `start_distance` that of the noise it began with. `steps` is less than what was
-    asked for where the time was up.
+    requested if the time ran out.
     """
 
     pictures: int
@@ -64,7 +64,7 @@ class PictureSummary:
 
 @dataclass(frozen=True)
 class MadePictures:
-    """Normalized pictures (N, C, H, W), float32, to be iterated in batches, any number of times."""
+    """Normalized images (N, C, H, W), float32, to be iterated in batches, any number of times."""
 
     pictures: Tensor
     summary: PictureSummary
@@ -79,17 +79,17 @@ class MadePictures:
 
 
 def plan_pictures(net: RepVGG, preprocessing: Preprocessing, options: PictureOptions) -> tuple[int, int, int]:
-    """Count, height and width of the pictures to make for `net`: as large as its images, or as the budget allows.
+    """Count, height and width of the images to synthesize for `net`: as large as its own, or as the budget allows.
 
-    The net is convolutional, and the statistics are means over pixels: so smaller pictures have the same. Below 64
-    pixels the padding would count too much; there the pictures become fewer. The plan depends on the architecture
+    The net is convolutional, and the statistics are means over pixels: so smaller images have the same. Below 64
+    pixels the padding would count too much; there the images become fewer. The plan depends on the architecture
     alone, not on how fast the machine is.
     """
     shortest = min(preprocessing.height, preprocessing.width)
     scales = [1.0] + [s / shortest for s in range(shortest // _STEP * _STEP, _SMALLEST - 1, -_STEP) if s < shortest]
     for scale in scales:
         height, width = (round(side * scale) for side in (preprocessing.height, preprocessing.width))
-        # Forward, and backward to the pictures; the weights need no gradient.
+        # Forward, and backward to the images; the weights need no gradient.
         each = 2 * options.steps * count_flops(net.spec, height, width)
         affordable = int(options.multiply_adds * 1e12 / each)
         if affordable >= options.count / 2:
@@ -108,13 +108,13 @@ def make_pictures(
     seconds: float | None = None,
     progress: Progress = SILENT,
 ) -> MadePictures:
-    """Pictures on which the inputs of every BN of `net` have their running mean and deviation.
+    """Images on which the inputs of every BN of `net` have their running mean and deviation.
 
-    The same net, options and number of threads give the same pictures, unless `seconds` cut them short.
+    The same net, options and number of threads give the same images, unless `seconds` cut them short.
 
     Args:
         net: in training form, on any device; it is not changed.
-        preprocessing: of the images that the net takes; the pictures have their range, and their size or a smaller one.
+        preprocessing: of the images that the net takes; the result has their range, and their size or less.
         options: see `PictureOptions`.
         seed: of all random numbers.
         seconds: the time to take. Where the first steps show that it is too short, fewer are taken; None for no limit.
@@ -186,7 +186,7 @@ class _Clock:
 
 
 class _BatchMaker:
-    """Optimizes one batch of pictures; `distances` are what the BNs of `net` see in its last run."""
+    """Optimizes one batch of images; `distances` are what the BNs of `net` see in its last run."""
 
     def __init__(
         self, net: RepVGG, distances: list[Tensor], limits: tuple[Tensor, Tensor], options: PictureOptions
@@ -238,7 +238,7 @@ def _range(preprocessing: Preprocessing, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shift(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures moved by a few pixels, round the border, so that none fits the places of a stride."""
+    """The images moved by a few pixels, round the border, so that none fits the places of a stride."""
     reach = [max(1, round(side * _SHIFT)) for side in pictures.shape[2:]]
     down, right = (int(torch.randint(-most, most + 1, (), generator=generator)) for most in reach)
     return pictures.roll((down, right), (2, 3))

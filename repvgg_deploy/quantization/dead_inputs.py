@@ -83,7 +83,7 @@ def _largest_that_may_go(size: Tensor, relative: Tensor, share: float) -> Tensor
 
 
 def _center(conv: nn.Conv2d) -> int | None:
-    """The index of the tap that reads no padding, or None where every tap may."""
+    """The index of the tap that reads no padding, or None if every tap may."""
     height, width = conv.kernel_size
     if height % 2 == 0 or width % 2 == 0 or conv.padding != (height // 2, width // 2) or conv.dilation != (1, 1):
         return None

@@ -1,7 +1,7 @@
 """Learned rounding: weights, scales and biases descend together on the distance to the float net's answers.
 
 Rounding has no gradient of use, so it passes through unchanged, and the scales get the gradient of the rounding error.
-No labels are used; see `augment` for the pictures. Sources: "Learned Step Size Quantization"
+No labels are used; see `augment` for the images. Sources: "Learned Step Size Quantization"
 (https://arxiv.org/abs/1902.08153) for the scales; BRECQ (https://arxiv.org/abs/2102.05426) for features as targets
 beside the output.
 """
@@ -104,7 +104,7 @@ def learn(
 ) -> Reconstruction:
     """Improve `start` by descent on the distance of logits and stage outputs to those of the float `net`.
 
-    Pictures are drawn from `images`; the draws depend on the recipe's seed alone. TensorRT and ONNX Runtime
+    Augmentations are drawn from `images`; the draws depend on the recipe's seed alone. TensorRT and ONNX Runtime
     saturate at different integers, so the steps take turns. Nothing but the values in `start` changes.
     """
     options = recipe.learning

@@ -155,7 +155,7 @@ class QuantizedNet(nn.Module):
         return net
 
     def integer_layer(self, name: str) -> IntegerLayer | None:
-        """The quantized layer of that name, or None where it stays float."""
+        """The quantized layer of that name, or None if it stays float."""
         return cast(IntegerLayer, self.layers[_key(name)]) if _key(name) in self.layers else None
 
     def float_layers(self) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ class QuantizedNet(nn.Module):
         return {name: layer.integers() for name, layer in found if layer is not None}
 
     def point_scale(self, name: str) -> Tensor | None:
-        """The scale of a point, or None where it is not quantized."""
+        """The scale of a point, or None if it is not quantized."""
         if name == POOL:
             return self.pool_scale
         layer = self.integer_layer(name)

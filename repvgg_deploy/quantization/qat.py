@@ -35,7 +35,7 @@ class QatOptions:
     Attributes:
         weight_bits: of weights, 2 to 8. An INT8 graph has 8.
         activation_bits: of activations, 2 to 8.
-        per_tensor: one scale for all filters of a layer, in place of one per filter.
+        per_tensor: one scale for all filters of a layer, instead of one per filter.
         moving_statistics: the running statistics of the BNs follow the quantized activations; by default they stay.
     """
 

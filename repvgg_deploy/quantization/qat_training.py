@@ -98,7 +98,7 @@ class QatTraining:
         return self.teacher.net.classifier.weight.device
 
     def step(self, take: Take, count: int, limits: tuple[Tensor, Tensor]) -> dict[str, float]:
-        """One step on pictures drawn from `count` images; the loss and the share of pictures with the teacher's class.
+        """One step on augmentations of `count` images; the loss and the share of images with the teacher's class.
 
         Args:
             take: see `Take`.

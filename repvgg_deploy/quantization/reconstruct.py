@@ -56,7 +56,7 @@ class LayerIntegers:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """All quantized layers by name, and the scale before the pool (None where the classifier stays float)."""
+    """All quantized layers by name, and the scale before the pool (None if the classifier stays float)."""
 
     layers: dict[str, LayerIntegers]
     pool_scale: float | None
@@ -127,7 +127,7 @@ def reconstruct_block(
 
 
 def _advance(streams: Streams, block: FusedBlock, weight: Tensor, bias: Tensor) -> None:
-    """Move both streams behind `block`; it has this weight and bias in the quantized net."""
+    """Move both streams past `block`; it has this weight and bias in the quantized net."""
     exact = partial(_run_block, block, block.conv.weight, cast(Tensor, block.conv.bias))
     streams.exact = _map_images(exact, streams.exact)
     streams.rounded = _map_images(partial(_run_block, block, weight, bias), streams.rounded)

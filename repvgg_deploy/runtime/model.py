@@ -29,8 +29,8 @@ class Model:
     """A classifier, or a backbone, that can be run on pixels.
 
     Attributes:
-        classes: how many there are; None where the model does not say, 0 for a backbone.
-        channels: of the input; None where the model does not say.
+        classes: how many there are; None if the model does not say, 0 for a backbone.
+        channels: of the input; None if the model does not say.
         takes_pixels: the model takes uint8 NHWC and normalizes itself.
         half_input: its input is float16.
         notes: what a user should know of how it is run here.

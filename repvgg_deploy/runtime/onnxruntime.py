@@ -36,7 +36,7 @@ class OnnxRunner:
         metadata: the `metadata_props` of the graph.
         saturating: the layers whose sums may saturate on this CPU; none on most CPUs and in graphs of this project.
         exact_integers: those layers are run with exact sums.
-        input_shape: of the input, None where a dimension is dynamic.
+        input_shape: of the input, None if a dimension is dynamic.
         input_type: as ONNX Runtime names it, for example `tensor(float)`.
     """
 
@@ -65,7 +65,7 @@ class OnnxRunner:
         self._path = path
         on_cpu = provider == "CPUExecutionProvider"
         if provider == _CUDA and has_integers(path):
-            # It would run the convolutions in float, behind as many conversions.
+            # It would run the convolutions in float, each after a conversion.
             raise DeployError(
                 f"ONNX Runtime has no integer convolutions for CUDA, so {path} would run in float there",
                 "take an fp16 graph there, or TensorRT for INT8",
@@ -266,7 +266,7 @@ def import_onnxruntime() -> Any:
     """The module `onnxruntime`.
 
     Raises:
-        DeployError: it is not installed.
+        DeployError: the package is not installed.
     """
     try:
         import onnxruntime

@@ -54,7 +54,7 @@ class Prediction:
     Attributes:
         path: the image's name; the position of an image that was given as bytes or pixels.
         classes: the best classes, best first.
-        names: theirs; None where the model has no names.
+        names: theirs; None if the model has no names.
         scores: theirs: probabilities, unless a graph with its own top-k outputs something else.
         logits: of all classes, where they were asked for.
         features: the pooled features, where they were asked for.
@@ -98,7 +98,7 @@ class Predictor:
         """Open `model`, unless it is open.
 
         Raises:
-            DeployError: it cannot be opened, or does not give the output that is asked for.
+            DeployError: it cannot be opened, or does not give the output that is requested.
         """
         self.model = model if isinstance(model, Model) else open_model(Path(model))
         self.options = options or PredictOptions()

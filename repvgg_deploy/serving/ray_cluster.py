@@ -40,7 +40,7 @@ def import_ray() -> Any:
     """The module `ray`, with `ray.data`.
 
     Raises:
-        DeployError: it is not installed.
+        DeployError: the package is not installed.
     """
     # Read when Ray is loaded: no report of who uses it, and none of its own log lines between those of the command.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -185,7 +185,7 @@ def explain_failures(ray: Any) -> Iterator[None]:
     """Turn an error of the work on the cluster into one that says what failed there.
 
     Raises:
-        DeployError: in place of Ray's own exceptions.
+        DeployError: instead of Ray's own exceptions.
     """
     try:
         yield

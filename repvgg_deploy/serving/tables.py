@@ -13,7 +13,7 @@ def import_pyarrow() -> ModuleType:
     """The module `pyarrow`, with `pyarrow.parquet`.
 
     Raises:
-        DeployError: it is not installed.
+        DeployError: the package is not installed.
     """
     try:
         import pyarrow
@@ -27,7 +27,7 @@ def import_pyarrow() -> ModuleType:
 
 
 def prediction_schema() -> Any:
-    """The columns of a table of predictions; those that were not asked for are null."""
+    """The columns of a table of predictions; those that were not requested are null."""
     arrow = import_pyarrow()
     floats = arrow.list_(arrow.float32())
     return arrow.schema(

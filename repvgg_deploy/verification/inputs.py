@@ -41,7 +41,7 @@ class VerificationInputs:
 def choose_inputs(
     spec: ArchSpec, preprocessing: Preprocessing, data: Path | None = None, full: bool = False
 ) -> VerificationInputs:
-    """Pictures, of `data` or drawn by this package, and where several are affordable one image of noise.
+    """Images, of `data` or synthetic ones, and where several are affordable one image of noise.
 
     With `full` both comparisons take 16 images at the size of the graph.
     """
@@ -89,7 +89,7 @@ _SMALLEST_DRAWN, _LARGEST_DRAWN = 32, 64
 
 
 def _drawn(count: int, height: int, width: int) -> Pixels:
-    """Synthetic pictures (count, height, width, 3), enlarged where the net takes large ones."""
+    """Synthetic images (count, height, width, 3), enlarged where the net takes large ones."""
     size = max(height, width, _SMALLEST_DRAWN)
     pixels, _ = draw_images(count, seed=0, size=min(size, _LARGEST_DRAWN))
     if size > _LARGEST_DRAWN:

@@ -65,7 +65,7 @@ class DemoRow:
 class DemoResult:
     """The table of `demo`; `failures` has the reason for each form that could not be made, by its name.
 
-    `files` are those that were written to the folder that was asked for.
+    `files` are those that were written to the folder that was requested.
     """
 
     rows: tuple[DemoRow, ...]

@@ -24,7 +24,7 @@ from repvgg_deploy.runtime.model import Model, rank_classes
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Top-1 and top-5 in percent; `top5` is None where the model gives fewer than five classes.
+    """Top-1 and top-5 in percent; `top5` is None if the model gives fewer than five classes.
 
     `integers`: `exact` or `native` for a graph whose sums may saturate on this CPU, else None; see `open_model`.
     `decoder`: what decoded JPEG files, `pillow` or `simplejpeg`. `notes`: what a user should know of the result.
@@ -152,7 +152,7 @@ class Hits:
         )
 
     def is_chance(self, classes: int) -> bool:
-        """Whether as many are right as guessing gets, within two standard deviations; False where too few were seen."""
+        """Whether as many are right as guessing gets, within two standard deviations; False if too few were seen."""
         share = 1 / classes
         limit = self.count * share + 2 * math.sqrt(self.count * share * (1 - share))
         return self.first <= limit < self.count * (1 + share) / 2

@@ -35,7 +35,7 @@ class Int8Request:
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
         seconds: the time that synthesizing images may take; None for no limit.
-        scales: the file of scales that `qat` wrote, in place of images.
+        scales: the file of scales that `qat` wrote, instead of images.
 
     Example:
         >>> from repvgg_deploy import Int8Request
@@ -67,9 +67,9 @@ class GraphRequest:
         opset: of the default ONNX domain.
         io: type of the input and output tensors, fp32 or fp16.
         uint8_input: the graph takes uint8 NHWC pixels 0-255 and normalizes them itself.
-        softmax: the output is `probabilities` in place of `logits`.
+        softmax: the output is `probabilities` instead of `logits`.
         topk: the outputs are the K largest `scores` and their `classes`.
-        features: () for the pooled features in place of logits, stage numbers for the maps of these, None for logits.
+        features: () for the pooled features instead of logits, stage numbers for the maps of these, None for logits.
         class_names: of the logits; by default those of the checkpoint.
     """
 

@@ -42,7 +42,7 @@ class Prepared:
     """A fused net that computes what its training form does, and everything that its graph is made from.
 
     Attributes:
-        request: what was asked for.
+        request: what was requested.
         checkpoint: what was read, without its tensors.
         preprocessing: how images become its input.
         choices: the settings that no tensor tells.
@@ -119,10 +119,10 @@ def prepare(request: ExportRequest, progress: Progress) -> tuple[Prepared, Parit
 
 
 def _take_outputs(checkpoint: Checkpoint, request: ExportRequest) -> Checkpoint:
-    """The checkpoint as the graph needs it: whole, or the backbone that gives the features asked for.
+    """The checkpoint as the graph needs it: whole, or the backbone that gives the features requested.
 
     Raises:
-        DeployError: there is no such stage, or what was asked for needs classes.
+        DeployError: there is no such stage, or what was requested needs classes.
     """
     features = request.graph.features
     if features is None and checkpoint.spec.classes == 0:

@@ -19,7 +19,7 @@ from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import ImageSource, list_images
 from repvgg_deploy.quantization.data_free import MadePictures
 
-# Decoded pixels are kept where they are no more than this.
+# Decoded pixels are kept in memory up to this many bytes.
 _KEPT_BYTES = 1 << 31
 _THREADS = 4
 

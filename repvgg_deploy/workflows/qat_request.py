@@ -23,7 +23,7 @@ class QatRequest:
         calibration: images for the initial scales; None for synthesized ones.
         validation: labelled images for the top-1 and the agreement during training.
         recipe: of the INT8 export that training starts from.
-        epochs: passes over the images, in place of `training.steps`.
+        epochs: passes over the images, instead of `training.steps`.
         read: how the checkpoint is read.
         training, options: see `TrainingOptions` and `QatOptions`.
         from_deploy: a deploy form is taken: BNs are inserted, trained and fused again.

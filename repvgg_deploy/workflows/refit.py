@@ -1,4 +1,4 @@
-"""`refit`: the weights of a checkpoint or of an ONNX graph in place of an engine's own, verified as after a build."""
+"""`refit`: the weights of a checkpoint or of an ONNX graph instead of an engine's own, verified as after a build."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def export_for_refit(side: Sidecar, checkpoint: Path, folder: Path, progress: Pr
 
 
 def _features(outputs: object) -> tuple[int, ...] | None:
-    """What `export` was asked for by a graph's metadata: the stages of its maps, () for pooled features, or None."""
+    """The `--features` of a graph, by its metadata: the stages of its maps, () for pooled features, or None."""
     if not isinstance(outputs, list):
         return None
     return tuple(int(str(name).removeprefix("stage")) for name in outputs if str(name).startswith("stage"))

@@ -9,7 +9,7 @@ from repvgg_deploy.benchmark.report.plots import COLOURS, STYLE
 from repvgg_deploy.errors import DeployError
 
 _PERCENT = {
-    "agreement": "agreement, training pictures",
+    "agreement": "agreement, training images",
     "val_agreement": "agreement, validation",
     "val_top1": "top-1, validation",
 }

@@ -44,7 +44,7 @@ class Title:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture with its title; `name` is that of its files."""
+    """A plot with its title; `name` is that of its files."""
 
     name: str
     title: str

@@ -38,7 +38,7 @@ class CudaBindings:
     has_graphs = True
 
     def close(self) -> None:
-        """Nothing to do: the primary context stays, as torch's does."""
+        """A no-op: the primary context stays, as torch's does."""
 
     def allocate(self, size: int) -> int:
         """Through cudaMalloc."""
@@ -109,7 +109,7 @@ class CudaBindings:
         return bool(status != runtime.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone)
 
     def begin_capture(self, stream: int) -> None:
-        """Thread-local: other threads may go on with calls that a capture forbids."""
+        """Thread-local: other threads may continue with calls that a capture forbids."""
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         check(runtime.cudaStreamBeginCapture(stream, mode), "capturing a CUDA graph")
 

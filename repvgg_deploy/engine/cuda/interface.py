@@ -102,7 +102,7 @@ def open_cuda(library: str | None = None) -> Cuda:
     """The CUDA library that was named (or the environment's REPVGG_DEPLOY_CUDA), else the first that works here.
 
     Raises:
-        DeployError: it is not installed or does not fit the driver, or there is no GPU.
+        DeployError: the package is not installed or does not fit the driver, or there is no GPU.
     """
     name = library or os.environ.get("REPVGG_DEPLOY_CUDA") or None
     if name is not None and name not in LIBRARIES:

@@ -43,7 +43,7 @@ class PyCuda:
         self._memory: dict[int, Any] = {}
 
     def close(self) -> None:
-        """Nothing to do: the context is the process's, and is left when that ends."""
+        """A no-op: the context is the process's, and is left when that ends."""
 
     def _stream(self, stream: int) -> Any:
         if stream not in self._streams:
@@ -72,7 +72,7 @@ class PyCuda:
         return array
 
     def free_pinned(self, array: NDArray[np.uint8]) -> None:
-        """Nothing to do: the memory goes with its last array."""
+        """A no-op: the memory goes with its last array."""
 
     @_explaining("creating a stream")
     def create_stream(self) -> int:
