@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         "--data",
         type=PATH,
         metavar="DIR",
-        help="Images to compare the preprocessing on.  [default: synthetic pictures]",
+        help="Images to compare the preprocessing on.  [default: synthetic images]",
     ),
 )
 @option_group(
@@ -106,7 +106,7 @@ def _show(result: PackageResult) -> None:
             "largest batch": result.max_batch or None,
             "preprocessing": None
             if parity is None
-            else f"{parity.equal:.2f} % of Pillow's values on {parity.pictures} pictures, "
+            else f"{parity.equal:.2f} % of Pillow's values on {parity.pictures} images, "
             f"others within {parity.max_levels:g}/255",
             "golden outputs": "yes" if result.golden else "no",
         }

@@ -68,7 +68,7 @@ class PackageRequest:
         output: the model repository.
         name: of the entry; by default after the first file.
         preprocess: also the preprocessing, and the two in a row.
-        data: images that the preprocessing is compared with Pillow on; drawn ones by default.
+        data: images on which the preprocessing is compared with Pillow; synthetic ones by default.
     """
 
     models: tuple[Path, ...]
@@ -154,7 +154,7 @@ def _entry_name(request: PackageRequest) -> str:
     if request.name is None:
         return re.sub(r"[^A-Za-z0-9-]+", "_", request.models[0].stem).strip("_") or "model"
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", request.name):
-        raise DeployError(f"{request.name!r} is no name of a model", "letters, digits, _, - and .")
+        raise DeployError(f"{request.name!r} is not a valid model name", "letters, digits, _, - and .")
     return request.name
 
 
@@ -166,7 +166,7 @@ def _served_model(source: Source, name: str, options: ServingOptions) -> ServedM
     largest = source.batch_range[1] if source.batch_range is not None else None
     if options.max_batch is not None and source.fixed_batch:
         raise DeployError(
-            f"{source.files[0]} takes batches of {source.fixed_batch} only", "leave --max-batch out, or export it anew"
+            f"{source.files[0]} takes batches of {source.fixed_batch} only", "leave --max-batch out, or export it again"
         )
     if options.max_batch is not None and largest is not None and options.max_batch > largest:
         raise DeployError(f"{source.files[0]} takes batches up to {largest}", "a smaller --max-batch")
@@ -279,11 +279,11 @@ def _keep_config(folder: Path, entry: _Entry, progress: Progress) -> bool:
     same_labels = entry.labels is None or known == make_labels(entry.labels)
     if not config.startswith(entry.config.head()) or not same_labels:
         raise DeployError(
-            f"{folder} is of a model with other tensors, batches, files or classes",
+            f"{folder} belongs to a model with other tensors, batches, files or classes",
             "choose another --name, or remove it",
         )
     if config != entry.config.to_pbtxt():
-        progress.note(f"note: {path} is kept as it is; remove it to have it written anew")
+        progress.note(f"note: {path} is left unchanged; remove it to have it written again")
     return True
 
 

@@ -43,7 +43,7 @@ class PreprocessingParity:
 
 
 def read_pictures(data: Path | None) -> list[Pixels]:
-    """RGB pictures of several sizes: the first ones of `data`, or drawn ones.
+    """RGB images of several sizes: the first ones of `data`, or synthetic ones.
 
     Raises:
         ImageError: one of them cannot be read, or there is none.
@@ -56,7 +56,7 @@ def read_pictures(data: Path | None) -> list[Pixels]:
 
 
 def prepare(picture: Pixels, source: Source) -> Array:
-    """The net's input for one picture, of batch 1, by Pillow; of a net that does not take RGB, noise."""
+    """The net's input for one image, of batch 1, by Pillow; for a net that does not take RGB, noise."""
     size = source.preprocessing.height, source.preprocessing.width
     if source.channels != len(source.preprocessing.mean) or source.channels not in (1, 3):
         noise = np.random.default_rng(0).standard_normal((1, source.channels, *size))
@@ -84,7 +84,7 @@ def compare_with_pillow(session: GraphSession, source: Source, pictures: Sequenc
     parity = PreprocessingParity(len(pictures), round(equal, 3), round(largest, 2))
     if not largest <= _MOST_LEVELS + 0.5:
         raise VerificationError(
-            f"the preprocessing graph gives {equal:.2f} % of Pillow's values on {len(pictures)} pictures, and differs "
+            f"the preprocessing graph gives {equal:.2f} % of Pillow's values on {len(pictures)} images, and differs "
             f"by up to {largest:.0f}/255",
             f"at most {_MOST_LEVELS:g}/255 is allowed; nothing was written; --no-preprocess leaves it out",
         )

@@ -179,7 +179,7 @@ def _read_side(plan: Path) -> Sidecar:
         )
     require_unchanged(plan, read_plan(plan), side)
     if not side.has_weights:
-        raise DeployError(f"{plan} has no weights, and Triton puts none in", "`refit` it first")
+        raise DeployError(f"{plan} has no weights, and Triton cannot add them", "`refit` it first")
     return side
 
 

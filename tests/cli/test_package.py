@@ -24,7 +24,7 @@ def test_it_says_what_was_written_and_how_near_pillow_the_preprocessing_is(
     options = ("--triton", "--name", "net", "--max-batch", 6, "--queue-delay", 7, "--instances", 2, "--device", "cpu")
     stdout, _ = run("package", graph, "-o", tmp_path / "repo", *options, "--no-warm-up", "--data", image_folder)
     assert "net, net_preprocess, net_images" in stdout
-    assert "of Pillow's values on 15 pictures" in stdout
+    assert "of Pillow's values on 15 images" in stdout
     config = (tmp_path / "repo" / "net" / "config.pbtxt").read_text()
     for line in ("max_batch_size: 6", "max_queue_delay_microseconds: 7", "count: 2", "KIND_CPU", "TYPE_FP16"):
         assert line in config
