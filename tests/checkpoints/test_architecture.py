@@ -243,11 +243,11 @@ def test_arch_is_accepted_in_any_spelling(spelling: str, save: Save) -> None:
 
 @pytest.mark.parametrize(("holds", "wanted"), [("A0", "A1"), ("B1g4", "B1"), ("B1", "B1g2"), ("D2se", "B2")])
 def test_wrong_arch_is_answered_with_the_right_one(holds: str, wanted: str, save: Save) -> None:
-    refused(save(card_state(holds)), f"holds RepVGG-{holds}, not RepVGG-{wanted}$", wanted)
+    refused(save(card_state(holds)), f"contains RepVGG-{holds}, not RepVGG-{wanted}$", wanted)
 
 
 def test_custom_arch_is_described_where_a_card_was_asked_for(checkpoint_file: Path) -> None:
-    refused(checkpoint_file, r"holds custom RepVGG \(blocks 2,2,4,1; widths 8,8,12,16,24\), not RepVGG-A0", "A0")
+    refused(checkpoint_file, r"contains custom RepVGG \(blocks 2,2,4,1; widths 8,8,12,16,24\), not RepVGG-A0", "A0")
 
 
 @pytest.mark.parametrize("arch", ["C7", "", "A", "resnet50"])

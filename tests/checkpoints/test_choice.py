@@ -57,7 +57,7 @@ def test_several_nets_are_an_error_that_lists_them_and_an_option_chooses(
     arrange, first, second = ARRANGEMENTS[arrangement]
     other = other_state(widths=(8, 16, 16, 24, 32)) if larger else other_state()
     path = save(arrange(state, other))
-    with pytest.raises(CheckpointError, match="holds 2 nets") as caught:
+    with pytest.raises(CheckpointError, match="contains 2 nets") as caught:
         load_checkpoint(path)
     assert f"{first} (custom RepVGG" in caught.value.message
     assert f"{second} (custom RepVGG" in caught.value.message

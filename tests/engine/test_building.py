@@ -138,7 +138,7 @@ def test_a_failed_build_leaves_nothing_in_the_output_folder(tmp_path: Path) -> N
 @pytest.mark.parametrize("declared", [Precision.FP16, Precision.INT8])
 def test_a_graph_in_another_precision_than_it_says_is_refused(declared: Precision, tmp_path: Path) -> None:
     onnx = small_onnx(tmp_path, declared=declared)
-    with pytest.raises(GraphError, match=f"said to be {declared}"):
+    with pytest.raises(GraphError, match=f"metadata say {declared}"):
         build_engine(onnx, rtx_backend(), NO_CACHE, tmp_path)
     assert not list(tmp_path.glob("*.plan*"))
 

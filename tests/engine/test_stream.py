@@ -264,7 +264,7 @@ def test_a_runner_that_cannot_be_made_leaves_nothing(backend: Backend, failing: 
 
 def test_no_streams_are_refused(backend: Backend) -> None:
     loaded = simulate(backend)
-    with pytest.raises(DeployError, match="0 streams"):
+    with pytest.raises(DeployError, match="number of streams cannot be 0"):
         EngineRunner(loaded, streams=0)
     assert loaded.engine is None
 
