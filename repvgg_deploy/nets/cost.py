@@ -27,6 +27,22 @@ def count_flops(spec: ArchSpec, height: int, width: int) -> int:
     return total
 
 
+def count_layer_macs(spec: ArchSpec, height: int, width: int) -> dict[str, int]:
+    """Multiply-adds of each block's convolutions and of the classifier for one image, by `stages.S.B` and `classifier`.
+
+    Squeeze-excites and hidden layers of the head are not counted.
+    """
+    macs: dict[str, int] = {}
+    for s, stage in enumerate(spec.stages):
+        for b, block in enumerate(stage):
+            height, width = (-(-size // block.stride) for size in (height, width))
+            macs[f"stages.{s}.{b}"] = height * width * _macs_per_pixel(block)
+    if spec.classes:
+        inputs, outputs = _head_widths(spec)[-2:]
+        macs["classifier"] = inputs * outputs
+    return macs
+
+
 def _head_widths(spec: ArchSpec) -> tuple[int, ...]:
     return (spec.features, *spec.hidden, *((spec.classes,) if spec.classes else ()))
 
@@ -47,10 +63,14 @@ def _block_parameters(block: BlockSpec) -> int:
     return total
 
 
+def _macs_per_pixel(block: BlockSpec) -> int:
+    per_tap = block.out_channels * block.in_channels // block.groups
+    return per_tap * (9 if block.is_fused else sum(branch.kernel**2 for branch in block.branches))
+
+
 def _flops_per_pixel(block: BlockSpec) -> int:
     width = block.out_channels
-    per_tap = width * block.in_channels // block.groups
     if block.is_fused:
-        return 9 * per_tap + width
+        return _macs_per_pixel(block) + width
     norms = sum(branch.norm for branch in block.branches) + block.norm_after_sum
-    return per_tap * sum(branch.kernel**2 for branch in block.branches) + 2 * width * norms
+    return _macs_per_pixel(block) + 2 * width * norms

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repvgg_deploy.nets.cost import count_layer_macs
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.net import QuantizedNet
-from repvgg_deploy.quantization.points import BATCH, CLASSIFIER, Images, fused_blocks
+from repvgg_deploy.quantization.points import BATCH, CLASSIFIER, Images
 from repvgg_deploy.quantization.quantize import quantize, quantize_apart
 from repvgg_deploy.quantization.recipe import Recipe
 from repvgg_deploy.quantization.reconstruct import Reconstruction, take_images
@@ -46,7 +47,7 @@ def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ..
         net: from `quantize_apart`: a layer that makes up for the error of others is wrong without them.
         images: a hundred or so, of all kinds.
     """
-    macs = count_macs(net.float_net, images[:1])
+    macs = count_layer_macs(net.float_net.spec, *images.shape[2:])
     total = sum(macs.values())
     exact = _run(net.float_net, images)
     found = []
@@ -77,19 +78,6 @@ def _run(net: torch.nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def count_macs(net: RepVGG, image: Tensor) -> dict[str, int]:
-    """Multiply-adds of each layer for one image (1, C, H, W); squeeze-excites are not counted."""
-    macs: dict[str, int] = {}
-    x = image
-    for name, block in fused_blocks(net):
-        out = block.conv(x)
-        macs[name] = block.conv.weight[0].numel() * out.numel()
-        x = block(x)
-    if net.has_classifier:
-        macs[CLASSIFIER] = net.classifier.weight.numel()
-    return macs
-
-
 def layers_within(ranking: tuple[LayerSensitivity, ...], share: float) -> tuple[str, ...]:
     """The first layers of `ranking` whose MACs together stay within `share`; one that is too large is passed over."""
     chosen, used = [], 0.0
@@ -142,7 +130,7 @@ def quantize_within(
     if statistics is None:
         statistics = collect_statistics(fused, images, augmentations=recipe.augmentations)
     sample = take_images(fused, images, statistics.images, RANKING_IMAGES)
-    macs = count_macs(fused, sample[:1])
+    macs = count_layer_macs(fused.spec, *sample.shape[2:])
 
     def attempt(names: tuple[str, ...]) -> MixedPrecision:
         net = quantize(fused, images, recipe, statistics, names)

@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from helpers.small_nets import make_net
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.nets.cards import describe, find_card, load_cards, match_card
-from repvgg_deploy.nets.cost import count_flops, count_parameters
+from repvgg_deploy.nets.cost import count_flops, count_layer_macs, count_parameters
 
 PUBLISHED = [card for card in load_cards().values() if card.name != "RepVGG-demo"]
 ALL = ["A0", "A1", "A2", "B0", "B1", "B1g2", "B1g4", "B2", "B2g2", "B2g4", "B3", "B3g2", "B3g4", "D2se", "L2pse"]
@@ -113,3 +116,17 @@ def test_full_names_of_libraries_and_files_are_taken(name: str, arch: str) -> No
 def test_names_of_no_card_or_of_several_are_refused(name: str) -> None:
     with pytest.raises(DeployError, match="no architecture"):
         find_card(name)
+
+
+@pytest.mark.parametrize("shape", [{}, {"groups": 2}])
+def test_multiply_adds_of_layers_are_those_of_the_tensors(shape: dict[str, int]) -> None:
+    net = fuse(make_net(**shape))
+    seen: dict[str, int] = {}
+    for name, block in net.named_blocks():
+        block.conv.register_forward_hook(
+            lambda conv, _, output, name=name: seen.update({name: conv.weight[0].numel() * output.numel()})
+        )
+    net(torch.zeros(1, 3, 45, 64))
+    macs = count_layer_macs(net.spec, 45, 64)
+    assert macs.pop("classifier") == net.classifier.weight.numel()
+    assert macs == seen
