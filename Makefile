@@ -7,12 +7,13 @@ TORCH ?= 2.13.0
 LOWEST ?= .venv-lowest
 # Pins for reproducible test runs, on the Python versions that these releases support.
 CONSTRAINTS := -c constraints.txt
+PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 # Threads that wait by spinning take the core that another one needs, on a machine with few or busy cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test docs format lowest requirements clean
+.PHONY: demo test test-all docs format lowest requirements clean
 
 demo: $(VENV)/.demo
 	$(BIN)/repvgg-deploy demo
@@ -23,7 +24,11 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MKDOCS) build -q --strict
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+# The tests that take longest as well.
+test-all: test
+	$(PYTEST) -m slow
 
 # The documentation as a site, in build/site; warnings are errors.
 docs: $(VENV)/.test

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -189,7 +190,11 @@ def _begin(
         calibration = make_pictures(net, preprocessing, recipe.pictures, recipe.seed, progress=progress)
     else:
         calibration = choose_images(request.calibration, recipe.count, recipe.seed, preprocessing, progress)
-    begun = start_training(net, calibration, recipe, request.options, progress)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        begun = start_training(net, calibration, recipe, request.options, progress)
+    for warning in caught:
+        progress.note(f"warning: {warning.message}")
     training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
     run = _Run(training, [])
     if not dist.is_initialized() or dist.get_rank() == 0:

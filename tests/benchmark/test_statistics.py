@@ -58,5 +58,5 @@ def test_few_rounds_say_how_little_they_say() -> None:
 
 
 def test_rounds_must_match() -> None:
-    with pytest.raises(ValueError, match="same rounds"):
+    with pytest.raises(ValueError, match="different numbers of rounds"):
         compare_rates([1.0, 1.0], [1.0, 1.0], [1.0], [1.0])

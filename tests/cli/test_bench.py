@@ -76,6 +76,7 @@ def test_a_graph_and_a_checkpoint_are_measured_side_by_side(graph: Path, checkpo
     assert "small.onnx" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch-cpu", "onnxruntime-cpu"])
 def test_both_forms_are_compared(backend: str, checkpoint: Path) -> None:
     result = run("bench", checkpoint, "--form", "both", "--backend", backend, "--json", *QUICK)
@@ -159,6 +160,7 @@ def test_wrong_usage_says_what_was_typed_and_what_to_type(arguments: list[str], 
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_lists_of_batches_backends_and_precisions_are_all_measured(checkpoint: Path) -> None:
     lists = ["--batch", "1,2", "--batch", "3", "--backend", "torch-cpu,onnxruntime-cpu", "--precision", "fp32"]
     result = run("bench", checkpoint, *lists, "--json", *QUICK)
@@ -224,7 +226,7 @@ def test_other_options_do_not_go_on_with_an_old_result(checkpoint: Path, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "another"}, "is of 'another'"),
+        ({"name": "another"}, "is called 'another'"),
         ({"versions": {"torch": "1.0"}}, "measured with the versions torch 1.0"),
         ({"gpus": [{"name": "NVIDIA H200"}]}, "measured with the GPUs NVIDIA H200"),
     ],
@@ -244,6 +246,7 @@ def test_another_suite_or_machine_does_not_go_on_with_an_old_result(
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_the_baseline_is_opened_once_for_all_batches(graph: Path) -> None:
     result = run("bench", graph, "--baseline", "resnet18", "--batch", 1, "--batch", 2, *QUICK)
     assert result.exit_code == 0, result.stderr

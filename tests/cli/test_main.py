@@ -372,7 +372,7 @@ def test_arch_is_a_check_of_graphs_too(graph: Path) -> None:
 
 
 def test_ema_is_for_checkpoints(graph: Path) -> None:
-    assert "one set of weights" in failed(run("eval", graph, "--ema", "--data", graph.parent))
+    assert "is an exported file" in failed(run("eval", graph, "--ema", "--data", graph.parent))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_what_a_schema_forbids_is_found() -> None:
         check({**value, "more": 5}, "refit")
 
 
+@pytest.mark.slow
 def test_export_and_what_looks_at_its_graphs(folder: Path) -> None:
     check(export(folder), "export")
     assert "fp16" in check(export(folder, "--fp16"), "export")

@@ -34,6 +34,7 @@ def ended(done: subprocess.CompletedProcess[str], number: signal.Signals) -> boo
     return (done.returncode, done.stderr, done.stdout) == (128 + number, "\nAborted!\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [*NUMBERS, signal.SIGHUP])
 def test_a_signal_ends_the_process_with_its_status(number: signal.Signals) -> None:
     assert ended(run("kill(); time.sleep(30)", number), number)

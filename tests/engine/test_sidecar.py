@@ -106,7 +106,7 @@ TAMPERED = [
     (change_a_byte, "was changed after it was built"),
     (lambda plan: sidecar_path(plan).unlink(), "has no sidecar net.fp16.plan.json"),
     (damage_the_sidecar, "cannot read the sidecar"),
-    (lambda plan: change(plan, schema=99), "has the schema 99, this release reads 1"),
+    (lambda plan: change(plan, schema=99), "has the schema 99, but this release reads 1"),
     (lambda plan: change(plan, backend="other"), "backend: Invalid enum value 'other'"),
     (lambda plan: change(plan, profile=[1]), "profile: Expected `array` of length 3"),
     (lambda plan: sidecar_path(plan).write_text("[]", encoding="utf-8"), "has the schema None"),

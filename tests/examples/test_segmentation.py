@@ -20,7 +20,7 @@ def test_int8_segments_as_well_as_fp32(tmp_path: Path) -> None:
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    scores = example.main(tmp_path, steps=200)
+    scores = example.main(tmp_path, steps=400)
     assert scores["fp32"] > 60
     assert abs(scores["int8"] - scores["fp32"]) <= 0.5
     # Three columns of four pictures with a border between them, twice enlarged.

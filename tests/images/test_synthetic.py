@@ -195,6 +195,7 @@ def measure_top1(net: nn.Module, images: np.ndarray, labels: np.ndarray) -> floa
     return 100 * (outputs.argmax(1).numpy() == labels).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [1e3, 1e5])
 def test_a_linear_classifier_on_the_pixels_fails(penalty: float) -> None:
     images, labels = draw_images(1800, 1)

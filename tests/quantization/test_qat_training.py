@@ -56,6 +56,7 @@ def agreement(training: QatTraining) -> float:
     return float(same.float().mean())
 
 
+@pytest.mark.slow
 def test_training_wins_back_most_of_what_rounding_lost(start) -> None:
     training = begin(start, TrainingOptions(steps=40, batch=32, rate=0.05))
     lost = 1 - agreement(training)

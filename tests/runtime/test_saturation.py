@@ -168,6 +168,7 @@ def test_exact_sums_are_those_of_the_torch_net_on_any_cpu(foreign: Path) -> None
     assert saturates_here() == bool(np.abs(native - expected).max() > 1e-2 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saturating_cpu")
 def test_bench_marks_a_graph_whose_sums_may_saturate_and_no_other(safe: Path, foreign: Path) -> None:
     command = ["bench", str(safe), str(foreign), "--duration", "0.02", "--iterations", "2", "--warmup", "0"]

@@ -371,7 +371,7 @@ def test_a_first_word_of_two_classes_names_none(model: Model, image_folder: Path
     names = ("great white shark", "great grey owl", "class2", "class3", "class4")
     (image_folder / "class0").rename(image_folder / "great")
     (image_folder / "class1").rename(image_folder / "great grey owl")
-    with pytest.raises(DeployError, match="great is none"):
+    with pytest.raises(DeployError, match="the folder great is not one of"):
         evaluate(replace(model, class_names=names), image_folder)
 
 

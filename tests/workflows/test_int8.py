@@ -54,6 +54,7 @@ def test_int8_is_one_command(images, tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["demo.int8.onnx"]
 
 
+@pytest.mark.slow
 def test_every_kernel_is_int8_and_the_file_a_quarter_of_fp32(images, tmp_path) -> None:
     int8(images, tmp_path)
     export(DEMO, "--engine", "none", "-o", tmp_path)
@@ -65,6 +66,7 @@ def test_every_kernel_is_int8_and_the_file_a_quarter_of_fp32(images, tmp_path) -
     assert sizes[0] < 0.3 * sizes[1]
 
 
+@pytest.mark.slow
 def test_accuracy_on_unseen_images_survives(images, tmp_path) -> None:
     int8(images, tmp_path)
     write_image_folder(tmp_path / "val", 600, seed=12, size=64)
@@ -86,6 +88,7 @@ def test_the_metadata_name_recipe_images_and_seed(images, tmp_path) -> None:
     assert about["seed"] == 0
 
 
+@pytest.mark.slow
 def test_the_same_images_give_the_same_file(images, tmp_path) -> None:
     int8(images, tmp_path / "a")
     int8(images, tmp_path / "b")
@@ -105,7 +108,7 @@ def test_few_images_are_warned_of_and_none_is_an_error(images, tmp_path) -> None
     assert "warning: 8 calibration images are few" in result.stderr
     (tmp_path / "empty").mkdir()
     result = int8(tmp_path / "empty", tmp_path / "none", code=1)
-    assert "error: there is no image" in result.stderr
+    assert "error: --calib: there is no image" in result.stderr
     assert not (tmp_path / "none").exists()
 
 
@@ -119,6 +122,7 @@ def test_broken_calibration_images_are_named_and_left_out(images, tmp_path) -> N
     assert "0.png" in values.stderr
 
 
+@pytest.mark.slow
 def test_the_statistics_cache_belongs_to_one_checkpoint_and_its_images(images, tmp_path) -> None:
     cache = tmp_path / "demo.npz"
     int8(images, tmp_path / "a", "--calib-cache", cache)
@@ -281,7 +285,7 @@ def test_int8_zero_points_are_for_old_releases_of_tensorrt(images, tmp_path) -> 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_quantizing_on_a_gpu_needs_one(images, tmp_path) -> None:
     result = int8(images, tmp_path, "--calib-device", "cuda", code=1)
-    assert "error: torch sees no CUDA GPU here" in result.output
+    assert "error: --calib-device cuda: torch sees no CUDA GPU here" in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -304,6 +308,7 @@ def without_images(recipe: Path, out: Path, *more: str | Path, checkpoint: str |
     return export(checkpoint, *arguments, *more, code=code)
 
 
+@pytest.mark.slow
 def test_int8_without_images_says_so_everywhere(quick_pictures, tmp_path) -> None:
     result = without_images(quick_pictures, tmp_path / "a")
     words = "no images (32 images of 64x64, synthesized from BN statistics)"

@@ -59,6 +59,7 @@ def export_with(checkpoint: Path, scales: Path, out: Path, *more: str, code: int
     return run("export", checkpoint, "--int8", "--calib-cache", scales, "--engine", "none", "-o", out, *more, code=code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["train", "deploy"])
 def test_from_a_checkpoint_to_an_int8_graph_as_accurate_as_the_trained_net(form, images, tmp_path) -> None:
     source, more = DEMO, ()
@@ -109,6 +110,7 @@ def request_for(images: Path, out: Path) -> QatRequest:
     return QatRequest(DEMO, out, images, images, training, recipe="fast", interval_s=0.0)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_as_it_would_have(images, tmp_path) -> None:
     whole, stopped = (tmp_path / name / "trained.safetensors" for name in ("whole", "stopped"))
     run_qat(request_for(images, whole))
@@ -147,6 +149,7 @@ def test_a_file_that_is_no_state_is_told_of_and_kept(images, tmp_path) -> None:
     assert state_path(request.output).read_bytes() == b"no state"
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(images, tmp_path) -> None:
     arguments = ["qat", DEMO, "--data", images, "--calib", images, "--recipe", "fast", "--steps", "2", "--batch", "8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
