@@ -67,7 +67,8 @@ def to_onnx(net: RepVGG, layers: Layers, options: GraphOptions, metadata: Mappin
     if net.spec.maps:
         outputs = _add_maps(g, net, layers, options, maps)
     else:
-        x = g.add("Flatten", [layers.pool(g, "pool", x)], "features")
+        # Of a backbone `features` is the output, which a Cast may still stand before.
+        x = g.add("Flatten", [layers.pool(g, "pool", x)], "features" if net.has_classifier else "pooled")
         x = add_hidden(g, net, layers, x)
         if net.has_classifier:
             x = layers.linear(g, "classifier", net.classifier, x)

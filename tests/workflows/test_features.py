@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -80,6 +81,19 @@ def test_maps_are_those_of_the_stages(checkpoint_file, net, images, options) -> 
     for name, values in given.items():
         assert values.shape == expected[name].shape
         assert np.abs(values - expected[name]).max() < (2e-2 if options else 1e-5) * np.abs(expected[name]).max()
+
+
+@pytest.mark.parametrize("options", [("--fp16",), ("--fp16", "--io", "fp16"), ("--fp16", "--uint8-input")])
+def test_pooled_features_are_the_output_in_half_precision_too(checkpoint_file, net, images, options) -> None:
+    export(checkpoint_file, "--features", *options)
+    (graph,) = (checkpoint_file.parent / "out").iterdir()
+    if "--uint8-input" in options:
+        assert [item.name for item in onnx.load(graph).graph.output] == ["features"]
+        return
+    given = run(graph, images.numpy().astype(np.float16 if "fp16" in options else np.float32))
+    expected = net.stages[4](net.stages[3](net.stages[2](net.stages[1](net.stages[0](images))))).mean((2, 3)).numpy()
+    assert list(given) == ["features"]
+    assert np.abs(given["features"] - expected).max() < 2e-2 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("maps", [(), (4,), (0, 2, 3)])
