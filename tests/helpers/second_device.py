@@ -132,3 +132,13 @@ def to_second(module: nn.Module) -> nn.Module:
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, OnSecond(buffer))
     return module
+
+
+def to_first(module: nn.Module) -> nn.Module:
+    """`module` with its parameters and buffers moved back, in place."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(_unwrap(parameter.detach()), requires_grad=parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, _unwrap(buffer))
+    return module
