@@ -10,9 +10,18 @@ import click
 
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.config import config_options
-from repvgg_deploy.cli.options import PATH, flag, is_given, output_options, preprocessing_options, take_preprocessing
+from repvgg_deploy.cli.options import (
+    PATH,
+    flag,
+    is_given,
+    junit_option,
+    output_options,
+    preprocessing_options,
+    take_preprocessing,
+)
 from repvgg_deploy.cli.types import BACKEND, BASELINE, PRECISION, FiniteRange, ListOf, is_model_name, suggest_model
 from repvgg_deploy.errors import DeployError, ThresholdError
+from repvgg_deploy.limits import LimitCheck, first_failure
 
 if TYPE_CHECKING:
     from repvgg_deploy.benchmark.record import Record
@@ -85,6 +94,7 @@ _MEASURING = ("warmup", "duration", "iterations", "roofline")
     click.option("-o", "--output", type=PATH, metavar="FILE",
                  help="Result file to write; a suite that was stopped continues from it."),
 )  # fmt: skip
+@junit_option
 @output_options
 def bench(models: tuple[str, ...], output: Path | None, **options: Any) -> Any:
     """Measure throughput and latency of models, side by side.
@@ -103,9 +113,12 @@ def bench(models: tuple[str, ...], output: Path | None, **options: Any) -> Any:
     from repvgg_deploy.cli.tables import print_record
 
     record = _measure(models, output, options)
-    failure = _missed_limit(record, options["min_images_per_sec"], options["min_ratio"])
     values = {name: value for name, value in record.items() if name not in ("schema", "version")}
-    return Outcome(values, lambda: print_record(record), failure)
+    try:
+        checks = _check_limits(record, options["min_images_per_sec"], options["min_ratio"])
+    except DeployError as error:
+        return Outcome(values, lambda: print_record(record), error)
+    return Outcome(values, lambda: print_record(record), first_failure(checks), checks=checks)
 
 
 def _check_usage(models: Sequence[str], output: Path | None, options: dict[str, Any]) -> None:
@@ -190,36 +203,52 @@ def _request(models: tuple[str, ...], options: dict[str, Any]) -> BenchRequest:
     return BenchRequest("bench", groups, measured, options["roofline"])
 
 
-def _missed_limit(record: Record, min_images_per_sec: float | None, min_ratio: float | None) -> DeployError | None:
+def _check_limits(record: Record, min_images_per_sec: float | None, min_ratio: float | None) -> tuple[LimitCheck, ...]:
+    """Every measured throughput and ratio beside its limit; the worst failures first.
+
+    Raises:
+        DeployError: there is a limit for ratios, and no ratio was measured.
+    """
+    checks = []
     baselines = {ratio["baseline"] for ratio in record["ratios"]}
-    slow = [
-        r for r in record["results"]
-        if min_images_per_sec is not None and r["model"] not in baselines
-        and not r["images_per_sec"] >= min_images_per_sec
-    ]  # fmt: skip
-    if slow:
-        worst = min(slow, key=lambda r: float(r["images_per_sec"]))
-        return ThresholdError(
-            f"{worst['model']} at batch {worst['batch']} reaches {worst['images_per_sec']:.1f} images/s,"
-            f" below --min-images-per-sec {min_images_per_sec:g}",
-            "check the load of the machine, and the notes in the table",
-        )
-    if min_ratio is None:
-        return None
-    compared = [r for r in record["ratios"] if r["model"] != r["baseline"]]
-    if not compared:
-        return DeployError(
-            "no ratio to the baseline was measured",
-            "no model was measured with the baseline's batch size and precision",
-        )
-    least = min(compared, key=lambda r: float(r["ratio"]))
-    if least["ratio"] >= min_ratio:
-        return None
-    return ThresholdError(
-        f"{least['model']} at batch {least['batch']} is {least['ratio']:.3f} times as fast as {least['baseline']},"
-        f" below --min-ratio {min_ratio:g}",
+    if min_images_per_sec is not None:
+        measured = [r for r in record["results"] if r["model"] not in baselines]
+        checks += [_check_speed(r, min_images_per_sec) for r in sorted(measured, key=lambda r: r["images_per_sec"])]
+    if min_ratio is not None:
+        compared = [r for r in record["ratios"] if r["model"] != r["baseline"]]
+        if not compared:
+            raise DeployError(
+                "no ratio to the baseline was measured",
+                "no model was measured with the baseline's batch size and precision",
+            )
+        checks += [_check_ratio(r, min_ratio) for r in sorted(compared, key=lambda r: r["ratio"])]
+    return tuple(checks)
+
+
+def _check_speed(result: dict[str, Any], least: float) -> LimitCheck:
+    speed = float(result["images_per_sec"])
+    failure = ThresholdError(
+        f"{result['model']} at batch {result['batch']} reaches {speed:.1f} images/s,"
+        f" below --min-images-per-sec {least:g}",
+        "check the load of the machine, and the notes in the table",
+    )
+    name = f"{_label(result)}: images/s, --min-images-per-sec"
+    return LimitCheck(name, speed, least, None if speed >= least else failure)
+
+
+def _check_ratio(ratio: dict[str, Any], least: float) -> LimitCheck:
+    value = float(ratio["ratio"])
+    failure = ThresholdError(
+        f"{ratio['model']} at batch {ratio['batch']} is {value:.3f} times as fast as {ratio['baseline']},"
+        f" below --min-ratio {least:g}",
         "check the load of the machine, and the interval in the table",
     )
+    name = f"{_label(ratio)}: ratio to {ratio['baseline']}, --min-ratio"
+    return LimitCheck(name, value, least, None if value >= least else failure)
+
+
+def _label(entry: dict[str, Any]) -> str:
+    return ", ".join([entry["model"], entry["form"], entry["precision"], f"batch {entry['batch']}"])
 
 
 def _profile(models: Sequence[str], options: dict[str, Any]) -> Outcome:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from repvgg_deploy.cli import progress
+from repvgg_deploy.cli.junit import JUnitSuite, write_junit
 from repvgg_deploy.cli.progress import Verbosity
 from repvgg_deploy.cli.signals import end_on_signals
 from repvgg_deploy.cli.startup import silence_libraries
 from repvgg_deploy.errors import DeployError, ThresholdError
+from repvgg_deploy.limits import LimitCheck
 from repvgg_deploy.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,12 +40,14 @@ class Outcome:
         show: prints the same to stdout, for people.
         failure: an error that is reported once the values are printed, such as a limit that was missed.
         schema: the name of the object's schema; the command's own by default.
+        checks: what was held to a limit, for `--junit`; a missed one is `failure` as well.
     """
 
     values: Mapping[str, Any]
     show: Callable[[], None]
     failure: DeployError | None = None
     schema: str = ""
+    checks: tuple[LimitCheck, ...] = ()
 
 
 @dataclass
@@ -87,9 +93,7 @@ class Command(click.Command):
         before_run = ctx.meta.get("repvgg_deploy.before_run")
         if before_run is not None:
             before_run()
-        outcome = super().invoke(ctx)
-        if not isinstance(outcome, Outcome):
-            raise TypeError(f"the command {ctx.info_name} returns {type(outcome).__name__}, not an Outcome")
+        outcome = self._run(ctx, ctx.params.pop("junit", None))
         if not session.as_json:
             outcome.show()
             if outcome.failure is not None:
@@ -101,6 +105,22 @@ class Command(click.Command):
             return
         print_object(name, {**values, **_describe(outcome.failure)})
         raise _ReportedError(outcome.failure)
+
+    def _run(self, ctx: click.Context, junit: Path | None) -> Outcome:
+        """What the command returns; whether it does, or fails on the way, `junit` is written."""
+        start = time.perf_counter()
+        try:
+            outcome = super().invoke(ctx)
+            if not isinstance(outcome, Outcome):
+                raise TypeError(f"the command {ctx.info_name} returns {type(outcome).__name__}, not an Outcome")
+        except Exception as error:
+            if junit is not None:
+                write_junit(junit, JUnitSuite(str(ctx.info_name), time.perf_counter() - start, error))
+            raise
+        if junit is not None:
+            suite = JUnitSuite(str(ctx.info_name), time.perf_counter() - start, outcome.failure, outcome.checks)
+            write_junit(junit, suite)
+        return outcome
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, one section per group."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,7 @@ from repvgg_deploy.cli.options import (
     engine_options,
     graph_options,
     int8_options,
+    junit_option,
     output_options,
     path_argument,
     preprocessing_options,
@@ -29,6 +30,10 @@ from repvgg_deploy.cli.options import (
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
 from repvgg_deploy.cli.whole_networks import export_whole, leave_out_module_options, module_options
 from repvgg_deploy.graphs.simplification import SimplificationCheck
+from repvgg_deploy.limits import LimitCheck
+
+if TYPE_CHECKING:
+    from repvgg_deploy.workflows.export_request import ExportResult
 
 
 def _check_folder(_context: click.Context, _option: click.Parameter, folder: Path) -> Path:
@@ -72,6 +77,7 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
     click.option("--fp16", is_flag=True, help="Write a float16 graph."),
     click.option("--int8", is_flag=True, help="Write an INT8 graph; needs --calib."),
 )  # fmt: skip
+@junit_option
 @output_options
 def export(
     ckpt: Path | None, output: Path, fp16: bool, int8: bool, layers: bool, labels: Path | None, **options: Any
@@ -114,7 +120,15 @@ def export(
         with show_progress() as progress:
             result = run_export(request, progress, simplification)
     images = "synthetic images" if request.verify_data is None else f"images of {request.verify_data}"
-    return Outcome(result.to_dict(), lambda: print_export(result, layers, images))
+    return Outcome(result.to_dict(), lambda: print_export(result, layers, images), checks=_list_stages(result))
+
+
+def _list_stages(result: ExportResult) -> tuple[LimitCheck, ...]:
+    """Every comparison of an export, each of which has passed, or there would be no result."""
+    return tuple(
+        LimitCheck(f"{result.onnx.name}: {stage}, relative difference from the stage before", parity.relative, None)
+        for stage, parity in result.parity.items()
+    )
 
 
 @click.command(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,7 @@ from repvgg_deploy.cli.options import (
     checkpoint_options,
     decoding_options,
     integers_option,
+    junit_option,
     output_options,
     path_argument,
     preprocessing_options,
@@ -25,6 +26,10 @@ from repvgg_deploy.cli.options import (
     trust_option,
 )
 from repvgg_deploy.errors import ThresholdError
+from repvgg_deploy.limits import LimitCheck, first_failure
+
+if TYPE_CHECKING:
+    from repvgg_deploy.workflows.evaluate import Evaluation
 
 
 @click.command(
@@ -85,6 +90,7 @@ def archs() -> Any:
     click.option("--max-abs", type=float, metavar="X", help="Largest difference of a logit."),
     click.option("--max-disagreement", type=float, metavar="P", help="Largest share of other top-1 classes, percent."),
 )  # fmt: skip
+@junit_option
 @output_options
 def verify(a: Path, b: Path, **options: Any) -> Any:
     """Compare the outputs of two models; fail if they differ by more than the tolerance.
@@ -93,7 +99,7 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     graph say, or else as the card of the architecture does.
     """
     from repvgg_deploy.cli.tables import print_fields
-    from repvgg_deploy.verification.models import Tolerance, VerifyOptions, verify_models
+    from repvgg_deploy.verification.models import Tolerance, VerifyOptions, compare_models
 
     if options["count"] is not None and options["data"] is None:
         raise click.UsageError("--count is for --data DIR.")
@@ -102,9 +108,9 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     source, exact = take_checkpoint(options), take_exact_integers(options)
     with show_progress() as progress:
         how = VerifyOptions(tolerance, preprocessing=preprocessing, checkpoint=source, exact_integers=exact, **options)
-        parity = verify_models(a, b, how, progress)
+        parity, checks = compare_models(a, b, how, progress)
     values = {"a": str(a), "b": str(b), **parity.to_dict()}
-    return Outcome(values, lambda: print_fields(values))
+    return Outcome(values, lambda: print_fields(values), first_failure(checks), checks=checks)
 
 
 @click.command(
@@ -134,6 +140,7 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
 @trust_option
 @ray_options
 @option_group("Limits", click.option("--min-top1", type=float, metavar="P", help="Smallest top-1, percent."))
+@junit_option
 @output_options
 def eval_(model: Path, data: Path, batch: int, strict: bool, min_top1: float | None, **options: Any) -> Any:
     """Measure top-1 and top-5 accuracy of a model on a folder of images.
@@ -165,10 +172,14 @@ def eval_(model: Path, data: Path, batch: int, strict: bool, min_top1: float | N
             result = evaluate(opened, data, batch, strict, progress, EvaluationOptions(ground_truth, decoding))
         for path, reason in result.broken.items():
             progress.note(f"warning: left out: {reason if path in reason else f'{path}: {reason}'}")
-    failure = None
-    if min_top1 is not None and not result.top1 >= min_top1:
-        failure = ThresholdError(
-            f"top-1 is {result.top1:.2f} %, below --min-top1 {min_top1:g}",
-            "check the preprocessing and the order of the classes with `inspect`",
-        )
-    return Outcome(result.to_dict(), lambda: print_evaluation(result), failure)
+    checks = () if min_top1 is None else (_check_top1(result, min_top1),)
+    return Outcome(result.to_dict(), lambda: print_evaluation(result), first_failure(checks), checks=checks)
+
+
+def _check_top1(result: Evaluation, least: float) -> LimitCheck:
+    failure = ThresholdError(
+        f"top-1 is {result.top1:.2f} %, below --min-top1 {least:g}",
+        "check the preprocessing and the order of the classes with `inspect`",
+    )
+    name = f"{Path(result.model).name}: top-1 in percent, --min-top1"
+    return LimitCheck(name, result.top1, least, None if result.top1 >= least else failure)

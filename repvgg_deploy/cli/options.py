@@ -164,6 +164,13 @@ ray_options = option_group(
 )  # fmt: skip
 """Where a command runs, if not here."""
 
+junit_option = option_group(
+    "Output",
+    click.option("--junit", type=PATH, metavar="FILE",
+                 help="JUnit XML file to write: a test case for the command, and one per limit; on failure too."),
+)  # fmt: skip
+"""A report for a CI server; `Command` takes this value, the function does not get it."""
+
 output_options = option_group(
     "Output",
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout, and nothing else."),

@@ -10,10 +10,11 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Array, Parity, PreprocessingOptions
 from repvgg_deploy.checkpoints import CheckpointOptions
-from repvgg_deploy.errors import DeployError, GraphError, ImageError, ThresholdError
+from repvgg_deploy.errors import DeployError, GraphError, ImageError, ThresholdError, VerificationError
 from repvgg_deploy.files import file_kind
 from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import list_images
+from repvgg_deploy.limits import LimitCheck, first_failure
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import Model, open_model, softmax
 from repvgg_deploy.verification.inputs import choose_pixels
@@ -28,30 +29,50 @@ class Tolerance:
     max_abs: float | None = None
     max_disagreement: float | None = None
 
+    def check(self, parity: Parity, precisions: set[str]) -> tuple[LimitCheck, ...]:
+        """`parity` of two models of these precisions beside each limit.
+
+        The failure of a limit that the user set is a `ThresholdError`, that of the default one, which their precisions
+        decide, a `VerificationError`. A figure that is not a number meets no limit.
+        """
+        checks = [self._check_relative(parity, precisions)]
+        if self.max_abs is not None:
+            words = f"a logit differs by {parity.max_abs:.3g}, more than {self.max_abs:g}"
+            checks.append(_at_most("largest difference of a logit, --max-abs", parity.max_abs, self.max_abs, words))
+        disagreement = 100 - parity.top1_agreement
+        if (most := self.max_disagreement) is not None:
+            words = f"the top-1 class of {disagreement:.2f} % of the images differs, more than {most:g} %"
+            checks.append(_at_most("other top-1 classes in percent, --max-disagreement", disagreement, most, words))
+        return tuple(checks)
+
+    def _check_relative(self, parity: Parity, precisions: set[str]) -> LimitCheck:
+        if self.max_relative is not None:
+            words = f"the outputs differ by {parity.relative:.3g} relative, more than {self.max_relative:g}"
+            return _at_most("relative difference, --max-relative", parity.relative, self.max_relative, words)
+        # A graph of unknown origin must agree as float32 does; the user can give a looser tolerance.
+        allowed = MAX_RELATIVE["models"]
+        coarsest = max(allowed.get(precision, allowed["fp32"]) for precision in precisions)
+        name, failure = f"relative difference, by default for {' and '.join(sorted(precisions))}", None
+        try:
+            require_parity("verify", parity, coarsest)
+        except VerificationError as error:
+            failure = error
+        return LimitCheck(name, parity.relative, coarsest, failure)
+
     def require(self, parity: Parity, precisions: set[str]) -> None:
-        """Check `parity` of two models of these precisions.
+        """Raise the first failure that `check` finds.
 
         Raises:
             ThresholdError: a limit that the user set is exceeded, or a figure is not a number.
             VerificationError: the default limit for their precisions is.
         """
-        allowed = MAX_RELATIVE["models"]
-        # A graph of unknown origin must agree as float32 does; the user can give a looser tolerance.
-        coarsest = max(allowed.get(precision, allowed["fp32"]) for precision in precisions)
-        if self.max_relative is None:
-            require_parity("verify", parity, coarsest)
-        elif not parity.relative <= self.max_relative:
-            raise ThresholdError(
-                f"the outputs differ by {parity.relative:.3g} relative, more than {self.max_relative:g}", _LOOK
-            )
-        if self.max_abs is not None and not parity.max_abs <= self.max_abs:
-            raise ThresholdError(f"a logit differs by {parity.max_abs:.3g}, more than {self.max_abs:g}", _LOOK)
-        disagreement = 100 - parity.top1_agreement
-        if self.max_disagreement is not None and not disagreement <= self.max_disagreement:
-            raise ThresholdError(
-                f"the top-1 class of {disagreement:.2f} % of the images differs, more than {self.max_disagreement:g} %",
-                _LOOK,
-            )
+        failure = first_failure(self.check(parity, precisions))
+        if failure is not None:
+            raise failure
+
+
+def _at_most(name: str, value: float, limit: float, words: str) -> LimitCheck:
+    return LimitCheck(name, value, limit, None if value <= limit else ThresholdError(words, _LOOK))
 
 
 _LOOK = "check with `inspect` that both come from the same checkpoint and use the same preprocessing"
@@ -96,6 +117,21 @@ def verify_models(
         >>> parity.relative < 1e-4
         True
     """
+    parity, checks = compare_models(first, second, options, progress)
+    failure = first_failure(checks)
+    if failure is not None:
+        raise failure
+    return parity
+
+
+def compare_models(
+    first: Path, second: Path, options: VerifyOptions | None = None, progress: Progress = SILENT
+) -> tuple[Parity, tuple[LimitCheck, ...]]:
+    """As `verify_models`, but what exceeds the tolerance is returned beside the differences, not raised.
+
+    Raises:
+        DeployError: a model cannot be opened, or they do not take the same pixels.
+    """
     options = options or VerifyOptions()
     a, b = _open_both(first, second, options, progress)
     if a.preprocessing != b.preprocessing:
@@ -105,8 +141,7 @@ def verify_models(
         )
     pixels = None if options.data is not None else choose_pixels(a.preprocessing, _channels(a, b), 8)
     parity = _compare_outputs(a, b, options.data, pixels, options.count)
-    options.tolerance.require(parity, {a.runner.precision, b.runner.precision})
-    return parity
+    return parity, options.tolerance.check(parity, {a.runner.precision, b.runner.precision})
 
 
 def _open_both(first: Path, second: Path, options: VerifyOptions, progress: Progress) -> tuple[Model, Model]:

@@ -135,6 +135,14 @@ def test_eval_and_a_limit_that_it_misses(folder: Path, image_folder: Path) -> No
     assert "below --min-top1 101" in missed["error"]
 
 
+def test_verify_and_limits_that_it_misses(folder: Path) -> None:
+    torch.save(name_in_layout(make_net(seed=4), "official"), folder / "other.pth")
+    models = ["verify", folder / "net.pth", folder / "other.pth", "--size", 32]
+    for status, limits in ((3, ["--max-relative", 0.001]), (1, [])):
+        missed = check(run(*models, *limits, status=status), "verify")
+        assert (missed["exit_status"], missed["images"]) == (status, 8)
+
+
 def test_archs_and_doctor() -> None:
     check(run("archs"), "archs")
     check(run("doctor"), "doctor")
