@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from repvgg_deploy import build, export_module, load_checkpoint
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.images.synthetic import draw_images
-from repvgg_deploy.workflows.module_request import ModuleExportResult
+from repvgg_deploy.workflows.export_result import ModuleExportResult
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 SIZE, CALIBRATION, RECIPE = 64, 128, "fast"

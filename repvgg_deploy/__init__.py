@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from repvgg_deploy.workflows.export import export as export
     from repvgg_deploy.workflows.export_module import export_module as export_module
     from repvgg_deploy.workflows.export_request import ExportRequest as ExportRequest
-    from repvgg_deploy.workflows.export_request import ExportResult as ExportResult
     from repvgg_deploy.workflows.export_request import Int8Request as Int8Request
-    from repvgg_deploy.workflows.module_request import ModuleExportResult as ModuleExportResult
+    from repvgg_deploy.workflows.export_result import CheckpointExportResult as CheckpointExportResult
+    from repvgg_deploy.workflows.export_result import ExportResult as ExportResult
+    from repvgg_deploy.workflows.export_result import ModuleExportResult as ModuleExportResult
     from repvgg_deploy.workflows.predict import predict as predict
 
 __version__ = "0.1.0"
@@ -49,12 +50,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Checkpoint": "checkpoints.loading",
+    "CheckpointExportResult": "workflows.export_result",
     "DeployError": "errors",
     "ExportRequest": "workflows.export_request",
-    "ExportResult": "workflows.export_request",
+    "ExportResult": "workflows.export_result",
     "Int8Request": "workflows.export_request",
     "Model": "runtime.model",
-    "ModuleExportResult": "workflows.module_request",
+    "ModuleExportResult": "workflows.export_result",
     "Precision": "artifacts",
     "PredictOptions": "serving.predictor",
     "Prediction": "serving.predictor",

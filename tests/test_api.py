@@ -76,6 +76,7 @@ from typing import assert_type
 
 import torch
 from repvgg_deploy import (
+    CheckpointExportResult,
     DeployError, ExportRequest, ExportResult, Precision, build, equivalent_kernel_bias, export, fuse, load_checkpoint,
     load_recipe, open_model, quantize,
 )
@@ -88,7 +89,8 @@ try:
     result = export(ExportRequest(Path("net.pth"), Path("out"), precision=Precision.FP16))
 except DeployError as error:
     print(error.hint)
-assert_type(result, ExportResult)
+assert_type(result, CheckpointExportResult)
+written: ExportResult = result
 scores = open_model(result.onnx).run_images(torch.zeros(1, 3, 224, 224).numpy())
 wrong: int = load_recipe("fast")
 """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from repvgg_deploy.workflows.demo import DemoResult
     from repvgg_deploy.workflows.doctor import Row
     from repvgg_deploy.workflows.evaluate import Evaluation
-    from repvgg_deploy.workflows.export_request import ExportResult
+    from repvgg_deploy.workflows.export_result import CheckpointExportResult
 
 __all__ = [
     "print_archs", "print_demo", "print_description", "print_end_to_end", "print_evaluation", "print_export",
@@ -25,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def print_export(result: ExportResult, layers: bool, images: str) -> None:
+def print_export(result: CheckpointExportResult, layers: bool, images: str) -> None:
     """What an export wrote, and how every stage compares with the one before on `images`."""
     print(f"Each stage compared with the one before, on {images}:")
     rows = [
@@ -44,8 +44,8 @@ def print_export(result: ExportResult, layers: bool, images: str) -> None:
             print_layers(q.layers)
     size = result.onnx.stat().st_size / 1e6
     print(f"{result.onnx}  {size:.1f} MB, {result.arch}, {result.seconds:.1f} s")
-    if result.engine is not None:
-        plan = result.onnx.parent / result.engine.plan.name
+    if result.engine is not None and result.plan is not None:
+        plan = result.plan
         print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
     print()
     _print_choices(result.choices)

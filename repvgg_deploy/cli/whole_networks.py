@@ -15,7 +15,7 @@ from repvgg_deploy.cli.options import PATH, flag, is_given, take_preprocessing
 from repvgg_deploy.cli.startup import prepare_process
 
 if TYPE_CHECKING:
-    from repvgg_deploy.workflows.module_request import ModuleExportResult
+    from repvgg_deploy.workflows.export_result import ModuleExportResult
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -140,6 +140,6 @@ def print_module_export(result: ModuleExportResult) -> None:
     print_table(["stage", "output", "max abs", "relative", "cosine", "agreement"], rows)
     print(f"{len(result.blocks)} blocks fused; {sum(len(c.layers) for c in result.chains)} convolutions in INT8")
     print(f"{result.onnx}  {Path(result.onnx).stat().st_size / 1e6:.1f} MB, {result.module}, {result.seconds:.1f} s")
-    if result.engine is not None:
-        plan = result.onnx.parent / result.engine.plan.name
+    if result.engine is not None and result.plan is not None:
+        plan = result.plan
         print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")

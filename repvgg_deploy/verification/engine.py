@@ -29,7 +29,11 @@ def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Arr
     Raises:
         VerificationError: the outputs are all zero, NaN or constant, or too far from those expected.
     """
-    outputs = runner.run(images)
+    return compare_with_graph(runner.run(images), expected, runner.precision)
+
+
+def compare_with_graph(outputs: Mapping[str, Array], expected: Mapping[str, Array], precision: str) -> Parity:
+    """How an engine's outputs differ from those expected; see `check_engine`."""
     names = [name for name in expected if name != "classes"]
     for name in names:
         require_signal(outputs[name])
@@ -38,7 +42,7 @@ def check_engine(runner: EngineRunner, images: Array, expected: Mapping[str, Arr
         # The K scores are sorted, so their argmax says nothing; the classes beside them do.
         same = expected["classes"][:, 0] == outputs["classes"][:, 0]
         parity = Parity(parity.max_abs, parity.relative, parity.cosine, 100 * float(same.mean()), parity.images)
-    require_parity("the engine", parity, MAX_RELATIVE["engine"][runner.precision])
+    require_parity("the engine", parity, MAX_RELATIVE["engine"][precision])
     return parity
 
 
@@ -52,10 +56,20 @@ def check_where_possible(
 
     `expected` gives the outputs to compare with, and is asked where the engine runs.
 
+    Raises:
+        VerificationError: the engine computes something else than its graph.
+        DeployError: the GPU should run it, and does not.
+    """
+    outputs = run_where_possible(engine, images, progress)
+    return None if outputs is None else compare_with_graph(outputs, expected(), engine.side.precision)
+
+
+def run_where_possible(engine: Engine, images: Array, progress: Progress = SILENT) -> dict[str, Array] | None:
+    """The outputs of `engine` on the GPU of this machine; None, with a note that says why, if no GPU can run it.
+
     A GPU that the library does not list is tried all the same; only what it computes there can fail the build.
 
     Raises:
-        VerificationError: the engine computes something else than its graph.
         DeployError: the GPU should run it, and does not.
     """
     found = find_gpus()
@@ -74,7 +88,7 @@ def check_where_possible(
             return None
         raise
     with runner:
-        return check_engine(runner, images, expected())
+        return runner.run(images)
 
 
 def run_as_engine(onnx: Path, images: Array) -> dict[str, Array]:

@@ -23,7 +23,9 @@ from repvgg_deploy.runtime.model import Model, softmax
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.verification.parity import MAX_RELATIVE, compare_outputs, require_parity
 from repvgg_deploy.workflows.checks import check_request
-from repvgg_deploy.workflows.export_request import ExportRequest, ExportResult
+from repvgg_deploy.workflows.engine_backend import choose_backend
+from repvgg_deploy.workflows.export_request import ExportRequest
+from repvgg_deploy.workflows.export_result import CheckpointExportResult
 from repvgg_deploy.workflows.export_stages import (
     Outputs,
     Prepared,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 def export(
     request: ExportRequest, progress: Progress = SILENT, simplification: SimplificationCheck | None = None
-) -> ExportResult:
+) -> CheckpointExportResult:
     """Write the verified ONNX graph of a checkpoint to `request.output`, and an engine where one is asked for.
 
     The files are `<checkpoint stem>.<precision>.onnx`, `.plan` and `.plan.json`; they appear only when every stage has
@@ -64,11 +66,11 @@ def export(
         return _export(request, progress, check)
 
 
-def _export(request: ExportRequest, progress: Progress, simplification: SimplificationCheck) -> ExportResult:
+def _export(request: ExportRequest, progress: Progress, simplification: SimplificationCheck) -> CheckpointExportResult:
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output}is a file, but a folder is needed", "-o DIR")
-    backend = _find_backend(request, progress)
+    backend = choose_backend(request.engine, progress)
     check_request(request, backend)
     prepared, parity = prepare(request, progress)
     parities: dict[str, Parity] = {"fused": parity}
@@ -97,15 +99,16 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
     return replace(result, engine=engine, parity=parities, seconds=seconds, peak_bytes=peak_bytes())
 
 
-def _describe(prepared: Prepared, product: Product) -> ExportResult:
+def _describe(prepared: Prepared, product: Product) -> CheckpointExportResult:
     """What will be written, except for the comparisons and costs."""
     request = prepared.request
-    return ExportResult(
+    return CheckpointExportResult(
         onnx=request.output / f"{file_stem(request.checkpoint)}.{request.precision}.onnx",
         engine=None,
         checkpoint=prepared.checkpoint,
         preprocessing=prepared.preprocessing,
         precision=request.precision,
+        sha256=prepared.checkpoint.sha256,
         parameters=count_parameters(prepared.fused.spec),
         ops=product.graph.op_histogram(),
         parity={},
@@ -129,20 +132,6 @@ def _note_other_engine(onnx: Path, plan: Path, progress: Progress) -> None:
         same = False
     if not same:
         progress.note(f"note: {plan} was built from another graph and is left unchanged")
-
-
-def _find_backend(request: ExportRequest, progress: Progress) -> Any:
-    """The engine backend, found before any work is done: a named one that is missing is an error at once."""
-    name = request.engine
-    if name == "none":
-        return None
-    from repvgg_deploy.engine import Unavailable, find_backend
-
-    backend = find_backend(name)
-    if isinstance(backend, Unavailable):
-        progress.note(f"no engine will be built: {backend.reason}")
-        return None
-    return backend
 
 
 def _verify_graph(

@@ -1,21 +1,15 @@
-"""The request that `export` takes, and the result that it returns."""
+"""The request that `export` takes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
-from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions
+from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
+from repvgg_deploy.checkpoints import CheckpointOptions
 from repvgg_deploy.engine.options import BuildOptions
-from repvgg_deploy.graphs.layers import Fp16Rounding
 from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET, GraphOptions
-from repvgg_deploy.workflows.choices import Choices
-
-if TYPE_CHECKING:
-    from repvgg_deploy.engine import Engine
-    from repvgg_deploy.quantization.net import QuantizationSummary
 
 
 @dataclass(frozen=True)
@@ -131,84 +125,3 @@ class ExportRequest:
     verify_full: bool = False
     engine: str = "none"
     build: BuildOptions = field(default_factory=BuildOptions)
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export wrote, and how each stage compares with the one before.
-
-    `choices` are the settings that no tensor tells, see `describe_choices`.
-
-    `parity` has `fused` (against the training form in float64), `quantized` (INT8 simulated, against fused), `onnx`
-    (the graph in ONNX Runtime, against the stage before) and `engine` (where a GPU could run it).
-
-    Example:
-        >>> from repvgg_deploy import ExportRequest, export
-        >>> result = export(ExportRequest(Path("net.pth"), Path("out")))
-        >>> result.parity["onnx"].relative < 1e-4
-        True
-    """
-
-    onnx: Path
-    engine: Engine | None
-    checkpoint: Checkpoint
-    preprocessing: Preprocessing
-    precision: Precision
-    parameters: int
-    ops: dict[str, int]
-    parity: dict[str, Parity]
-    rounding: Fp16Rounding | None
-    quantization: QuantizationSummary | None
-    choices: Choices
-    seconds: float
-    peak_bytes: int
-
-    @property
-    def arch(self) -> str:
-        """The architecture's name."""
-        return self.checkpoint.arch
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `export --json` prints."""
-        result: dict[str, Any] = {
-            "onnx": str(self.onnx),
-            "engine": None if self.engine is None else str(self.onnx.parent / self.engine.plan.name),
-            "arch": self.checkpoint.arch,
-            "layout": self.checkpoint.layout,
-            "form": self.checkpoint.form,
-            "precision": str(self.precision),
-            "parameters": self.parameters,
-            "sha256": self.checkpoint.sha256,
-            "assumed": self.choices,
-            "ops": self.ops,
-            "parity": {stage: parity.to_dict() for stage, parity in self.parity.items()},
-            "seconds": round(self.seconds, 3),
-            "peak_bytes": self.peak_bytes,
-        }
-        if self.rounding is not None:
-            result["fp16"] = {
-                "values": self.rounding.values,
-                "subnormal": self.rounding.subnormal,
-                "flushed_to_zero": self.rounding.flushed_to_zero,
-            }
-        if self.quantization is not None:
-            result["quantization"] = summary_to_dict(self.quantization)
-        return result
-
-
-def summary_to_dict(summary: QuantizationSummary) -> dict[str, Any]:
-    """A quantization as JSON; infinite ratios, of layers without an error, become null."""
-    layers = [
-        {key: None if value in (float("inf"), -float("inf")) else value for key, value in row.to_dict().items()}
-        for row in summary.layers
-    ]
-    return {
-        "recipe": summary.recipe,
-        "images": summary.images,
-        "images_sha256": summary.images_sha256,
-        "calibrated_on": summary.calibrated_on,
-        **({} if summary.pictures is None else {"pictures": summary.pictures.to_dict()}),
-        "seed": summary.seed,
-        "kept_float": [row.name for row in summary.layers if row.kept_float],
-        "layers": layers,
-    }

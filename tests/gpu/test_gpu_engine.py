@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.engine_graphs import CLASSES, PIXELS, PREPROCESSING, make_net, narrow_spec, write_onnx
+from helpers.whole_networks import Extractor
+from helpers.wide_statistics import randomize
 
+from repvgg_deploy import export_module
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.engine import BuildOptions, Engine, build_engine
 from repvgg_deploy.engine.backends import Backend, import_backend
@@ -93,6 +97,22 @@ def test_pixels_go_in_and_the_best_classes_come_out(backend: Backend, cuda: str,
     with load_engine(engine.plan, cuda=cuda) as runner:
         check_engine(runner, pixels, run_as_engine(onnx, pixels))
         assert set(runner(pixels)) == {"scores", "classes"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_engine_of_a_whole_network_agrees_by_output(backend: Backend, precision: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="torch's exporter needs it")
+    batches = [torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    result = export_module(
+        randomize(Extractor()),
+        batches[0],
+        tmp_path / "net.onnx",
+        precision=precision,
+        calibration=batches if precision == "int8" else None,
+        recipe="fast",
+        engine=backend.name,
+    )
+    assert set(result.parity["engine"]) == set(result.outputs)
 
 
 @pytest.mark.parametrize("streams", [1, 3])

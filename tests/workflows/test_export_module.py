@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from helpers.foreign_blocks import YoloRepConv
+from helpers.progress import Heard
 from helpers.whole_networks import Extractor, PyramidNet, ThreeHeads, repvgg_block
 from helpers.wide_statistics import randomize
 from onnxruntime import InferenceSession, SessionOptions
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy import DeployError, ModuleExportResult, export_module
 from repvgg_deploy.errors import FusionError, GraphError
+from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.runtime.session import GraphSession
 
 pytestmark = pytest.mark.skipif(
@@ -142,6 +144,20 @@ def test_several_inputs_and_outputs(tmp_path) -> None:
     )  # fmt: skip
     assert (result.inputs, result.outputs) == (("picture", "depth"), ("sum", "means"))
     assert len(result.chains) == 2
+
+
+@pytest.mark.skipif(RTX == "none", reason="TensorRT-RTX is not installed")
+@pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
+def test_what_was_built_and_not_run_is_said(tmp_path) -> None:
+    heard = Heard()
+    result = export_module(randomize(Extractor()), images(1), tmp_path / "one.onnx", engine=RTX, progress=heard)
+    assert "engine" not in result.parity
+    assert f"note: the engine was built but not run: {find_gpus().reason}" in heard.notes
+    two = (images(1), images(1)[:, :1])
+    export_module(randomize(TwoInputs()), two, tmp_path / "two.onnx", engine=RTX, progress=heard)
+    assert heard.notes[-1] == (
+        "note: the engine was built but not run: it has several inputs, or inputs of several sizes"
+    )
 
 
 def test_the_same_module_gives_the_same_bytes(tmp_path) -> None:
