@@ -21,7 +21,15 @@ import raised_errors
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 GROUPS = {
-    "Export": ("export", "export_module", "ExportRequest", "Int8Request", "ExportResult"),
+    "Export": (
+        "export",
+        "export_module",
+        "ExportRequest",
+        "Int8Request",
+        "ExportResult",
+        "CheckpointExportResult",
+        "ModuleExportResult",
+    ),
     "Checkpoints and nets": ("load_checkpoint", "Checkpoint", "build", "fuse", "equivalent_kernel_bias"),
     "Quantization": ("quantize", "load_recipe", "QuantizedNet", "prepare_qat", "convert_qat"),
     "Running": ("open_model", "Model", "load_engine", "evaluate", "verify_models", "run_benchmark"),

@@ -33,7 +33,7 @@ from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.limits import LimitCheck
 
 if TYPE_CHECKING:
-    from repvgg_deploy.workflows.export_request import ExportResult
+    from repvgg_deploy.workflows.export_result import CheckpointExportResult
 
 
 def _check_folder(_context: click.Context, _option: click.Parameter, folder: Path) -> Path:
@@ -123,7 +123,7 @@ def export(
     return Outcome(result.to_dict(), lambda: print_export(result, layers, images), checks=_list_stages(result))
 
 
-def _list_stages(result: ExportResult) -> tuple[LimitCheck, ...]:
+def _list_stages(result: CheckpointExportResult) -> tuple[LimitCheck, ...]:
     """Every comparison of an export, each of which has passed, or there would be no result."""
     return tuple(
         LimitCheck(f"{result.onnx.name}: {stage}, relative difference from the stage before", parity.relative, None)
