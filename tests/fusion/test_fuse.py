@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.float32_sums import error_of_float32_sums
+from helpers.small_nets import BARE, make_net
 from helpers.wide_statistics import narrow, randomize, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from repvgg_deploy.errors import FusionError
-from repvgg_deploy.fusion.fuse import equivalent_kernel_bias, fuse
+from repvgg_deploy.fusion.fuse import equivalent_kernel_bias, fuse, fuse_in_place
 from repvgg_deploy.nets.cards import load_cards
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, TrainingBlock
 from repvgg_deploy.nets.spec import IDENTITY, BlockSpec, Branch, SqueezeExcite, training_branches
@@ -207,3 +208,51 @@ def test_a_dilated_block_fuses() -> None:
 def test_the_fused_weights_have_the_type_asked_for(dtype) -> None:
     net = randomize(RepVGG(narrow("A0").spec(5)))
     assert {p.dtype for p in fuse(net, dtype).parameters()} == {dtype}
+
+
+KINDS = {
+    "plain": {},
+    "groups": {"groups": 2},
+    "squeeze-excite": {"squeeze_excite": SqueezeExcite(2, "before")},
+    "BN after the sum": {"branches": BARE, "norm_after_sum": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fusing_in_place_gives_the_same_net_in_the_memory_of_the_kernels(kind) -> None:
+    net = make_net(**KINDS[kind])
+    expected = fuse(net, torch.float32).state_dict()
+    places = [block.branch_3x3.conv.weight.data_ptr() for block in net.blocks()]
+    fused = fuse_in_place(net)
+    assert fused.spec.form == "deploy"
+    assert [block.conv.weight.data_ptr() for block in fused.blocks()] == places
+    found = fused.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("tied", ["kernel", "statistics inside a kernel", "transposed kernel"])
+def test_fusing_in_place_overwrites_nothing_that_is_shared(tied) -> None:
+    net = make_net()
+    first, second = net.stages[3][1], net.stages[3][2]
+    kernel = first.branch_3x3.conv.weight
+    if tied == "kernel":
+        second.branch_3x3.conv.weight = kernel
+    elif tied == "statistics inside a kernel":
+        second.branch_3x3.bn.bias = nn.Parameter(kernel.detach().flatten()[: second.spec.out_channels], False)
+    else:
+        kernel.data = kernel.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    expected = fuse(net, torch.float32).state_dict()
+    found = fuse_in_place(net).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_fusing_in_place_leaves_a_deploy_form_as_it_is_and_makes_float64_float32() -> None:
+    fused = fuse(make_net(), torch.float32)
+    before = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fuse_in_place(fused).state_dict().items())
+    wide = make_net().double()
+    expected = fuse(wide, torch.float32).state_dict()
+    found = fuse_in_place(wide).state_dict()
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -13,7 +13,7 @@ from helpers.wide_statistics import narrow, randomize
 from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.fusion.fuse import fuse, fuse_in_place
 from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cards import find_card
@@ -122,12 +122,12 @@ def test_a_graph_that_computes_something_else_is_not_written(checkpoint, monkeyp
 
 
 def test_a_fused_net_that_differs_is_not_exported(checkpoint, monkeypatch) -> None:
-    def fuse_wrong(net, dtype):
-        fused = fuse(net, dtype)
+    def fuse_wrong(net):
+        fused = fuse_in_place(net)
         fused.stages[1][0].conv.weight.data *= 1.001
         return fused
 
-    monkeypatch.setattr(export_stages, "fuse", fuse_wrong)
+    monkeypatch.setattr(export_stages, "fuse_in_place", fuse_wrong)
     with pytest.raises(VerificationError, match="fusing"):
         export(request(checkpoint))
     assert not (checkpoint.parent / "out").exists()
