@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.typed_values import Line, convert, parse_json
 
 Array = NDArray[Any]
 """An array of any shape and type, on the host."""
@@ -34,6 +36,11 @@ class Precision(StrEnum):
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 ColorOrder = Literal["rgb", "bgr"]
+# The bounds are those of values from files.
+_Pixels = Annotated[int, Meta(ge=1, le=1 << 16)]
+_Means = Annotated[tuple[Annotated[float, Meta(ge=-1e6, le=1e6)], ...], Meta(min_length=1, max_length=4096)]
+_Stds = Annotated[tuple[Annotated[float, Meta(gt=0, le=1e6)], ...], Meta(min_length=1, max_length=4096)]
+_NAME, _HINT = "the preprocessing in the metadata", "export the model again"
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,11 @@ class Preprocessing:
         (0.485, 0.456, 0.406)
     """
 
-    height: int = 224
-    width: int = 224
-    resize: int = 256
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    height: _Pixels = 224
+    width: _Pixels = 224
+    resize: _Pixels = 256
+    mean: _Means = (0.485, 0.456, 0.406)
+    std: _Stds = (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bilinear"
     color_order: ColorOrder = "rgb"
 
@@ -63,10 +70,15 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, text: str) -> Preprocessing:
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        values.pop("scale", None)
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """The inverse of `to_json`.
+
+        Raises:
+            DeployError: it is not JSON, or a value is missing, of another type, or out of its bounds.
+        """
+        found = convert(parse_json(text.encode("utf-8", "surrogatepass"), _NAME, _HINT), cls, _NAME, _HINT)
+        if len(found.mean) != len(found.std):
+            raise DeployError(f"{_NAME}: mean has {len(found.mean)} values and std {len(found.std)}", _HINT)
+        return found
 
 
 @dataclass(frozen=True)
@@ -161,9 +173,9 @@ class Provenance:
     """Where an artifact comes from; it travels in the metadata of the ONNX graph and beside the engine."""
 
     sha256: str
-    arch: str
-    layout: str
-    form: str
+    arch: Line
+    layout: Line
+    form: Line
     precision: Precision
     preprocessing: Preprocessing | None
     class_names: tuple[str, ...] | None

@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import tomllib
-from typing import Any, TypeVar
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import msgspec
 
 from repvgg_deploy.errors import DeployError
 
 Value = TypeVar("Value")
+
+Line = Annotated[str, msgspec.Meta(max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*\Z")]
+"""A text that is printed: one line without control characters."""
+
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+_MOST_BYTES = 16 << 20
+"""Recipes, suites and cards are a few kilobytes; a limit keeps one that is not from filling the memory."""
+
+
+def read_file(path: Path, name: str, hint: str, most_bytes: int = _MOST_BYTES) -> bytes:
+    """The content of a regular file of at most `most_bytes`; `name` is the file's in messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DeployError: it cannot be read, is too large, or is a folder, a pipe or a device; `hint` says what to do.
+    """
+    try:
+        # A pipe without a writer would block.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise DeployError(f"{name} is not a regular file", hint)
+            # A file may grow while it is read.
+            content = file.read(most_bytes + 1) if about.st_size <= most_bytes else b""
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DeployError(f"cannot read {name}: {_say(reason)}", hint) from error
+    if max(len(content), about.st_size) > most_bytes:
+        raise DeployError(f"{name} is too large: {max(len(content), about.st_size)} bytes", hint)
+    return content
 
 
 def parse_json(content: bytes, name: str, hint: str) -> Any:
@@ -53,6 +90,21 @@ def convert(values: Any, kind: type[Value], name: str, hint: str) -> Value:
         what = what.replace("Object contains unknown field", "unknown field")
         where = f"{name}: {_say(field.rstrip('`').lstrip('.'))}" if found else name
         raise DeployError(f"{where}: {_say(what)}", hint) from error
+
+
+def require_known(values: Any, kind: type[Any], name: str, hint: str) -> None:
+    """Raise DeployError if a table in `values` has a key that the dataclass `kind`, or a field's own, does not have.
+
+    `convert` skips such keys of a dataclass; in a file that people write, they are typing errors.
+    """
+    if not isinstance(values, dict):
+        return
+    known = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in known:
+            raise DeployError(f"{name}: unknown field `{_say(key)}`; known: {', '.join(sorted(known))}", hint)
+        if is_dataclass(known[key]):
+            require_known(value, known[key], f"{name}: {key}", hint)
 
 
 def _say(text: str) -> str:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from msgspec import Meta
 
 import repvgg_deploy
 from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
-from repvgg_deploy.errors import GraphError
+from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.typed_values import Line, convert, parse_json
 
 METADATA_PREFIX = "repvgg_deploy."
 
@@ -35,23 +40,50 @@ def read_metadata(properties: Mapping[str, str]) -> Provenance | None:
     """The inverse of `make_metadata`; None for a graph that this tool did not make.
 
     Raises:
-        GraphError: the metadata are this tool's, and damaged.
+        GraphError: the metadata are this tool's, and damaged; the message names the entry.
     """
-    values = {k.removeprefix(METADATA_PREFIX): v for k, v in properties.items() if k.startswith(METADATA_PREFIX)}
-    known = {"version", "sha256", "arch", "layout", "form", "precision", "tools", "preprocessing", "class_names"}
-    if not {"sha256", "arch", "precision"} <= values.keys():
+    texts = {k.removeprefix(METADATA_PREFIX): v for k, v in properties.items() if k.startswith(METADATA_PREFIX)}
+    if not {"sha256", "arch", "precision"} <= texts.keys():
         return None
+    texts.pop("version", None)
     try:
-        return Provenance(
-            sha256=values["sha256"],
-            arch=values["arch"],
-            layout=values.get("layout", ""),
-            form=values.get("form", ""),
-            precision=Precision(values["precision"]),
-            preprocessing=Preprocessing.from_json(values["preprocessing"]) if "preprocessing" in values else None,
-            class_names=tuple(json.loads(values["class_names"])) if "class_names" in values else None,
-            tools=json.loads(values.get("tools", "{}")),
-            extra={key: json.loads(value) for key, value in values.items() if key not in known},
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise GraphError(f"the graph's metadata are damaged ({error})", "export it again") from error
+        preprocessing = Preprocessing.from_json(texts.pop("preprocessing")) if "preprocessing" in texts else None
+        values = {key: value if key in _TEXTS else _parse(key, value) for key, value in texts.items()}
+        known = convert(values, _Known, _NAME, _HINT)
+    except DeployError as error:
+        raise GraphError(error.message, error.hint) from error
+    extra = {key: value for key, value in values.items() if key not in _FIELDS}
+    return Provenance(
+        known.sha256,
+        known.arch,
+        known.layout,
+        known.form,
+        known.precision,
+        preprocessing,
+        known.class_names,
+        known.tools,
+        extra,
+    )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The entries that a reader depends on."""
+
+    sha256: Line
+    arch: Line
+    precision: Precision
+    layout: Line = ""
+    form: Line = ""
+    class_names: tuple[str, ...] | None = None
+    tools: dict[str, str] = field(default_factory=dict)
+    classes: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None
+
+
+_TEXTS = ("sha256", "arch", "layout", "form", "precision")
+_FIELDS = (*_TEXTS, "class_names", "tools")
+_NAME, _HINT = "the graph's metadata", "export it again"
+
+
+def _parse(key: str, text: str) -> object:
+    return parse_json(text.encode("utf-8", "surrogatepass"), f"{_NAME}: {key!r:.80}", _HINT)

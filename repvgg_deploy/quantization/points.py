@@ -37,6 +37,12 @@ def point_names(net: RepVGG) -> list[str]:
     return [*blocks, POOL, CLASSIFIER] if net.has_classifier else [*blocks, POOL]
 
 
+def point_channels(net: RepVGG) -> dict[str, int]:
+    """The channels of each point, in the order of execution."""
+    inside = [block.conv.in_channels for _, block in fused_blocks(net)]
+    return dict(zip(point_names(net), [*inside, net.spec.features, net.spec.features], strict=False))
+
+
 def layer_names(net: RepVGG) -> list[str]:
     """All layers with weights, in the order of execution."""
     return [name for name in point_names(net) if name != POOL]

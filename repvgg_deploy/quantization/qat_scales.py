@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import equivalent_kernel_bias
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.array_files import ArrayFile, save_arrays
 from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
 from repvgg_deploy.quantization.pair_sums import LEVELS, count_taps
@@ -21,6 +23,7 @@ from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
 from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, qat_layers
 from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
+from repvgg_deploy.typed_values import Line, Sha256
 
 _KIND = "qat"
 # Values of each input that are kept to choose a scale, and the shares of the largest one that are tried.
@@ -147,10 +150,26 @@ def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary 
         rows = round_weights(layer.weight.detach().flatten(1), found.weight.to(layer.weight.device), taps)
         integers = rows.reshape(layer.weight.shape).to(torch.int8)
         layers[name] = LayerIntegers(integers, found.weight, cast(Tensor, layer.bias).detach().clone(), found.input)
+    if scales.pool is None:
+        raise DeployError(f"the file has no scale for {POOL}", "give the file that qat wrote")
     return QuantizedNet(fused, make_room_for_biases(Reconstruction(layers, scales.pool)), summary)
 
 
-def save_scales(scales: QatScales, path: Path, sha256: str, about: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class ScalesOrigin:
+    """Where learned scales come from: the recipe that training started from, its steps, and its seed."""
+
+    recipe: Line
+    steps: Annotated[int, Meta(ge=0, le=1 << 32)]
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
+@dataclass(frozen=True)
+class _About(ScalesOrigin):
+    sha256: Sha256
+
+
+def save_scales(scales: QatScales, path: Path, sha256: str, origin: ScalesOrigin) -> None:
     """Write the scales that belong to the checkpoint with this sha256 to an `.npz` file, with what is known of them."""
     arrays: dict[str, Any] = {}
     for name, layer in scales.layers.items():
@@ -158,34 +177,36 @@ def save_scales(scales: QatScales, path: Path, sha256: str, about: Mapping[str, 
         arrays[f"{name}/input"] = np.float32(layer.input)
     if scales.pool is not None:
         arrays[f"{POOL}/input"] = np.float32(scales.pool)
-    known = {**about, "kind": _KIND, "sha256": sha256}
-    with path.open("wb") as file:
-        np.savez(file, about=np.array(json.dumps(known)), **arrays)
+    save_arrays(path, {**asdict(origin), "kind": _KIND, "sha256": sha256}, arrays)
 
 
-def load_scales(path: Path, sha256: str) -> tuple[QatScales, dict[str, Any]] | None:
-    """What `save_scales` wrote for the checkpoint with this sha256; None for a file of another kind, or for none.
+def load_scales(path: Path, sha256: str) -> tuple[QatScales, ScalesOrigin] | None:
+    """What `save_scales` wrote for the checkpoint with this sha256; None if there is no file, or one of another kind.
 
     Raises:
-        DeployError: the scales belong to another checkpoint.
+        DeployError: the file is damaged, or the scales belong to another checkpoint.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            if about.get("kind") != _KIND:
-                return None
-            names = [key.rsplit("/", 1)[0] for key in file.files if key.endswith("/weight")]
-            layers = {
-                name: LayerScales(torch.from_numpy(file[f"{name}/weight"]), float(file[f"{name}/input"]))
-                for name in names
-            }
-            pool = float(file[f"{POOL}/input"]) if f"{POOL}/input" in file.files else None
-    except (OSError, ValueError, KeyError):
-        # The reader of calibration statistics says what is wrong with it.
+    if not path.exists():
         return None
-    if about["sha256"] != sha256:
+    file = ArrayFile(path, f"the calibration cache {path}", "delete it to calibrate anew, or run qat again")
+    if file.kind != _KIND:
+        return None
+    about = file.about(_About)
+    if about.sha256 != sha256:
         raise DeployError(
-            f"the scales in {path} belong to another checkpoint (sha256 {about['sha256'][:12]}…)",
+            f"the scales in {path} belong to another checkpoint (sha256 {about.sha256[:12]}…)",
             "give the checkpoint that qat wrote beside them",
         )
-    return QatScales(layers, pool), about
+    layers = {}
+    for name in [key.removesuffix("/weight") for key in file.keys if key.endswith("/weight")]:
+        weight = _positive(file, f"{name}/weight", (None,)).float()
+        layers[name] = LayerScales(weight, float(_positive(file, f"{name}/input", ())))
+    pool = float(_positive(file, f"{POOL}/input", ())) if f"{POOL}/input" in file.keys else None
+    return QatScales(layers, pool), ScalesOrigin(about.recipe, about.steps, about.seed)
+
+
+def _positive(file: ArrayFile, key: str, shape: tuple[int | None, ...]) -> Tensor:
+    values = file.numbers(key, shape)
+    if not bool((values > 0).all()):
+        raise DeployError(f"{file.name}: {key} has scales that are not positive", file.hint)
+    return values

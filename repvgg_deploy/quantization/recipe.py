@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS
+from repvgg_deploy.typed_values import Line, convert, parse_toml, read_file, require_known
+
+# The bounds are those of a file. They refuse what cannot work and what no machine has the memory for, not what is odd.
+_Count = Annotated[int, Meta(ge=1, le=1 << 24)]
+_Steps = Annotated[int, Meta(ge=0, le=1_000_000)]
+_Batch = Annotated[int, Meta(ge=1, le=4096)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_Threshold = Annotated[float, Meta(gt=0, le=1)]
+_Rate = Annotated[float, Meta(gt=0, le=100)]
+_Factor = Annotated[float, Meta(gt=0, le=1e6)]
+_Weight = Annotated[float, Meta(ge=0, le=1e6)]
+_HINT = "docs/int8.md says what each key takes, and calibration/ has examples"
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,7 @@ class ScaleOptions:
     `thresholds` are the shares of the largest value that are tried.
     """
 
-    thresholds: tuple[float, ...] = (0.55, 0.65, 0.75, 0.85, 1.0)
+    thresholds: Annotated[tuple[_Threshold, ...], Meta(min_length=1, max_length=100)] = (0.55, 0.65, 0.75, 0.85, 1.0)
 
 
 @dataclass(frozen=True)
@@ -34,9 +46,9 @@ class RoundingOptions:
             a kernel has weights; fewer samples raise it, more lower it.
     """
 
-    images: int = 512
-    samples: int = 16384
-    damping: float = 1.0
+    images: _Count = 512
+    samples: _Count = 16384
+    damping: _Factor = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,10 @@ class LearningOptions:
     `steps` 0 turns it off. `rate` is in steps of the weights' integers.
     """
 
-    steps: int = 0
-    batch: int = 32
-    rate: float = 0.02
-    features: float = 1.0
+    steps: _Steps = 0
+    batch: _Batch = 32
+    rate: _Rate = 0.02
+    features: _Weight = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,11 @@ class PictureOptions:
         multiply_adds: what all steps together may take, in 10¹²; it bounds the size and the number of the images.
     """
 
-    count: int = 256
-    batch: int = 64
-    steps: int = 150
-    rate: float = 0.05
-    multiply_adds: float = 20.0
+    count: _Count = 256
+    batch: _Batch = 64
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)] = 150
+    rate: _Rate = 0.05
+    multiply_adds: _Factor = 20.0
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,12 @@ class Recipe:
         equalize: the exponent of the activation's range in the equalizing scale, or None for no equalization.
     """
 
-    name: str
-    count: int = 512
-    seed: int = 0
-    augmentations: int = 1
-    dead_inputs: float | None = 1e-3
-    equalize: float | None = 0.5
+    name: Line
+    count: _Count = 512
+    seed: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] = 0
+    augmentations: Annotated[int, Meta(ge=1, le=MOST_AUGMENTATIONS)] = 1
+    dead_inputs: _Share | None = 1e-3
+    equalize: _Share | None = 0.5
     scales: ScaleOptions = field(default_factory=ScaleOptions)
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     learning: LearningOptions = field(default_factory=LearningOptions)
@@ -113,49 +125,16 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = data_folder("calibration") / f"{name_or_path}.toml"
+    name = f"the recipe {path}"
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_file(path, name, _HINT)
     except FileNotFoundError as error:
         names = ", ".join(sorted(p.stem for p in data_folder("calibration").glob("*.toml")))
         raise DeployError(f"there is no recipe {name_or_path}", f"one of: {names}; or a TOML file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DeployError(f"the recipe {path} cannot be read: {error}", "calibration/ has examples") from error
-    values.setdefault("name", path.stem)
-    recipe: Recipe = _read(Recipe, values, path)
-    _check(recipe, path)
-    return recipe
-
-
-_TABLES = {"scales": ScaleOptions, "rounding": RoundingOptions, "learning": LearningOptions, "pictures": PictureOptions}
-
-
-def _read(kind: type[Any], values: dict[str, Any], path: Path) -> Any:
-    known = {item.name for item in dataclasses.fields(kind)}
-    for key in values:
-        if key not in known:
-            raise DeployError(f"the recipe {path} has an unknown key {key!r}", f"known: {', '.join(sorted(known))}")
-    read: dict[str, Any] = {}
-    for key, value in values.items():
-        if kind is Recipe and key in _TABLES:
-            read[key] = _read(_TABLES[key], value, path)
-        elif value is False and key in ("dead_inputs", "equalize"):
-            read[key] = None
-        else:
-            read[key] = tuple(value) if isinstance(value, list) else value
-    return kind(**read)
-
-
-def _check(recipe: Recipe, path: Path) -> None:
-    wrong = [
-        ("scales.thresholds", recipe.scales.thresholds, all(0 < t <= 1 for t in recipe.scales.thresholds)),
-        ("rounding.damping", recipe.rounding.damping, recipe.rounding.damping > 0),
-        ("augmentations", recipe.augmentations, recipe.augmentations in range(1, MOST_AUGMENTATIONS + 1)),
-        ("count", recipe.count, recipe.count > 0),
-        ("pictures.count", recipe.pictures.count, recipe.pictures.count > 0),
-        ("pictures.batch", recipe.pictures.batch, recipe.pictures.batch > 0),
-        ("pictures.steps", recipe.pictures.steps, recipe.pictures.steps > 0),
-        ("equalize", recipe.equalize, recipe.equalize is None or 0 <= recipe.equalize <= 1),
-    ]
-    for key, value, right in wrong:
-        if not right:
-            raise DeployError(f"the recipe {path} has {key} = {value!r}", "see docs/int8.md for what each key takes")
+    values = {"name": path.stem, **parse_toml(content, name, _HINT)}
+    require_known(values, Recipe, name, _HINT)
+    # TOML has no value for "none".
+    for key in ("dead_inputs", "equalize"):
+        if values.get(key) is False:
+            values[key] = None
+    return convert(values, Recipe, name, _HINT)

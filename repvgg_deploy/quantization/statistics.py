@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import SILENT, Progress, count_steps
-from repvgg_deploy.quantization.augmentation import AugmentedImages
-from repvgg_deploy.quantization.points import Images, point_names, rebatch, walk
+from repvgg_deploy.quantization.array_files import ArrayFile, save_arrays
+from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS, AugmentedImages
+from repvgg_deploy.quantization.points import Images, point_channels, point_names, rebatch, walk
 from repvgg_deploy.torch_precision import float32
+from repvgg_deploy.typed_values import Sha256
 
 _PEAKS = 8
+_ANOTHER = "name another --calib-cache file, or delete this one"
 _PER_CHANNEL = ("lowest", "highest", "mean", "mean_square", "usual")
 
 
@@ -46,6 +50,16 @@ class PointStatistics:
 
 
 @dataclass(frozen=True)
+class _About:
+    """What a file says of its statistics."""
+
+    images: Annotated[int, Meta(ge=1, le=1 << 32)]
+    augmentations: Annotated[int, Meta(ge=1, le=MOST_AUGMENTATIONS)]
+    sha256: Sha256
+    images_sha256: Sha256
+
+
+@dataclass(frozen=True)
 class CalibrationStatistics:
     """The statistics of every point, and what they were taken from: a checkpoint's sha256 and the images' own.
 
@@ -60,56 +74,43 @@ class CalibrationStatistics:
 
     def save(self, path: Path) -> None:
         """Write everything to an `.npz` file at `path`."""
-        arrays: dict[str, NDArray[np.generic]] = {}
-        for name, point in self.points.items():
-            for key in _PER_CHANNEL:
-                arrays[f"{name}/{key}"] = getattr(point, key)
-        about = {
-            "images": self.images,
-            "augmentations": self.augmentations,
-            "sha256": self.sha256,
-            "images_sha256": self.images_sha256,
-        }
-        with path.open("wb") as file:
-            np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+        arrays = {f"{name}/{key}": getattr(point, key) for name, point in self.points.items() for key in _PER_CHANNEL}
+        about = {key: getattr(self, key) for key in ("images", "augmentations", "sha256", "images_sha256")}
+        save_arrays(path, about, arrays)
 
     @classmethod
-    def load(cls, path: Path, sha256: str, images: Images) -> CalibrationStatistics:
-        """Read what `save` wrote for the checkpoint with this sha256 and for these images.
+    def load(cls, path: Path, net: RepVGG, sha256: str, images: Images) -> CalibrationStatistics:
+        """Read what `save` wrote for the fused `net`, made of the checkpoint with this sha256, and for these images.
 
         Raises:
-            DeployError: `path` is not a calibration cache, or belongs to another checkpoint or to other images.
+            DeployError: `path` is not a calibration cache, is damaged, or belongs to another checkpoint or to other
+                images.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(str(file["about"]))
-                names = dict.fromkeys(key.rsplit("/", 1)[0] for key in file.files if "/" in key)
-                points = {name: _read_point(file, name) for name in names}
-            statistics = cls(points, about["images"], about["augmentations"], about["sha256"], about["images_sha256"])
-        except (OSError, ValueError, KeyError) as error:
-            raise DeployError(f"{path} is not a calibration cache: {error}", "delete it to calibrate anew") from error
-        if statistics.sha256 != sha256:
-            raise DeployError(
-                f"the calibration cache {path} belongs to another checkpoint (sha256 {statistics.sha256[:12]}…)",
-                "name another --calib-cache file, or delete this one",
-            )
+        name = f"the calibration cache {path}"
+        file = ArrayFile(path, name, "delete it to calibrate anew")
+        about = file.about(_About)
+        if about.sha256 != sha256:
+            raise DeployError(f"{name} belongs to another checkpoint (sha256 {about.sha256[:12]}…)", _ANOTHER)
+        points = {point: _read_point(file, point, channels) for point, channels in point_channels(net).items()}
         digest = hashlib.sha256()
-        for batch in rebatch(AugmentedImages(images, statistics.augmentations), torch.device("cpu")):
+        for batch in rebatch(AugmentedImages(images, about.augmentations), torch.device("cpu")):
             _add_to(digest, batch)
-        if digest.hexdigest() != statistics.images_sha256:
-            raise DeployError(
-                f"the calibration cache {path} belongs to other images, or to the same ones prepared in another way",
-                "name another --calib-cache file, or delete this one",
-            )
-        return statistics
+        if digest.hexdigest() != about.images_sha256:
+            raise DeployError(f"{name} belongs to other images, or to the same ones prepared in another way", _ANOTHER)
+        return cls(points, about.images, about.augmentations, about.sha256, about.images_sha256)
 
 
 def _add_to(digest: hashlib._Hash, batch: Tensor) -> None:
     digest.update(batch.cpu().contiguous().numpy().tobytes())
 
 
-def _read_point(file: Mapping[str, NDArray[np.generic]], name: str) -> PointStatistics:
-    return PointStatistics(*(file[f"{name}/{key}"].astype(np.float64) for key in _PER_CHANNEL))
+def _read_point(file: ArrayFile, name: str, channels: int) -> PointStatistics:
+    values = {key: file.numbers(f"{name}/{key}", (channels,)).double().numpy() for key in _PER_CHANNEL}
+    point = PointStatistics(**values)
+    # Whatever the values are: a mean square and a largest absolute value are not negative.
+    if (point.lowest > point.highest).any() or min(point.mean_square.min(), point.usual.min()) < 0:
+        raise DeployError(f"{file.name}: the values of {name} contradict one another", file.hint)
+    return point
 
 
 class PointObserver:

@@ -235,7 +235,7 @@ def _classes(signature: _Signature, provenance: Provenance | None) -> int | None
     if "classes" not in signature.outputs:
         return next(iter(signature.outputs.values()))[-1]
     known = provenance.extra.get("classes") if provenance is not None else None
-    return int(known) if known is not None else None
+    return known if isinstance(known, int) else None
 
 
 def _from_shape(height: int | None, width: int | None) -> Preprocessing:

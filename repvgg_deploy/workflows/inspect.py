@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repvgg_deploy.artifacts import PreprocessingOptions
-from repvgg_deploy.errors import GraphError
+from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.files import file_kind, hash_file
 from repvgg_deploy.nets.cards import Card, match_card, require_arch
 from repvgg_deploy.nets.cost import count_flops, count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
+from repvgg_deploy.typed_values import parse_json
 
 if TYPE_CHECKING:
     from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions
@@ -152,8 +152,8 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
 def _parse_metadata(text: str) -> Any:
     """The value of an entry of a graph's metadata: objects, lists and whole numbers are JSON there, the rest text."""
     if text[:1] in "[{" or (text.isdecimal() and len(text) < 16):
-        with suppress(ValueError):
-            return json.loads(text)
+        with suppress(DeployError):
+            return parse_json(text.encode("utf-8", "surrogatepass"), "the entry", "")
     return text
 
 

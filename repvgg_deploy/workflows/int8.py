@@ -101,8 +101,8 @@ def _find_scales(source: Int8Source, request: Int8Request) -> tuple[QuantizedNet
         raise DeployError(
             "every layer was trained in INT8", "leave out --keep-float and --max-drop, or calibrate with --calib DIR"
         )
-    scales, about = found
-    summary = QuantizationSummary(about["recipe"], 0, "", about["seed"], layers=(), trained_steps=about["steps"])
+    scales, origin = found
+    summary = QuantizationSummary(origin.recipe, 0, "", origin.seed, layers=(), trained_steps=origin.steps)
     return apply_scales(source.fused, scales, summary), summary
 
 
@@ -193,7 +193,7 @@ def _statistics(
     """The statistics of the cache, where it holds those of this checkpoint; else they are taken now and kept there."""
     try:
         if cache is not None and cache.exists():
-            return CalibrationStatistics.load(cache, sha256, images)
+            return CalibrationStatistics.load(cache, fused, sha256, images)
         statistics = collect_statistics(fused, images, sha256, augmentations, progress, len(images))
     except DeployError:
         reasons = images.broken.reasons if isinstance(images, CalibrationImages) else {}

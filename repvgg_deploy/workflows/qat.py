@@ -33,7 +33,7 @@ from repvgg_deploy.quantization.calibration_images import choose_images
 from repvgg_deploy.quantization.data_free import make_pictures
 from repvgg_deploy.quantization.points import Images
 from repvgg_deploy.quantization.qat import convert_qat
-from repvgg_deploy.quantization.qat_scales import apply_scales, save_scales
+from repvgg_deploy.quantization.qat_scales import ScalesOrigin, apply_scales, save_scales
 from repvgg_deploy.quantization.qat_start import empty_start, start_training
 from repvgg_deploy.quantization.qat_training import QatTraining, set_saturation
 from repvgg_deploy.quantization.recipe import load_recipe
@@ -276,9 +276,9 @@ def _write(request: QatRequest, checkpoint: Checkpoint, run: _Run, images: Train
         same = StructureOptions(spec.strides, str(spec.activation), spec.bn_eps)
         again = build(load_checkpoint(staging / target.name, structure=same))
         fused = again if request.from_deploy else fuse(again, torch.float32)
-        about = {"recipe": str(request.recipe), "steps": request.training.steps, "seed": request.training.seed}
+        origin = ScalesOrigin(str(request.recipe), request.training.steps, request.training.seed)
         sha256 = hash_file(staging / target.name)
-        save_scales(scales, staging / scales_path(target).name, sha256, about)
+        save_scales(scales, staging / scales_path(target).name, sha256, origin)
         parity = compare(_run_net(student, sample), _run_net(apply_scales(fused, scales), sample))
         require_parity("the written file", parity, _MAX_RELATIVE)
         (staging / curves_path(target).name).write_text(_to_csv(run.rows), encoding="utf-8")

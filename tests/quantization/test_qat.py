@@ -23,7 +23,7 @@ from repvgg_deploy.nets.repvgg import RepVGG, TrainingBlock
 from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.quantization.pair_sums import INT16_MAX, largest_pair_sum
 from repvgg_deploy.quantization.qat import FakeQuantizer, QatBlock, QatOptions, QatScales, round_kernel
-from repvgg_deploy.quantization.qat_scales import apply_scales, load_scales, observe_scales, save_scales
+from repvgg_deploy.quantization.qat_scales import ScalesOrigin, apply_scales, load_scales, observe_scales, save_scales
 from repvgg_deploy.quantization.qat_start import start_training
 from repvgg_deploy.quantization.qat_training import set_saturation
 
@@ -250,11 +250,11 @@ def test_only_eight_bits_behind_a_relu_take_turns() -> None:
 def test_scales_are_kept_for_one_checkpoint(tmp_path: Path) -> None:
     scales = observe_scales(make_net(), [images_of(8)])
     path = tmp_path / "scales.npz"
-    save_scales(scales, path, "a" * 64, {"steps": 5})
+    save_scales(scales, path, "a" * 64, ScalesOrigin("fast", 5, 1))
     found = load_scales(path, "a" * 64)
     assert found is not None
-    read, about = found
-    assert about["steps"] == 5
+    read, origin = found
+    assert origin == ScalesOrigin("fast", 5, 1)
     assert read.pool == pytest.approx(scales.pool)
     assert all(torch.equal(read.layers[name].weight, layer.weight) for name, layer in scales.layers.items())
     with pytest.raises(DeployError, match="another checkpoint"):

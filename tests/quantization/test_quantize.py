@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from repvgg_deploy.benchmark.graphs import quantize_plainly
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.quantization import Recipe, collect_statistics, load_recipe, quantize
+from repvgg_deploy.quantization import Recipe, collect_statistics, quantize
 from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS, AugmentedImages
 from repvgg_deploy.quantization.layer_inputs import Streams, input_moments
 from repvgg_deploy.quantization.layer_report import signal_to_noise_db
@@ -279,25 +278,3 @@ def test_the_report_has_a_row_for_each_layer_and_the_pool() -> None:
     rows = quantized.summary.layers
     assert [row.name for row in rows] == [*list(quantized.integers())[:-1], "pool", "classifier"]
     assert all(np.isfinite(row.output_db) and row.saturation is not None and row.saturation < 0.1 for row in rows)
-
-
-@pytest.mark.parametrize("name", ["fast", "accurate", "thorough"])
-def test_recipes_load_by_name(name: str) -> None:
-    assert load_recipe(name).name == name
-
-
-def test_a_recipe_is_a_file_of_known_keys(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text("equalize = false\n[scales]\nthresholds = [0.5, 1.0]\n")
-    recipe = load_recipe(path)
-    assert recipe.name == "mine"
-    assert recipe.equalize is None
-    assert recipe.scales.thresholds == (0.5, 1.0)
-    path.write_text("[rounding]\ndampings = 1.0\n")
-    with pytest.raises(DeployError, match="dampings"):
-        load_recipe(path)
-    path.write_text("[rounding]\ndamping = -1.0\n")
-    with pytest.raises(DeployError, match=r"rounding\.damping"):
-        load_recipe(path)
-    with pytest.raises(DeployError, match="no recipe nonsense"):
-        load_recipe("nonsense")

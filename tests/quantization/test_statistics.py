@@ -66,20 +66,17 @@ def test_statistics_are_those_of_the_values_at_each_point() -> None:
 
 
 def test_saved_statistics_come_back_for_the_same_checkpoint_and_images_only(tmp_path: Path) -> None:
-    images = draw_images(4)
-    statistics = collect_statistics(fused_net(), [images], sha256="a" * 64, augmentations=2)
+    net, images = fused_net(), draw_images(4)
+    statistics = collect_statistics(net, [images], sha256="a" * 64, augmentations=2)
     path = tmp_path / "cache.npz"
     statistics.save(path)
-    loaded = CalibrationStatistics.load(path, "a" * 64, images.split(3))
+    loaded = CalibrationStatistics.load(path, net, "a" * 64, images.split(3))
     assert loaded.points.keys() == statistics.points.keys()
     np.testing.assert_array_equal(loaded.points["pool"].usual, statistics.points["pool"].usual)
     with pytest.raises(DeployError, match="another checkpoint"):
-        CalibrationStatistics.load(path, "b" * 64, [images])
+        CalibrationStatistics.load(path, net, "b" * 64, [images])
     with pytest.raises(DeployError, match="other images"):
-        CalibrationStatistics.load(path, "a" * 64, [images * 0.5])
-    path.write_bytes(b"no npz")
-    with pytest.raises(DeployError, match="not a calibration cache"):
-        CalibrationStatistics.load(path, "a" * 64, [images])
+        CalibrationStatistics.load(path, net, "a" * 64, [images * 0.5])
 
 
 def test_no_images_are_an_error() -> None:
