@@ -13,7 +13,7 @@ MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 # Threads that wait by spinning take the core that another one needs, on a machine with few or busy cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all docs format lowest requirements clean
+.PHONY: demo test test-all docs format lowest requirements image clean
 
 demo: $(VENV)/.demo
 	$(BIN)/repvgg-deploy demo
@@ -49,7 +49,11 @@ lowest:
 	$(MAKE) demo VENV=$(LOWEST) CONSTRAINTS="-c $(LOWEST)/lowest.txt" \
 		TORCH="$$(sed -n 's/^torch==//p' $(LOWEST)/lowest.txt)"
 
-# The image's packages with their hashes, in requirements/cpu.txt.
+# The image, with docker, podman or buildah: make image TORCH_INDEX=<PyTorch's CPU wheel index>, make image IMAGE=gpu.
+image:
+	docker/build.sh $(or $(IMAGE),cpu)
+
+# The images' packages with their hashes, in requirements/*.txt.
 requirements: $(BIN)/python
 	$(BIN)/pip install -q uv
 	$(BIN)/python requirements/export.py $(TORCH)

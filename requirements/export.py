@@ -1,9 +1,13 @@
-"""Write requirements/cpu.txt: the packages of `.[cpu]` with versions and hashes, without the address of any index.
+"""Write requirements/*.txt: what the images install, with versions and hashes, without the address of any index.
 
     python requirements/export.py TORCH_VERSION
 
-torch is left out, with the CUDA libraries that its default build needs: the image installs its CPU build first, whose
-hashes differ from index to index. What torch needs besides is listed.
+| file | what |
+| --- | --- |
+| `cpu.txt` | `.[cpu]` less torch, whose CPU builds have other hashes in each index; what torch needs is there |
+| `rtx.txt`, `serve.txt` | what these extras add to that |
+| `gpu.txt` | `.[gpu]` and CUDA for Python, with the default build of torch and its CUDA libraries |
+| `sbom.txt` | the tool that lists an image's packages; it stays out of the image |
 """
 
 from __future__ import annotations
@@ -16,20 +20,42 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGET = ROOT / "requirements" / "cpu.txt"
-HEADER = "# Made by `make requirements`: what the image installs beside torch, for Linux, macOS and Windows.\n"
+FOLDER = ROOT / "requirements"
+HEADER = "# Made by `make requirements`: {what}, for Linux, macOS and Windows.\n"
 OF_CUDA = ("nvidia-", "cuda-", "triton")
+EXTRAS = ("rtx", "serve")
 
 
 def main(torch: str) -> None:
-    """Resolve with and without torch, and write all but torch and its CUDA libraries."""
+    """Resolve each file's packages and write it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
-    others = [need for need in wanted if not need.startswith("torch>")]
+    needs, extras = project["dependencies"], project["optional-dependencies"]
+    others = [need for need in [*needs, *extras["cpu"]] if not need.startswith("torch>")]
     own = set(resolve(others))
     found = resolve([*others, f"torch=={torch}"])
-    kept = [block for name, block in found.items() if name in own or not (name == "torch" or name.startswith(OF_CUDA))]
-    TARGET.write_text(HEADER + "".join(kept), encoding="utf-8")
+    kept = {name: b for name, b in found.items() if name in own or not (name == "torch" or name.startswith(OF_CUDA))}
+    write("cpu", "what the CPU image installs beside torch", kept)
+    for extra in EXTRAS:
+        # Together with the rest, so that both files have the same version of what is in both.
+        together, alone = resolve([*others, *extras[extra]]), resolve(extras[extra])
+        added = {name: block for name, block in together.items() if name in alone and name not in kept}
+        write(extra, f"what the extra `{extra}` adds to the CPU image", added)
+    write("gpu", "what the GPU image installs", resolve([*needs, *gpu_needs(extras), f"torch=={torch}"]))
+    write("sbom", "the tool that writes the images' bills of materials", resolve(["cyclonedx-bom"]))
+
+
+def gpu_needs(extras: dict[str, list[str]]) -> list[str]:
+    """ONNX Runtime in the version of the CPU image, and what engines run with; TensorRT itself comes with the base."""
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    version = re.search(r"^onnxruntime==(\S+)$", pins, flags=re.M)
+    assert version is not None
+    cuda = [need for need in extras["tensorrt"] if need.startswith("cuda-python")]
+    return [*extras["gpu"], f"onnxruntime-gpu=={version[1]}", *cuda]
+
+
+def write(name: str, what: str, blocks: dict[str, str]) -> None:
+    """One file, of the blocks of its packages."""
+    (FOLDER / f"{name}.txt").write_text(HEADER.format(what=what) + "".join(blocks.values()), encoding="utf-8")
 
 
 def resolve(needs: list[str]) -> dict[str, str]:

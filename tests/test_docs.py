@@ -113,6 +113,7 @@ def test_the_image_s_requirements_are_hashed_and_agree_with_the_pins() -> None:
 
 def test_no_page_names_the_address_of_a_package_registry() -> None:
     names = ("Makefile", "Dockerfile", "pyproject.toml", "constraints.txt", "mkdocs.yml", "CITATION.cff")
-    others = [path for folder in ("requirements", ".github") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    folders = ("requirements", ".github", "docker", "examples")
+    others = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     for page in [*PAGES, *(ROOT / name for name in names), *others]:
         assert not re.search(r"pypi\.org|download\.pytorch|pypi\.nvidia|files\.pythonhosted", page.read_text("utf-8"))

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Makes the CPU image's environment in the folder $1, from /requirements and /wheels: torch's CPU build by TORCH (its version)
+# and TORCH_INDEX, EXTRAS, and all else at the versions and hashes of requirements/*.txt.
+set -eu
+folder=$1
+python -m venv --without-pip "$folder"
+install() {
+    pip --python "$folder/bin/python" --quiet --disable-pip-version-check \
+        install --no-cache-dir --root-user-action ignore "$@"
+}
+
+# Its builds differ from index to index, and so do their hashes. What it needs is in cpu.txt.
+install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$TORCH+cpu" || {
+    echo "error: there is no CPU build torch==$TORCH+cpu in ${TORCH_INDEX:-the indexes that pip is configured with}" >&2
+    echo "hint: --build-arg TORCH_INDEX=<PyTorch's CPU wheel index>, whose address PyTorch's installation page gives" \
+        "for pip and the CPU" >&2
+    exit 1
+}
+for name in cpu $EXTRAS; do
+    [ -f "/requirements/$name.txt" ] || {
+        echo "error: there is no extra '$name' for the image; hint: EXTRAS takes rtx and serve" >&2
+        exit 1
+    }
+    install --require-hashes -r "/requirements/$name.txt"
+done
+install --no-deps /wheels/*.whl
+pip --python "$folder/bin/python" check
