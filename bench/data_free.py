@@ -5,15 +5,17 @@
     python bench/data_free.py wide  [--arch B1] [-o bench/results]
     python bench/data_free.py plot  --checkpoint CKPT -o docs/figures/data_free.png
 
-`table` quantizes one net on made pictures, on 8, 32, 128 and 512 real images, on noise, and with ranges that follow
-from the BN statistics without any picture. `size` says what the pictures' size, number and steps cost and give. `wide`
-makes pictures for a large architecture with seeded weights. `plot` draws the made pictures. All figures are of the
-torch net that computes what ONNX Runtime computes, integer for integer, so that no CPU's kernels matter.
+`table` quantizes one net on made pictures, on the first half and the first quarter of them, on 8, 32, 128 and 512 real
+images, on made pictures and a few real ones, on noise, and with ranges that follow from the BN statistics without any
+picture. `size` says what smaller pictures, few of them and fewer steps cost and give. `wide` makes pictures for a large
+architecture with seeded weights. `plot` draws the made pictures. All figures are of the torch net that computes what
+ONNX Runtime computes, integer for integer, so that no CPU's kernels matter.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,7 +33,6 @@ from int8_bench.setup import (
     read_calibration,
     read_validation,
     run_torch,
-    timed,
     write_record,
 )
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
 
 REAL = (8, 32, 128, 512)
-SIZES = ((64, 256, 150), (64, 128, 150), (64, 64, 150), (64, 32, 150), (64, 128, 60), (48, 128, 150), (32, 128, 150))
+MIXED = (8, 32)
+SIZES = ((64, 32, 150), (64, 128, 60), (48, 128, 150), (32, 128, 150))
 _DEVIATIONS = 6.0
 
 
@@ -90,21 +92,25 @@ def run_table(arguments: argparse.Namespace) -> None:
     results: list[dict[str, Any]] = []
 
     def add(what: str, make: Callable[[], QuantizedNet], **more: Any) -> None:
-        quantized, seconds = timed(make)
+        quantized, seconds = cpu_timed(make)
         figures = compare(run_torch(quantized, images), exact, labels)
-        results.append({"calibration": what, "quantize_s": seconds, **asdict(figures), **more})
+        results.append({"calibration": what, "quantize_cpu_s": seconds, **asdict(figures), **more})
         print(results[-1], flush=True)
 
-    made, seconds = timed(lambda: make_pictures(net, PREPROCESSING, recipe.pictures, recipe.seed))
-    about = {"make_s": seconds, **made.summary.to_dict()}
+    made, seconds = cpu_timed(lambda: make_pictures(net, PREPROCESSING, recipe.pictures, recipe.seed))
+    about = {"make_cpu_s": seconds, **made.summary.to_dict()}
     add("pictures from BN statistics", lambda: quantize(fused, made, recipe), **about)
+    # Batches are made one after another, so the first ones are what a smaller count gives.
+    for count in (len(made) // 2, len(made) // 4):
+        add(f"{count} pictures from BN statistics", partial(quantize, fused, [made.pictures[:count]], recipe))
     add("noise pictures", lambda: quantize(fused, draw_noise(made.summary.pictures), recipe))
     add("ranges from BN statistics", lambda: quantize_by_ranges(net, fused))
     for count in REAL:
         real = read_calibration(arguments.calib, count)
         add(f"{count} real images", partial(quantize, fused, in_batches(real), recipe))
-    few = [*in_batches(read_calibration(arguments.calib, 8)), *(batch.numpy() for batch in made)]
-    add("made pictures and 8 real images", lambda: quantize(fused, few, recipe))
+    for count in MIXED:
+        few = [*in_batches(read_calibration(arguments.calib, count)), *(batch.numpy() for batch in made)]
+        add(f"made pictures and {count} real images", partial(quantize, fused, few, recipe))
     write_record(
         arguments.output, "int8-data-free", results, recipe=recipe.name, note=arguments.note, torch_threads=threads()
     )
@@ -119,10 +125,10 @@ def run_sizes(arguments: argparse.Namespace) -> None:
     for size, count, steps in SIZES:
         options = PictureOptions(count=count, steps=steps)
         smaller = replace(PREPROCESSING, height=size, width=size, resize=size)
-        made, seconds = timed(partial(make_pictures, net, smaller, options))
+        made, seconds = cpu_timed(partial(make_pictures, net, smaller, options))
         quantized = quantize(fused, made, load_recipe("accurate"))
         figures = compare(run_torch(quantized, images), exact, labels)
-        results.append({"make_s": seconds, **made.summary.to_dict(), **asdict(figures)})
+        results.append({"make_cpu_s": seconds, **made.summary.to_dict(), **asdict(figures)})
         print(results[-1], flush=True)
     about = {"recipe": "accurate", "note": arguments.note, "torch_threads": threads()}
     write_record(arguments.output, "int8-data-free-sizes", results, **about)
@@ -131,8 +137,8 @@ def run_sizes(arguments: argparse.Namespace) -> None:
 def run_wide(arguments: argparse.Namespace) -> None:
     """The time that pictures for a large architecture take at 224 px; its weights are seeded, not trained."""
     net = seeded_repvgg(find_card(arguments.arch))
-    made, seconds = timed(lambda: make_pictures(net, Preprocessing()))
-    results = [{"arch": arguments.arch, "input": 224, "make_s": seconds, **made.summary.to_dict()}]
+    made, seconds = cpu_timed(lambda: make_pictures(net, Preprocessing()))
+    results = [{"arch": arguments.arch, "input": 224, "make_cpu_s": seconds, **made.summary.to_dict()}]
     print(results[0])
     write_record(
         arguments.output,
@@ -220,6 +226,13 @@ def pixel_range(preprocessing: Preprocessing) -> tuple[float, float]:
     """The smallest and the largest normalized value of any channel."""
     pairs = list(zip(preprocessing.mean, preprocessing.std, strict=True))
     return min(-m / s for m, s in pairs), max((1 - m) / s for m, s in pairs)
+
+
+def cpu_timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What `function` returns, and the CPU seconds it took, which other work on the machine does not change much."""
+    start = time.process_time()
+    result = function()
+    return result, round(time.process_time() - start, 1)
 
 
 def threads() -> int:

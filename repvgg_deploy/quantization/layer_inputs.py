@@ -36,13 +36,17 @@ class Streams:
         A few images may drive a net to activations a hundred times the usual ones. In a sum of squares they would
         decide alone, and every other image would pay for them.
         """
-        energy = self.exact.flatten(1).double().square().mean(1)
-        return (_USUAL * energy.median() / energy.clamp_min(1e-300)).clamp(max=1.0).square().to(self.exact.dtype)
+        return weights_of_energies(self.exact.flatten(1).double().square().mean(1)).to(self.exact.dtype)
 
     def thinned(self, count: int) -> Streams:
         """About `count` images of them, evenly spaced."""
         step = max(1, len(self.exact) // count)
         return Streams(self.exact[::step], self.rounded[::step])
+
+
+def weights_of_energies(energy: Tensor) -> Tensor:
+    """What each image counts (N), given the mean square of its activations (N), float64; see `Streams`."""
+    return (_USUAL * energy.median() / energy.clamp_min(1e-300)).clamp(max=1.0).square()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -17,6 +17,7 @@ from repvgg_deploy.fusion.fuse import equivalent_kernel_bias
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.array_files import ArrayFile, save_arrays
 from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
+from repvgg_deploy.quantization.layer_inputs import weights_of_energies
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
 from repvgg_deploy.quantization.pair_sums import LEVELS, count_taps
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
@@ -26,9 +27,9 @@ from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weig
 from repvgg_deploy.typed_values import Line, Sha256
 
 _KIND = "qat"
-# Values of each input that are kept to choose a scale, and the shares of the largest one that are tried.
-_KEPT = 1 << 18
-_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
+# Values of each image that are kept to choose the scale of an input, and the shares of the largest one that are tried.
+_KEPT = 2048
+_SHARES = tuple(2 ** (-k / 8) for k in range(40))
 
 
 @torch.no_grad()
@@ -53,9 +54,8 @@ def observe_scales(model: nn.Module, batches: Iterable[Any], options: QatOptions
     for name in names:
         layer = model.get_submodule(name)
         weight = layer.weight if isinstance(layer, nn.Linear) else equivalent_kernel_bias(layer, torch.float32)[0]
-        scale = _input_scale(seen[name], options.activation_bits)
-        layers[name] = LayerScales(weight_scales(weight, options), scale)
-    pool = _input_scale(seen[POOL], options.activation_bits) if POOL in seen else None
+        layers[name] = LayerScales(weight_scales(weight, options), seen[name].scale(options.activation_bits))
+    pool = seen[POOL].scale(options.activation_bits) if POOL in seen else None
     return QatScales(layers, pool)
 
 
@@ -77,45 +77,62 @@ def weight_scales(weight: Tensor, options: QatOptions) -> Tensor:
     return scales.clone()
 
 
-def _watch(model: nn.Module, names: list[str], batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Some values of each layer's input, and of the pool's."""
-    kept: dict[str, list[Tensor]] = {}
+@dataclass
+class _Seen:
+    """What a layer reads: of each image some values, the energy, and the largest and the smallest value."""
 
-    def keep(name: str, value: Tensor) -> None:
-        flat = value.detach().flatten()
-        kept.setdefault(name, []).append(flat[:: max(1, len(flat) // _KEPT)].float())
+    values: list[Tensor] = field(default_factory=list)
+    energies: list[Tensor] = field(default_factory=list)
+    largest: list[Tensor] = field(default_factory=list)
+    smallest: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().flatten(1).float()
+        # Drawn, not evenly spaced: every so many values would often be one column of the image.
+        generator = torch.Generator().manual_seed(len(self.values))
+        chosen = torch.randint(rows.shape[1], (min(_KEPT, rows.shape[1]),), generator=generator).to(rows.device)
+        self.values.append(rows[:, chosen].cpu())
+        self.energies.append(rows.double().square().mean(1).cpu())
+        self.largest.append(rows.abs().amax(1).cpu())
+        self.smallest.append(rows.amin(1).cpu())
+
+    def scale(self, bits: int) -> float:
+        """The scale of least square error, in which images with unusually strong activations count less."""
+        weights = weights_of_energies(torch.cat(self.energies))
+        largest = float(torch.cat(self.largest)[weights >= 1].max())
+        signed = float(torch.cat(self.smallest).min()) < 0
+        clipping = int(2 ** (bits - 1) - 1 if signed or bits == 8 else 2**bits - 1)
+        if largest == 0.0:
+            return 1.0 / clipping
+        values = torch.cat(self.values)
+
+        def error(share: float) -> float:
+            scale = largest * share / clipping
+            rounded = (values / scale).round().clamp(-clipping - 1, clipping) * scale
+            return float((rounded - values).double().square().sum(1) @ weights)
+
+        # Images have as many values at the border as elsewhere.
+        return largest * min((1.0,) if signed else _SHARES, key=error) / clipping
+
+
+def _watch(model: nn.Module, names: list[str], batches: Iterable[Any]) -> dict[str, _Seen]:
+    """What each layer reads, and the pool."""
+    seen: dict[str, _Seen] = {}
 
     def hook(name: str) -> Any:
-        return lambda _module, inputs: keep(name, inputs[0])
+        return lambda _module, inputs: seen.setdefault(name, _Seen()).add(inputs[0])
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     if isinstance(model, RepVGG):
         last = model.get_submodule(names[-2])
-        handles.append(last.register_forward_hook(lambda _module, _inputs, output: keep(POOL, output)))
+        handles.append(last.register_forward_hook(lambda _module, _inputs, output: hook(POOL)(None, (output,))))
     try:
         for batch in batches:
             model(*batch) if isinstance(batch, tuple) else model(torch.as_tensor(batch))
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in kept.items()}
-
-
-def _input_scale(values: Tensor, bits: int) -> float:
-    largest = float(values.abs().max())
-    signed = float(values.min()) < 0
-    clipping = int(2 ** (bits - 1) - 1 if signed or bits == 8 else 2**bits - 1)
-    if largest == 0.0:
-        return 1.0 / clipping
-    # Images have as many values at the border as elsewhere.
-    shares = (1.0,) if signed else _SHARES
-
-    def error(share: float) -> float:
-        scale = largest * share / clipping
-        rounded = (values / scale).round().clamp(-clipping - 1, clipping) * scale
-        return float((rounded - values).square().double().sum())
-
-    return largest * min(shares, key=error) / clipping
+    return seen
 
 
 def scales_of(net: QuantizedNet) -> QatScales:

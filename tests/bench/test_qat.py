@@ -48,7 +48,7 @@ def test_the_table_has_a_row_for_everything_that_is_calibrated_on(monkeypatch, p
     recipe.write_text(f"{text}\n[pictures]\ncount = 32\nsteps = 10\n", encoding="utf-8")
     record = run(data_free, monkeypatch, pictures, tmp_path / "out", "table", "--recipe", str(recipe))
     rows = {row["calibration"]: row for row in record["results"]}
-    assert len(rows) == 8
+    assert len(rows) == 11
     assert all(set(row) >= FIGURES for row in rows.values())
     assert rows["pictures from BN statistics"]["pictures"] == 32
     assert rows["pictures from BN statistics"]["agreement"] > rows["noise pictures"]["agreement"]

@@ -229,6 +229,20 @@ def test_any_module_with_blocks_is_trained_in_the_users_own_loop() -> None:
     assert relative(fused(images), converted(images)) < 1e-4
 
 
+def test_an_image_with_extreme_activations_does_not_decide_the_scales() -> None:
+    net = make_net()
+    images = images_of(32)
+    extreme = torch.cat([images, 200 * images[:1]])
+    for options in (QatOptions(), QatOptions(activation_bits=6)):
+        usual, other = (observe_scales(net, [batch], options) for batch in (images, extreme))
+        # The image itself is not clipped: what is large there is no outlier of the net's.
+        inner = [name for name in usual.layers if name != "stages.0.0"]
+        for name in inner:
+            assert other.layers[name].input == pytest.approx(usual.layers[name].input, rel=0.3), name
+        assert usual.pool is not None
+        assert other.pool == pytest.approx(usual.pool, rel=0.3)
+
+
 def test_what_cannot_be_trained_is_refused() -> None:
     net = make_net()
     with pytest.raises(DeployError, match="no scales for stages"):
