@@ -3,11 +3,13 @@
     python bench/qat.py --checkpoint CKPT --calib DIR --val DIR [--case 6-bit …] [--steps N] [-o bench/results]
 
 Cases: `int8` (8 bits, one scale per filter, from the recipe's export), `per-tensor` (8 bits, one weight scale per
-layer), `6-bit` (weights and activations), `6-bit per-tensor`, `4-bit per-tensor`. Each begins at its post-training
-quantization, which for all but `int8` is the same preparation with the scales of least square error, weights rounded
-to nearest and the means of the channels corrected, and learns the float net's answers on the calibration images,
-without labels. A record and the learning curves are written per case. Figures are of the simulated net, integer for
-integer what ONNX Runtime computes at 8 bits. `docs/figures/qat_curves.png` is the curve of `4-bit per-tensor`.
+layer), `6-bit` (weights and activations), `6-bit per-tensor`, `4-bit per-tensor`. Three states are measured: the
+plainest post-training quantization, of the fused net with the ranges of the largest values, rounded to nearest; the
+start of the training, which for all but `int8` is the export's preparation with the scales of least square error,
+weights rounded to nearest and the means of the channels corrected; and the end. What is learned are the float net's
+answers on the calibration images, without labels. A record and the learning curves are written per case. Figures are of
+the simulated net, integer for integer what ONNX Runtime computes at 8 bits. `docs/figures/qat_curves.png` is the curve
+of `6-bit`.
 """
 
 from __future__ import annotations
@@ -24,14 +26,19 @@ import numpy as np
 import torch
 from int8_bench.setup import PREPROCESSING, Floats, compare, in_batches, read_validation, run_torch, write_record
 from numpy.typing import NDArray
+from torch import nn
 
 from repvgg_deploy.benchmark.report.curves import draw_curves
 from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.fusion.fuse import fuse
+from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization import load_recipe
 from repvgg_deploy.quantization.calibration_images import choose_images
-from repvgg_deploy.quantization.qat import QatOptions
+from repvgg_deploy.quantization.points import POOL, Images, layer_names
+from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, prepare_qat
 from repvgg_deploy.quantization.qat_start import start_training
 from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions, set_saturation
+from repvgg_deploy.quantization.statistics import collect_statistics
 from repvgg_deploy.quantization.target import UNSIGNED_HIGHEST
 from repvgg_deploy.workflows.qat_images import image_limits, read_training_images
 
@@ -72,6 +79,8 @@ def run_case(case: str, arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe)
     calibration = choose_images(arguments.calib, recipe.count, recipe.seed, PREPROCESSING)
     images, labels = read_validation(arguments.val, arguments.images)
+    plain = measure_plain(net, calibration, CASES[case], images, labels)
+    print(case, plain, flush=True)
     begin = time.process_time()
     start = start_training(net, calibration, recipe, CASES[case])
     start_cpu_s = time.process_time() - begin
@@ -81,13 +90,15 @@ def run_case(case: str, arguments: argparse.Namespace) -> None:
     exact = run_torch(training.teacher.net, images)
     name = f"qat-{case.replace(' ', '-')}"
     curves = arguments.output / f"{name}.curves.csv"
-    results = [{"when": "before training", "cpu_s": round(start_cpu_s, 1), **measure(training, images, labels, exact)}]
-    print(case, results[0], flush=True)
+    before = measure(training.student, images, labels, exact)
+    results = [plain, {"when": "before training", "cpu_s": round(start_cpu_s, 1), **before}]
+    print(case, results[-1], flush=True)
     results.append(train(training, arguments, curves, (images, labels, exact)))
-    print(case, results[1], flush=True)
-    lost, left = (100 - float(row["agreement"]) for row in results)
+    print(case, results[-1], flush=True)
+    lost, begun, left = (100 - float(row["agreement"]) for row in results)
     about: dict[str, Any] = {
-        "won_back_percent": round(100 * (1 - left / lost), 1),
+        "won_back_percent": won_back(lost, left),
+        "won_back_by_training_percent": won_back(begun, left),
         "options": asdict(CASES[case]),
         "recipe": recipe.name,
         "batch": arguments.batch,
@@ -98,6 +109,11 @@ def run_case(case: str, arguments: argparse.Namespace) -> None:
     }
     write_record(arguments.output, name, results, **about)
     draw_curves(curves)
+
+
+def won_back(lost: float, left: float) -> float | None:
+    """The share of the lost agreement, in percent; None where nothing was lost."""
+    return round(100 * (1 - left / lost), 1) if lost else None
 
 
 def train(
@@ -116,14 +132,14 @@ def train(
         over = arguments.minutes is not None and cpu > 60 * arguments.minutes
         if training.done % max(1, arguments.steps // _POINTS) == 0 or training.done == arguments.steps or over:
             before = time.process_time()
-            figures = measure(training, images[some], labels[some], exact[some])
+            figures = measure(training.student, images[some], labels[some], exact[some])
             measured += time.process_time() - before
             rows.append({"step": training.done, **values, "cpu_s": round(cpu, 1), **_followed(figures)})
             print(rows[-1], flush=True)
             _write_rows(rows, curves)
         if over:
             break
-    figures = measure(training, images, labels, exact)
+    figures = measure(training.student, images, labels, exact)
     return {
         "when": "after training",
         "steps": training.done,
@@ -133,12 +149,37 @@ def train(
     }
 
 
-def measure(training: QatTraining, images: Floats, labels: NDArray[np.int64], exact: Floats) -> dict[str, Any]:
+def measure_plain(
+    net: RepVGG, calibration: Images, options: QatOptions, images: Floats, labels: NDArray[np.int64]
+) -> dict[str, Any]:
+    """The figures of the plainest post-training quantization: all ranges reach to the largest value."""
+    fused = fuse(net, torch.float32).eval().requires_grad_(False)
+    points = collect_statistics(fused, calibration).points
+    levels = 2 ** (options.weight_bits - 1) - 1
+
+    def reach(name: str) -> float:
+        point = points[name]
+        # As many steps as the student has there: with fewer than 8 bits all integers from 0, after a ReLU.
+        unsigned = options.activation_bits < 8 and float(point.lowest.min()) >= 0
+        bits = options.activation_bits if unsigned else options.activation_bits - 1
+        return float(point.largest.max()) / float(2**bits - 1)
+
+    layers: dict[str, LayerScales] = {}
+    for name in layer_names(fused):
+        layer: Any = fused.get_submodule(name)
+        weight = (layer.conv if hasattr(layer, "conv") else layer).weight
+        layers[name] = LayerScales(weight.flatten(1).abs().amax(1).clamp_min(1e-30) / levels, reach(name))
+    student = prepare_qat(net, QatScales(layers, reach(POOL)), options)
+    figures = measure(student, images, labels, run_torch(fused, images))
+    return {"when": "plain post-training quantization", **figures}
+
+
+def measure(student: nn.Module, images: Floats, labels: NDArray[np.int64], exact: Floats) -> dict[str, Any]:
     """The figures of the student as ONNX Runtime computes it."""
-    set_saturation(training.student, UNSIGNED_HIGHEST)
-    training.student.eval()
-    logits = np.concatenate([run_torch(training.student, batch) for batch in in_batches(images, 200)])
-    training.student.train()
+    set_saturation(student, UNSIGNED_HIGHEST)
+    student.eval()
+    logits = np.concatenate([run_torch(student, batch) for batch in in_batches(images, 200)])
+    student.train()
     return asdict(compare(logits, exact, labels))
 
 

@@ -51,7 +51,7 @@ from repvgg_deploy.cli.types import RECIPE, FiniteRange
                  help="Passes over the images, in place of steps."),
     click.option("--batch", type=click.IntRange(min=1), default=64, metavar="N",
                  help="Images per step, over all processes."),
-    click.option("--rate", type=FiniteRange(min=0, min_open=True), default=0.02, metavar="X",
+    click.option("--rate", type=FiniteRange(min=0, min_open=True), default=0.01, metavar="X",
                  help="Learning rate at the start, in steps of the weights' integers."),
     click.option("--label-weight", type=FiniteRange(min=0), default=0.0, metavar="X",
                  help="Weight of the labels of --data DIR/<class>/ relative to the float net's outputs."),

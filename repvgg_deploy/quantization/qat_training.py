@@ -48,7 +48,7 @@ class TrainingOptions:
 
     steps: int
     batch: int = 64
-    rate: float = 0.02
+    rate: float = 0.01
     features: float = 1.0
     labels: float = 0.0
     seed: int = 0

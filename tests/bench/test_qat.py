@@ -58,7 +58,11 @@ def test_training_is_recorded_with_its_curves(monkeypatch, pictures, tmp_path) -
     pytest.importorskip("matplotlib")
     case = ("--case", "6-bit per-tensor", "--recipe", "fast", "--steps", "2", "--batch", "8", "--images", "24")
     record = run(qat, monkeypatch, pictures, tmp_path, *case)
-    assert [row["when"] for row in record["results"]] == ["before training", "after training"]
+    assert [row["when"] for row in record["results"]] == [
+        "plain post-training quantization",
+        "before training",
+        "after training",
+    ]
     assert all(set(row) >= FIGURES for row in record["results"])
     assert record["options"]["weight_bits"] == 6
     with (tmp_path / "qat-6-bit-per-tensor.curves.csv").open(encoding="utf-8") as file:
