@@ -33,6 +33,7 @@ from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.limits import LimitCheck
 
 if TYPE_CHECKING:
+    from repvgg_deploy.workflows.export_request import ExportRequest
     from repvgg_deploy.workflows.export_result import CheckpointExportResult
 
 
@@ -52,6 +53,7 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
         "repvgg-deploy export net.pth",
         "repvgg-deploy export net.pth --fp16 -o out --batch-range 1 8 64",
         "repvgg-deploy export net.pth --int8 --calib images/ -o out",
+        "repvgg-deploy export net.pth --all --calib images/ --val val/ -o out",
         "repvgg-deploy export net.pth --uint8-input --softmax --topk 5 --labels names.txt --engine none",
         "repvgg-deploy export --module nets:PyramidNet --checkpoint net.pth --example 1x3x512x512",
     ),
@@ -76,6 +78,8 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
                  help="Folder for NAME.PRECISION.onnx, .plan and .plan.json, NAME being the checkpoint's."),
     click.option("--fp16", is_flag=True, help="Write a float16 graph."),
     click.option("--int8", is_flag=True, help="Write an INT8 graph; needs --calib."),
+    click.option("--all", "every", is_flag=True,
+                 help="Write fp32, fp16 and INT8 graphs, a table of them, and MODEL_CARD.md; needs --calib."),
 )  # fmt: skip
 @junit_option
 @output_options
@@ -88,22 +92,21 @@ def export(
     compared with the one before, on a few synthetic images or on those of --verify-data. If they differ, nothing is
     written, and files of an earlier export stay as they are.
     """
-    if fp16 and int8:
-        raise click.UsageError("--fp16 and --int8 exclude each other; --rest fp16 is for what is not INT8.")
+    if fp16 + int8 + options["every"] > 1:
+        raise click.UsageError("--fp16, --int8 and --all exclude each other; --rest fp16 is for what is not INT8.")
     if options["module"] is not None:
         given = {"ckpt": ckpt, "output": output, "fp16": fp16, "int8": int8, "layers": layers, "labels": labels}
         return export_whole({**given, **options})
     leave_out_module_options(options)
     if ckpt is None:
         raise click.UsageError("Missing argument 'CKPT'.")
+    every, validation = options.pop("every"), options["val"]
     class_names = read_labels(labels)
     prepare_process()
     # It loads on another core while torch is imported on this one.
     with SimplificationCheck() as simplification:
         with quick_imports():
             from repvgg_deploy.artifacts import Precision
-            from repvgg_deploy.cli.tables import print_export
-            from repvgg_deploy.workflows.export import export as run_export
             from repvgg_deploy.workflows.export_request import ExportRequest
 
         request = ExportRequest(
@@ -111,16 +114,37 @@ def export(
             output=output,
             source=take_checkpoint(options),
             precision=Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,
-            int8=take_int8(options, wanted=int8),
+            int8=take_int8(options, int8 or every, val_alone=every),
             build=take_build(options),
             graph=take_graph(options, class_names),
             preprocessing=take_preprocessing(options),
             **options,
         )
-        with show_progress() as progress:
-            result = run_export(request, progress, simplification)
+        if every:
+            return _export_all(request, validation, layers, simplification)
+        return _export_one(request, layers, simplification)
+
+
+def _export_one(request: ExportRequest, layers: bool, simplification: SimplificationCheck) -> Outcome:
+    from repvgg_deploy.cli.tables import print_export
+    from repvgg_deploy.workflows.export import export as run_export
+
+    with show_progress() as progress:
+        result = run_export(request, progress, simplification)
     images = "synthetic images" if request.verify_data is None else f"images of {request.verify_data}"
     return Outcome(result.to_dict(), lambda: print_export(result, layers, images), checks=_list_stages(result))
+
+
+def _export_all(
+    request: ExportRequest, validation: Path | None, layers: bool, simplification: SimplificationCheck
+) -> Outcome:
+    from repvgg_deploy.cli.tables import print_export_all
+    from repvgg_deploy.workflows.export_all import ExportAllRequest, export_all
+
+    with show_progress() as progress:
+        result = export_all(ExportAllRequest(request, validation), progress, simplification)
+    checks = tuple(check for one in result.results for check in _list_stages(one))
+    return Outcome(result.to_dict(), lambda: print_export_all(result, layers), schema="export-all", checks=checks)
 
 
 def _list_stages(result: CheckpointExportResult) -> tuple[LimitCheck, ...]:

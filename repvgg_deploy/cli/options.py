@@ -115,7 +115,8 @@ int8_options = option_group(
     click.option("--keep-float", multiple=True, metavar="LAYER", help="Layer that is not quantized; repeatable."),
     click.option("--max-drop", type=FiniteRange(min=0), metavar="POINTS",
                  help="Limit on the top-1 loss on the images of --val; layers are kept in float to meet it."),
-    click.option("--val", type=PATH, metavar="DIR", help="Labeled images for --max-drop: DIR/<class>/*.jpg."),
+    click.option("--val", type=PATH, metavar="DIR",
+                 help="Labeled images for --max-drop, and for the table of --all: DIR/<class>/*.jpg."),
     click.option("--layers", is_flag=True, help="Also print a table of the quantized layers."),
 )  # fmt: skip
 """How INT8 is calibrated."""
@@ -200,8 +201,10 @@ def take_checkpoint(values: dict[str, Any]) -> CheckpointOptions:
     return CheckpointOptions(values.pop("arch"), values.pop("ema"), structure, values.pop("net"))
 
 
-def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
+def take_int8(values: dict[str, Any], wanted: bool, val_alone: bool = False) -> Int8Request | None:
     """Remove the INT8 options from `values` and return them as one object; None if INT8 is not wanted.
+
+    With `val_alone`, labeled images without a limit are not part of the request.
 
     Raises:
         click.UsageError: an option that only INT8 has is given without it, or one is missing beside another.
@@ -225,12 +228,15 @@ def take_int8(values: dict[str, Any], wanted: bool) -> Int8Request | None:
         request["scales"], request["cache"] = request["cache"], None
     elif request["images"] is None:
         raise click.UsageError(
-            "--int8 needs --calib DIR, a few hundred typical images; --calib none synthesizes images if there are none."
+            f"--{'all' if val_alone else 'int8'} needs --calib DIR, a few hundred typical images;"
+            " --calib none synthesizes images if there are none."
         )
     if request["images"] == Path("none"):
         request["images"] = None
     elif request["seconds"] is not None:
         raise click.UsageError("--calib-seconds is for --calib none.")
+    if val_alone and request["max_drop"] is None:
+        request["validation"] = None
     if (request["max_drop"] is None) != (request["validation"] is None):
         raise click.UsageError("--max-drop and --val DIR belong together.")
     return Int8Request(**{**request, "rest": Precision(request["rest"])})

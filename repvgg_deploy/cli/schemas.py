@@ -11,6 +11,7 @@ VERSIONS = {
     "error": 1,
     "eval": 1,
     "export": 1,
+    "export-all": 1,
     "export-module": 1,
     "fuse": 1,
     "inspect": 1,

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from repvgg_deploy.workflows.demo import DemoResult
     from repvgg_deploy.workflows.doctor import Row
     from repvgg_deploy.workflows.evaluate import Evaluation
+    from repvgg_deploy.workflows.export_all import ExportAllResult
     from repvgg_deploy.workflows.export_result import CheckpointExportResult
 
 __all__ = [
     "print_archs", "print_demo", "print_description", "print_end_to_end", "print_evaluation", "print_export",
-    "print_fields", "print_parts", "print_profile", "print_record",
+    "print_export_all", "print_fields", "print_parts", "print_profile", "print_record",
 ]  # fmt: skip
 
 
@@ -49,6 +50,25 @@ def print_export(result: CheckpointExportResult, layers: bool, images: str) -> N
         print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
     print()
     _print_choices(result.choices)
+
+
+def print_export_all(result: ExportAllResult, layers: bool) -> None:
+    """The precisions side by side, the files, and what decided the settings."""
+    from repvgg_deploy.workflows.export_all import COLUMNS
+
+    print(f"Accuracy, and agreement with fp32, on {result.images};")
+    speeds = result.speeds
+    print(f"speed in {speeds.backend} at batch {speeds.batch}, {speeds.duration_s:g} s each, in turn:")
+    print_table(COLUMNS, [row.show() for row in result.rows.values()])
+    for one in result.results:
+        if layers and one.quantization is not None:
+            print_layers(one.quantization.layers)
+        print(one.onnx)
+        if one.engine is not None:
+            print(one.onnx.parent / one.engine.plan.name)
+    print(f"{result.card}  {result.first.arch}, {result.seconds:.1f} s")
+    print()
+    _print_choices(result.first.choices)
 
 
 def print_description(description: Mapping[str, Any]) -> None:

@@ -99,6 +99,8 @@ def test_export_and_what_looks_at_its_graphs(folder: Path) -> None:
     assert graph["provenance"]["quantization"]["recipe"] == "fast"
     assert graph["provenance"]["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     check(run("inspect", folder / "net.pth"), "inspect")
+    every = check(export(folder, "--all", "--calib", folder / "images", "--recipe", "fast"), "export-all")
+    assert every["precisions"].keys() == {"fp32", "fp16", "int8"}
     parity = check(run("verify", folder / "net.pth", folder / "net.fp16.onnx"), "verify")
     assert parity["top1_agreement"] in (75.0, 87.5, 100.0)
     check(run("package", folder / "net.fp16.onnx", "-o", folder / "served", "--triton"), "package")
