@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import stat
 import tomllib
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -74,6 +77,38 @@ def parse_toml(content: bytes, name: str, hint: str) -> dict[str, Any]:
         return tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DeployError(f"cannot read {name}: {_say(str(error))}", hint) from error
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """TOML that reads as `table`: numbers, texts, truth values, lists of these, and tables of all that, one level deep.
+
+    What is None is left out.
+    """
+    lines = _toml_lines({key: value for key, value in table.items() if not isinstance(value, Mapping)})
+    for name, values in table.items():
+        if isinstance(values, Mapping):
+            lines += [*([""] if lines else []), f"[{_toml_key(name)}]", *_toml_lines(values)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        # A list of texts, such as files, is one text per line.
+        if len(value) > 1 and all(isinstance(item, str) for item in value) and sum(map(len, value)) > 80:
+            return "[\n" + "".join(f"    {_toml_value(item)},\n" for item in value) + "]"
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    # The strings of JSON are strings of TOML, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def convert(values: Any, kind: type[Value], name: str, hint: str) -> Value:

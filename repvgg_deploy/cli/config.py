@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from repvgg_deploy.cli.types import suggest
 F = TypeVar("F", bound=Callable[..., Any])
 
 # What a file is about itself, and what every run decides anew.
-_NOT_SAVED = ("config", "save_config", "as_json", "quiet", "verbose", "help")
+_NOT_SAVED = ("config", "save_config", "from", "as_json", "quiet", "verbose", "help")
 
 
 def config_options(command: F) -> F:
@@ -48,19 +47,36 @@ def _read_config(ctx: click.Context, _option: click.Parameter, path: Path | None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise click.UsageError(f"--config {path} cannot be read: {error}", ctx) from error
     # A file may serve several commands, each with a table of its name.
-    own = values.get(str(ctx.info_name), values)
+    set_defaults(ctx, values.get(str(ctx.info_name), values), f"--config {path}")
+
+
+def set_defaults(ctx: click.Context, values: Mapping[str, Any], source: str) -> None:
+    """Make `values`, by the names of options, the defaults of the command that is about to be parsed.
+
+    Raises:
+        click.UsageError: there is no such option; `source` says where it stands.
+    """
     options = _options(ctx)
     known = {_key(option): name for name, option in options.items()}
     defaults: dict[str, Any] = {}
-    for key, value in own.items():
+    for key, value in values.items():
         plain = key.replace("_", "-")
         if plain not in known:
-            raise click.UsageError(f"--config {path} has an unknown option {key!r}. {suggest(plain, list(known))}", ctx)
+            raise click.UsageError(f"{source} has an unknown option {key!r}. {suggest(plain, list(known))}", ctx)
         if isinstance(value, Mapping):
-            raise click.UsageError(f"--config {path}: {key} is a table, not a value.", ctx)
+            raise click.UsageError(f"{source}: {key} is a table, not a value.", ctx)
         name = known[plain]
         defaults[name] = [value] if options[name].multiple and not isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def given_options(ctx: click.Context) -> dict[str, Any]:
+    """The options that have another value than their default, by name, as `set_defaults` takes them."""
+    return {
+        _key(option): _plain(ctx.params[name])
+        for name, option in _options(ctx).items()
+        if name in ctx.params and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
 
 
 def _save_config(ctx: click.Context, _option: click.Parameter, path: Path | None) -> None:
@@ -69,14 +85,11 @@ def _save_config(ctx: click.Context, _option: click.Parameter, path: Path | None
         return
 
     def write() -> None:
-        given = {
-            _key(option): _plain(ctx.params[name])
-            for name, option in _options(ctx).items()
-            if name in ctx.params and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-        }
-        lines = [f"[{ctx.info_name}]", *(f"{key} = {_to_toml(value)}" for key, value in given.items())]
+        from repvgg_deploy.typed_values import to_toml
+
+        text = to_toml({str(ctx.info_name): given_options(ctx)})
         try:
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise click.UsageError(f"--save-config {path} cannot be written: {error.strerror}", ctx) from error
 
@@ -94,10 +107,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value if isinstance(value, bool | int | float) else str(value)
-
-
-def _to_toml(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_to_toml, value))}]"
-    # The strings of JSON are strings of TOML, but for one control character that nobody types.
-    return json.dumps(value, ensure_ascii=False)

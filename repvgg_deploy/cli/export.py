@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,17 @@ from repvgg_deploy.cli.options import (
     take_int8,
     take_preprocessing,
 )
+from repvgg_deploy.cli.records import describe_records, records_input, records_output, take_records
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
 from repvgg_deploy.cli.whole_networks import export_whole, leave_out_module_options, module_options
 from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.limits import LimitCheck
 
 if TYPE_CHECKING:
+    from repvgg_deploy.workflows.export_all import ExportAllRequest
     from repvgg_deploy.workflows.export_request import ExportRequest
     from repvgg_deploy.workflows.export_result import CheckpointExportResult
+    from repvgg_deploy.workflows.records import RecordsRequest
 
 
 def _check_folder(_context: click.Context, _option: click.Parameter, folder: Path) -> Path:
@@ -61,6 +65,7 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
 @path_argument("ckpt", required=False)
 @checkpoint_options
 @config_options
+@records_input
 @module_options
 @preprocessing_options
 @int8_options
@@ -81,6 +86,7 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
     click.option("--all", "every", is_flag=True,
                  help="Write fp32, fp16 and INT8 graphs, a table of them, and MODEL_CARD.md; needs --calib."),
 )  # fmt: skip
+@records_output
 @junit_option
 @output_options
 def export(
@@ -107,8 +113,10 @@ def export(
     with SimplificationCheck() as simplification:
         with quick_imports():
             from repvgg_deploy.artifacts import Precision
+            from repvgg_deploy.workflows.export_all import ExportAllRequest
             from repvgg_deploy.workflows.export_request import ExportRequest
 
+        records = take_records(options, ckpt, labels)
         request = ExportRequest(
             checkpoint=ckpt,
             output=output,
@@ -121,30 +129,54 @@ def export(
             **options,
         )
         if every:
-            return _export_all(request, validation, layers, simplification)
-        return _export_one(request, layers, simplification)
+            return _export_all(ExportAllRequest(request, validation), layers, records, simplification)
+        return _export_one(request, layers, records, simplification)
 
 
-def _export_one(request: ExportRequest, layers: bool, simplification: SimplificationCheck) -> Outcome:
+def _export_one(
+    request: ExportRequest, layers: bool, records: RecordsRequest, simplification: SimplificationCheck
+) -> Outcome:
     from repvgg_deploy.cli.tables import print_export
     from repvgg_deploy.workflows.export import export as run_export
+    from repvgg_deploy.workflows.records import keep_records
 
-    with show_progress() as progress:
-        result = run_export(request, progress, simplification)
+    precisions = (request.precision,)
+    with show_progress() as progress, keep_records(records, request, precisions, progress) as finish:
+        result = run_export(request, progress, simplification, finish)
     images = "synthetic images" if request.verify_data is None else f"images of {request.verify_data}"
-    return Outcome(result.to_dict(), lambda: print_export(result, layers, images), checks=_list_stages(result))
+    written = describe_records(records, records.statement_path(request, precisions))
+
+    def show() -> None:
+        print_export(result, layers, images)
+        _print_records(written)
+
+    return Outcome({**result.to_dict(), **written}, show, checks=_list_stages(result))
 
 
 def _export_all(
-    request: ExportRequest, validation: Path | None, layers: bool, simplification: SimplificationCheck
+    request: ExportAllRequest, layers: bool, records: RecordsRequest, simplification: SimplificationCheck
 ) -> Outcome:
+    from repvgg_deploy.artifacts import Precision
     from repvgg_deploy.cli.tables import print_export_all
-    from repvgg_deploy.workflows.export_all import ExportAllRequest, export_all
+    from repvgg_deploy.workflows.export_all import export_all
+    from repvgg_deploy.workflows.records import keep_records
 
-    with show_progress() as progress:
-        result = export_all(ExportAllRequest(request, validation), progress, simplification)
+    precisions = tuple(Precision)
+    with show_progress() as progress, keep_records(records, request.base, precisions, progress) as finish:
+        result = export_all(request, progress, simplification, finish)
+    written = describe_records(records, records.statement_path(request.base, precisions))
     checks = tuple(check for one in result.results for check in _list_stages(one))
-    return Outcome(result.to_dict(), lambda: print_export_all(result, layers), schema="export-all", checks=checks)
+
+    def show() -> None:
+        print_export_all(result, layers)
+        _print_records(written)
+
+    return Outcome({**result.to_dict(), **written}, show, schema="export-all", checks=checks)
+
+
+def _print_records(written: Mapping[str, str]) -> None:
+    for path in written.values():
+        click.echo(path)
 
 
 def _list_stages(result: CheckpointExportResult) -> tuple[LimitCheck, ...]:

@@ -51,6 +51,18 @@ class CalibrationImages:
         self._kept = kept or None
 
 
+def choose_sources(source: Path, count: int, seed: int) -> tuple[ImageSource, ...]:
+    """The images that `choose_images` takes, in their order.
+
+    Raises:
+        ImageError: there is no image.
+    """
+    paths = list_images(source)
+    if len(paths) > count:
+        paths = tuple(sorted(random.Random(seed).sample(paths, count), key=lambda image: Path(str(image))))
+    return paths
+
+
 def choose_images(
     source: Path, count: int, seed: int, preprocessing: Preprocessing, progress: Progress = SILENT
 ) -> CalibrationImages:
@@ -61,9 +73,7 @@ def choose_images(
     Raises:
         ImageError: there is no image; nothing is ever calibrated on random data.
     """
-    paths = list_images(source)
-    if len(paths) > count:
-        paths = tuple(sorted(random.Random(seed).sample(paths, count), key=lambda image: Path(str(image))))
+    paths = choose_sources(source, count, seed)
     images = CalibrationImages(paths, preprocessing, BrokenImages())
     if len(preprocessing.mean) not in (1, 3):
         raise ImageError(

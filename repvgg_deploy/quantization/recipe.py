@@ -110,6 +110,12 @@ class Recipe:
     pictures: PictureOptions = field(default_factory=PictureOptions)
 
 
+def find_recipe(name_or_path: str | Path) -> Path:
+    """Where the recipe of that name in `calibration/` is, or that in a TOML file, whether it is there or not."""
+    path = Path(name_or_path)
+    return path if path.suffix == ".toml" else data_folder("calibration") / f"{name_or_path}.toml"
+
+
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """The recipe of that name in `calibration/`, or that in a TOML file.
 
@@ -122,9 +128,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         >>> recipe.count
         512
     """
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        path = data_folder("calibration") / f"{name_or_path}.toml"
+    path = find_recipe(name_or_path)
     name = f"the recipe {path}"
     try:
         content = read_file(path, name, _HINT)

@@ -43,6 +43,11 @@ def list_choices(choices: Choices) -> dict[str, str]:
     return {name: f"{text} ({choices[name]['source']})" for name, text in shown.items()}
 
 
+def list_settings(choices: Choices) -> dict[str, str]:
+    """The value of each choice as text, whatever decided it."""
+    return {name: _show(choice["value"]) for name, choice in choices.items()}
+
+
 def _show(value: Any) -> str:
     return ",".join(f"{item:.6g}" for item in value) if isinstance(value, list) else str(value)
 

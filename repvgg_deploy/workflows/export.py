@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,9 +39,15 @@ from repvgg_deploy.workflows.export_stages import (
 if TYPE_CHECKING:
     from repvgg_deploy.engine import Engine
 
+Finish = Callable[[Path, Sequence[CheckpointExportResult]], None]
+"""Called on the finished files in their staging folder, before they take their places: adds files, or raises."""
+
 
 def export(
-    request: ExportRequest, progress: Progress = SILENT, simplification: SimplificationCheck | None = None
+    request: ExportRequest,
+    progress: Progress = SILENT,
+    simplification: SimplificationCheck | None = None,
+    finish: Finish | None = None,
 ) -> CheckpointExportResult:
     """Write the verified ONNX graph of a checkpoint to `request.output`, and an engine where one is asked for.
 
@@ -52,6 +58,7 @@ def export(
         request: what to export, and how.
         progress: receives the stages and their notes.
         simplification: a check that was started ahead, since it takes a second to load; by default it starts here.
+        finish: called once everything has passed; see `Finish`.
 
     Raises:
         DeployError: any error that the user can fix; nothing is written then.
@@ -63,10 +70,12 @@ def export(
         'net.fp16.onnx'
     """
     with simplification or SimplificationCheck() as check:
-        return _export(request, progress, check)
+        return _export(request, progress, check, finish)
 
 
-def _export(request: ExportRequest, progress: Progress, simplification: SimplificationCheck) -> CheckpointExportResult:
+def _export(
+    request: ExportRequest, progress: Progress, simplification: SimplificationCheck, finish: Finish | None
+) -> CheckpointExportResult:
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output}is a file, but a folder is needed", "-o DIR")
@@ -95,6 +104,8 @@ def _export(request: ExportRequest, progress: Progress, simplification: Simplifi
         else:
             engine, compared = _build_and_compare(staged, backend, request, images, outputs, progress)
             parities |= {} if compared is None else {"engine": compared}
+        if finish is not None:
+            finish(staging, (result,))
     seconds = time.perf_counter() - start
     return replace(result, engine=engine, parity=parities, seconds=seconds, peak_bytes=peak_bytes())
 

@@ -14,7 +14,7 @@ from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import open_model
-from repvgg_deploy.workflows.export import export, peak_bytes
+from repvgg_deploy.workflows.export import Finish, export, peak_bytes
 from repvgg_deploy.workflows.export_request import ExportRequest
 from repvgg_deploy.workflows.export_result import CheckpointExportResult
 from repvgg_deploy.workflows.model_card import CARD, CardInput, write_card
@@ -127,11 +127,15 @@ class ExportAllResult:
 
 
 def export_all(
-    request: ExportAllRequest, progress: Progress = SILENT, simplification: SimplificationCheck | None = None
+    request: ExportAllRequest,
+    progress: Progress = SILENT,
+    simplification: SimplificationCheck | None = None,
+    finish: Finish | None = None,
 ) -> ExportAllResult:
     """Write the graphs of a checkpoint in FP32, FP16 and INT8, and `MODEL_CARD.md`, as one set.
 
-    All of them take their places together, once every precision has been verified, evaluated and timed.
+    All of them take their places together, once every precision has been verified, evaluated and timed. `finish` is
+    called just before that; see `Finish`.
 
     Raises:
         DeployError: any error that the user can fix; nothing is written then.
@@ -178,6 +182,8 @@ def export_all(
             tools=installed_versions(),
         )
         write_card(_describe(result, base.checkpoint), staging / CARD)
+        if finish is not None:
+            finish(staging, result.results)
     return replace(result, seconds=time.perf_counter() - start)
 
 
