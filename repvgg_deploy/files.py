@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -220,3 +221,11 @@ def data_folder(name: str) -> Path:
     package = Path(__file__).resolve().parent
     packed = package / "_data" / name
     return packed if packed.is_dir() else package.parent / name
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this tool; `XDG_CACHE_HOME` counts where it is set."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "repvgg-deploy"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "repvgg-deploy"

@@ -28,6 +28,7 @@ from repvgg_deploy.cli.options import (
     take_int8,
     take_preprocessing,
 )
+from repvgg_deploy.cli.pull import offline_option, pretrained_option, take_pretrained
 from repvgg_deploy.cli.records import describe_records, records_input, records_output, take_records
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
 from repvgg_deploy.cli.whole_networks import export_whole, leave_out_module_options, module_options
@@ -58,12 +59,15 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
         "repvgg-deploy export net.pth --fp16 -o out --batch-range 1 8 64",
         "repvgg-deploy export net.pth --int8 --calib images/ -o out",
         "repvgg-deploy export net.pth --all --calib images/ --val val/ -o out",
+        "repvgg-deploy export --arch B2 --pretrained openmmlab --fp16",
         "repvgg-deploy export net.pth --uint8-input --softmax --topk 5 --labels names.txt --engine none",
         "repvgg-deploy export --module nets:PyramidNet --checkpoint net.pth --example 1x3x512x512",
     ),
 )
 @path_argument("ckpt", required=False)
 @checkpoint_options
+@pretrained_option
+@offline_option
 @config_options
 @records_input
 @module_options
@@ -104,8 +108,7 @@ def export(
         given = {"ckpt": ckpt, "output": output, "fp16": fp16, "int8": int8, "layers": layers, "labels": labels}
         return export_whole({**given, **options})
     leave_out_module_options(options)
-    if ckpt is None:
-        raise click.UsageError("Missing argument 'CKPT'.")
+    ckpt = _choose_checkpoint(ckpt, options)
     every, validation = options.pop("every"), options["val"]
     class_names = read_labels(labels)
     prepare_process()
@@ -131,6 +134,20 @@ def export(
         if every:
             return _export_all(ExportAllRequest(request, validation), layers, records, simplification)
         return _export_one(request, layers, records, simplification)
+
+
+def _choose_checkpoint(ckpt: Path | None, options: dict[str, Any]) -> Path:
+    """The file to export: CKPT, or a published one, whose options are removed from `options`.
+
+    Raises:
+        click.UsageError: neither is given, or both are.
+    """
+    if ckpt is not None and options["pretrained"] is not None:
+        raise click.UsageError("--pretrained stands in place of CKPT.")
+    path = take_pretrained(options) or ckpt
+    if path is None:
+        raise click.UsageError("Missing argument 'CKPT', or --arch NAME --pretrained SOURCE.")
+    return path
 
 
 def _export_one(

@@ -12,6 +12,7 @@ from repvgg_deploy.cli.machine import demo, doctor
 from repvgg_deploy.cli.models import archs, eval_, inspect, verify
 from repvgg_deploy.cli.package import package
 from repvgg_deploy.cli.predict import predict
+from repvgg_deploy.cli.pull import pull
 from repvgg_deploy.cli.qat import qat
 from repvgg_deploy.cli.report import report
 
@@ -45,6 +46,7 @@ for _command in (
     inspect,
     package,
     predict,
+    pull,
     qat,
     refit,
     report,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from repvgg_deploy.workflows.records import RecordsRequest
 
 # Where files go, and what is written about them, makes no difference to their bytes.
-_NOT_LOCKED = ("output", "junit", "lock", "provenance")
+_NOT_LOCKED = ("output", "junit", "lock", "provenance", "offline")
 _CHECKPOINT = "ckpt"
 
 
@@ -53,7 +53,9 @@ def take_records(values: dict[str, Any], checkpoint: Path, labels: Path | None) 
     from repvgg_deploy.workflows.records import RecordsRequest
 
     options = given_options(click.get_current_context())
-    locked = {_CHECKPOINT: str(checkpoint), **{k: v for k, v in options.items() if k not in _NOT_LOCKED}}
+    # A published checkpoint is named by --arch and --pretrained, wherever the cache is.
+    named = {} if "pretrained" in options else {_CHECKPOINT: str(checkpoint)}
+    locked = {**named, **{name: value for name, value in options.items() if name not in _NOT_LOCKED}}
     return RecordsRequest(locked, labels, values.pop("lock"), values.pop("from"), values.pop("provenance"))
 
 

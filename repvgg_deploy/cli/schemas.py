@@ -18,6 +18,8 @@ VERSIONS = {
     "package": 1,
     "predict": 1,
     "profile": 1,
+    "pull": 1,
+    "pull-list": 1,
     "qat": 1,
     "refit": 1,
     "report": 1,

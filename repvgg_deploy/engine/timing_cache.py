@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +12,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from repvgg_deploy.engine.backends import Backend
-from repvgg_deploy.files import undone_on_abort
+from repvgg_deploy.files import cache_folder, undone_on_abort
 from repvgg_deploy.hardware.gpus import Gpu
 from repvgg_deploy.progress import Progress
-
-
-def cache_folder() -> Path:
-    """The user's cache folder of this tool; `XDG_CACHE_HOME` counts where it is set."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base:
-        return Path(base) / "repvgg-deploy"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "repvgg-deploy"
 
 
 def cache_path(backend: Backend, gpu: Gpu | None) -> Path:

@@ -145,6 +145,10 @@ def test_verify_and_limits_that_it_misses(folder: Path) -> None:
         assert (missed["exit_status"], missed["images"]) == (status, 8)
 
 
+def test_the_list_of_published_checkpoints() -> None:
+    assert check(run("pull", "--list"), "pull-list")["files"]
+
+
 def test_archs_and_doctor() -> None:
     check(run("archs"), "archs")
     check(run("doctor"), "doctor")

@@ -14,7 +14,8 @@ from helpers.progress import Heard
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.backends import Backend, Capabilities
 from repvgg_deploy.engine.network import create_builder
-from repvgg_deploy.engine.timing_cache import cache_folder, cache_path, use_timing_cache
+from repvgg_deploy.engine.timing_cache import cache_path, use_timing_cache
+from repvgg_deploy.files import cache_folder
 from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 from repvgg_deploy.progress import SILENT
 
