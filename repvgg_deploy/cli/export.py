@@ -87,7 +87,7 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
                  help="Folder for NAME.PRECISION.onnx, .plan and .plan.json, NAME being the checkpoint's."),
     click.option("--fp16", is_flag=True, help="Write a float16 graph."),
     click.option("--int8", is_flag=True, help="Write an INT8 graph; needs --calib."),
-    click.option("--all", "every", is_flag=True,
+    click.option("--all", is_flag=True,
                  help="Write fp32, fp16 and INT8 graphs, a table of them, and MODEL_CARD.md; needs --calib."),
 )  # fmt: skip
 @records_output
@@ -102,14 +102,14 @@ def export(
     compared with the one before, on a few synthetic images or on those of --verify-data. If they differ, nothing is
     written, and files of an earlier export stay as they are.
     """
-    if fp16 + int8 + options["every"] > 1:
+    if fp16 + int8 + options["all"] > 1:
         raise click.UsageError("--fp16, --int8 and --all exclude each other; --rest fp16 is for what is not INT8.")
     if options["module"] is not None:
         given = {"ckpt": ckpt, "output": output, "fp16": fp16, "int8": int8, "layers": layers, "labels": labels}
         return export_whole({**given, **options})
     leave_out_module_options(options)
     ckpt = _choose_checkpoint(ckpt, options)
-    every, validation = options.pop("every"), options["val"]
+    every, validation = options.pop("all"), options["val"]
     class_names = read_labels(labels)
     prepare_process()
     # It loads on another core while torch is imported on this one.

@@ -54,8 +54,10 @@ def _make_lines(card: CardInput) -> Iterator[str]:
     result = card.result
     checkpoint = result.checkpoint
     yield from (f"# {result.arch}: {_code(card.checkpoint)}", "")
-    yield f"An image classifier with {result.parameters:,} parameters, exported by repvgg-deploy"
-    yield f"{card.tools['repvgg-deploy']} from a checkpoint of the layout {checkpoint.layout}, {checkpoint.form} form."
+    classes = checkpoint.spec.classes
+    yield f"An image classifier of {classes:,} classes with {result.parameters:,} parameters, exported by"
+    version = card.tools["repvgg-deploy"]
+    yield f"repvgg-deploy {version} from a checkpoint of the layout {checkpoint.layout}, {checkpoint.form} form."
     yield from ("", f"Checkpoint: {_code(card.checkpoint)}, sha256 {_code(checkpoint.sha256)}", "")
     yield from _table(("file", "bytes", "sha256"), [(_code(n), f"{b:,}", _code(h)) for n, b, h in card.files])
     yield from ("", "## Input", "", "What the tensors of a checkpoint do not tell, and what decided it:", "")
