@@ -76,7 +76,7 @@ def archs() -> Any:
 @path_argument("b")
 @option_group(
     "Input",
-    click.option("--data", type=PATH, metavar="DIR", help="Images to compare on.  [default: 8 synthetic images]"),
+    click.option("--data", type=PATH, metavar="DIR", help="Images to compare on.  [default: 16 synthetic images]"),
     click.option("--count", type=click.IntRange(min=1), metavar="N", help="Limit on the number of images of --data."),
 )
 @checkpoint_options

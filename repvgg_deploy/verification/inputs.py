@@ -21,8 +21,7 @@ from repvgg_deploy.nets.spec import ArchSpec
 # image, so that more of them add little to a comparison. Float64 runs at about a twentieth of that speed.
 _FLOAT64_BUDGET = 1e9
 _FLOAT32_BUDGET = 8e9
-_MOST_IMAGES = 8
-_FULL_IMAGES = 16
+_MOST_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def choose_inputs(
     With `full` both comparisons take 16 images at the size of the graph.
     """
     if full:
-        pixels = choose_pixels(preprocessing, spec.in_channels, _FULL_IMAGES, data)
+        pixels = choose_pixels(preprocessing, spec.in_channels, _MOST_IMAGES, data)
         return VerificationInputs(pixels, pixels)
     per_image = count_flops(spec, preprocessing.height, preprocessing.width)
     affordable = int(min(_MOST_IMAGES, max(1, _FLOAT32_BUDGET // per_image)))

@@ -139,7 +139,7 @@ def compare_models(
             f"the models take different pixels: {a.preprocessing.to_json()} and {b.preprocessing.to_json()}",
             "give the preprocessing options that fit both",
         )
-    pixels = None if options.data is not None else choose_pixels(a.preprocessing, _channels(a, b), 8)
+    pixels = None if options.data is not None else choose_pixels(a.preprocessing, _channels(a, b), 16)
     parity = _compare_outputs(a, b, options.data, pixels, options.count)
     return parity, options.tolerance.check(parity, {a.runner.precision, b.runner.precision})
 

@@ -23,5 +23,6 @@ def test_int8_segments_as_well_as_fp32(tmp_path: Path) -> None:
     scores = example.main(tmp_path, steps=400)
     assert scores["fp32"] > 60
     assert abs(scores["int8"] - scores["fp32"]) <= 0.5
-    # Three columns of four pictures with a border between them, twice enlarged.
-    assert Image.open(tmp_path / "segmentation.png").size == (2 * 3 * 66, 2 * 4 * 66)
+    # Three columns of four pictures of 64 pixels with two of border on each side, twice enlarged.
+    with Image.open(tmp_path / "segmentation.png") as picture:
+        assert picture.size == (2 * 3 * 68, 2 * 4 * 68)
