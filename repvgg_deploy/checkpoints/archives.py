@@ -65,7 +65,7 @@ class Archive:
         """An entry's bytes, unpacked; the checksum has been compared."""
         if self.has_checksums:
             return self._zip.read(name)
-        return bytes(self.blob(name).load().numpy())
+        return self.blob(name).load().tobytes()
 
     def blob(self, name: str) -> Blob:
         """An entry's bytes, read when they are requested."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from repvgg_deploy.checkpoints.architecture import name_nearest
 from repvgg_deploy.checkpoints.choice import Choice
@@ -18,14 +19,12 @@ from repvgg_deploy.checkpoints.matching import FoundNet
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.cards import describe
-from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.nets.spec import ArchSpec
+from repvgg_deploy.nets.spec import ArchSpec, tensor_shapes
 
 _FREE_BYTES = 64 << 20
 _MAX_EXPANSION = 24
 """Tensors may take this many times the file's size, beyond the first 64 MiB: shared and repeated numbers are rare."""
 _MAX_IN_CHANNELS = 256
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Assembled:
     """The tensors under canonical names, the architecture with its classes, and what a user should know of them."""
 
     spec: ArchSpec
-    tensors: Mapping[str, Tensor]
+    arrays: Mapping[str, NDArray[Any]]
     notes: tuple[str, ...]
 
 
@@ -61,25 +60,32 @@ def assemble(
     used = {canonical: key for key, canonical in keys.names.items() if not keys.layout.is_ignored(key)}
     _require_modest(spec, [tensors[key] for key in (*used.values(), *head.keys)], file_size)
     wide = _common_type(tensors, [*used.values(), *head.keys])
-    loaded = {name: tensors[key].load(printable(key)).to(wide) for name, key in used.items()}
+    loaded = {name: tensors[key].load(printable(key)).astype(wide, copy=False) for name, key in used.items()}
     loaded |= _load_head(groups, tensors, wide)
     _check_values(loaded, keys, head)
     return Assembled(spec, loaded, (*_training_notes(net, tensors), *_head_notes(head, net), *_beside_notes(beside)))
 
 
-def _load_head(groups: tuple[Group, ...], tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    def load(key: str) -> Tensor:
+def _load_head(
+    groups: tuple[Group, ...], tensors: Mapping[str, StoredTensor], dtype: np.dtype[Any]
+) -> dict[str, NDArray[Any]]:
+    def load(key: str) -> NDArray[Any]:
         return tensors[key].load(printable(key))
 
-    loaded: dict[str, Tensor] = {}
+    loaded: dict[str, NDArray[Any]] = {}
     names = [*(f"hidden.{number}" for number in range(len(groups) - 1)), "classifier"]
     for name, parts in zip(names, groups, strict=False):
         first = parts[0]
         if len(parts) == 1 and "bias" in first.keys:
-            weight, bias = load(first.keys["weight"]).flatten(1), load(first.keys["bias"])
+            weight, bias = load(first.keys["weight"]).reshape(first.outputs, -1), load(first.keys["bias"])
         else:
             weight, bias = fold_linear_chain(parts, load)
-        loaded |= {f"{name}.weight": weight.to(dtype), f"{name}.bias": bias.to(dtype)}
+        # Float64 beyond float32's range becomes infinite, which the check of all values finds.
+        with np.errstate(over="ignore"):
+            loaded |= {
+                f"{name}.weight": weight.astype(dtype, copy=False),
+                f"{name}.bias": bias.astype(dtype, copy=False),
+            }
     return loaded
 
 
@@ -109,7 +115,7 @@ def _require_head(head: Head, tensors: Mapping[str, StoredTensor], layout: Layou
                 continue
             tensor = tensors[key]
             _require_array(key, tensor, layout)
-            if tensor.dtype not in _FLOATS:
+            if not tensor.dtype.is_float:
                 raise CheckpointError(
                     f"{printable(key)} is not a floating-point tensor", "give the checkpoint before quantization"
                 )
@@ -122,9 +128,7 @@ def _require_head(head: Head, tensors: Mapping[str, StoredTensor], layout: Layou
 
 def _require_complete(spec: ArchSpec, keys: KeyMap, found: Mapping[str, StoredTensor], strange: list[str]) -> None:
     """Raise CheckpointError unless the blocks' tensors are just those of `spec`, and none is `strange`."""
-    with torch.device("meta"):
-        expected = {k: v for k, v in RepVGG(spec).state_dict().items() if not k.endswith("num_batches_tracked")}
-    expected = {name: like for name, like in expected.items() if name.startswith("stages.")}
+    expected = tensor_shapes(spec)
     tensors = {canonical: found[key] for key, canonical in keys.names.items() if not keys.layout.is_ignored(key)}
     missing = [keys.file_key(name) for name in expected if name not in tensors]
     surplus = [keys.file_key(name) for name in tensors if name not in expected]
@@ -139,13 +143,13 @@ def _require_complete(spec: ArchSpec, keys: KeyMap, found: Mapping[str, StoredTe
             "they would be lost; remove them from the file if they are not needed",
         )
     wrong = [
-        f"{printable(keys.file_key(name))} is {tensors[name].shape}, expected {tuple(like.shape)}"
-        for name, like in expected.items()
-        if tensors[name].shape != tuple(like.shape)
+        f"{printable(keys.file_key(name))} is {tensors[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if tensors[name].shape != shape
     ]
     if wrong:
         raise CheckpointError(f"shapes contradict each other: {'; '.join(wrong[:3])}", _incomplete(spec))
-    whole = [keys.file_key(name) for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
+    whole = [keys.file_key(name) for name, tensor in tensors.items() if not tensor.dtype.is_float]
     if whole:
         raise CheckpointError(
             f"{printable(whole[0])} is not a floating-point tensor", "give the checkpoint before quantization"
@@ -190,8 +194,8 @@ def _require_modest(spec: ArchSpec, tensors: Iterable[StoredTensor], file_size: 
         )
 
 
-def _common_type(tensors: Mapping[str, StoredTensor], keys: Iterable[str]) -> torch.dtype:
-    return torch.float64 if any(tensors[key].dtype == torch.float64 for key in keys) else torch.float32
+def _common_type(tensors: Mapping[str, StoredTensor], keys: Iterable[str]) -> np.dtype[Any]:
+    return np.dtype(np.float64 if any(tensors[key].dtype.name == "float64" for key in keys) else np.float32)
 
 
 def _incomplete(spec: ArchSpec) -> str:
@@ -226,17 +230,24 @@ def _head_notes(head: Head, net: FoundNet) -> list[str]:
     return [f"the classifier is {', '.join(map(printable, names))}"]
 
 
-def _check_values(tensors: Mapping[str, Tensor], keys: KeyMap, head: Head) -> None:
-    for name, tensor in tensors.items():
-        low, high = (value.item() for value in torch.aminmax(tensor))
-        if -float("inf") < low <= high < float("inf") and not (name.endswith("running_var") and low < 0):
+def _check_values(arrays: Mapping[str, NDArray[Any]], keys: KeyMap, head: Head) -> None:
+    for name, array in arrays.items():
+        low = float(array.min()) if name.endswith("running_var") else 0.0
+        if _is_finite(array) and low >= 0:
             continue
         leaf = name.rpartition(".")[2]
         shown = head.parts[-1].keys.get(leaf, name) if not name.startswith("stages.") else keys.file_key(name)
-        if name.endswith("running_var") and low < 0:
+        if low < 0:
             raise CheckpointError(
                 f"{printable(shown)} has a negative variance ({low:g})", "the file is damaged, or was averaged wrongly"
             )
         raise CheckpointError(
             f"{printable(shown)} contains NaN or Inf", "the training diverged; take an earlier checkpoint"
         )
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    """Whether no value is NaN or infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # In one pass and without a mask: a sum is finite only where all its values are.
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())

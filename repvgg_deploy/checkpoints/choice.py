@@ -38,7 +38,8 @@ def choose_net(contents: Contents, path: Path, ema: bool | None, wanted: str | N
     Raises:
         CheckpointError: there is none, or there are several.
     """
-    found = [net for net in find_nets(contents.places) if _is_repvgg(net, contents)]
+    nets = find_nets(contents.places)
+    found = [net for net in nets if _is_repvgg(net, contents)]
     shown = printable(str(path))
     if not found:
         raise _not_a_repvgg(shown, contents)
@@ -58,8 +59,7 @@ def choose_net(contents: Contents, path: Path, ema: bool | None, wanted: str | N
             f"choose one, as in --net {_shown_prefix(pool[0])}",
         )
     notes = _ema_notes(ema, bool(plain), bool(averaged), bool(main))
-    others = [net for net in find_nets(contents.places) if net.prefix != pool[0].prefix]
-    foreign = {other.full_name(key) for other in others for key in other.keys.names}
+    foreign = {net.full_name(key) for net in nets if net.prefix != pool[0].prefix for key in net.keys.names}
     net, places = _with_head(pool[0], contents)
     start = len(net.place) + 1 if net.place else 0
     modules = {name[start:]: module for name, module in contents.modules.items() if name.startswith(net.place)}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.matching import FoundNet
@@ -21,7 +22,7 @@ HEAD_WORDS = re.compile(r"(^|[._])(head|fc\d*|linear|classifier|cls|logits|last_
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _BN = frozenset(("running_mean", "running_var"))
 
-Load = Callable[[str], Tensor]
+Load = Callable[[str], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -173,19 +174,21 @@ def is_beside_the_net(name: str) -> bool:
     return _BESIDE.search(name) is not None
 
 
-def fold_linear_chain(parts: Iterable[HeadPart], load: Load) -> tuple[Tensor, Tensor]:
+# What is not finite is found in the result.
+@np.errstate(all="ignore")
+def fold_linear_chain(parts: Iterable[HeadPart], load: Load) -> tuple[NDArray[Any], NDArray[Any]]:
     """Weight (outputs, inputs) and bias of the one linear layer that a chain without activations is, in float64.
 
     A BN is y = γ(x − μ)/√(σ²+ε) + β: a diagonal matrix and a bias; ε is 1e-5, as torch's BatchNorm1d has it.
     """
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    weight: NDArray[Any] | None = None
+    bias: NDArray[Any] | None = None
     for part in parts:
         if part.kind == "bn":
             matrix, shift = _bn_as_linear(part, load)
         else:
-            matrix = load(part.keys["weight"]).double().flatten(1)
-            shift = load(part.keys["bias"]).double() if "bias" in part.keys else torch.zeros(len(matrix)).double()
+            matrix = load(part.keys["weight"]).astype(np.float64).reshape(part.outputs, -1)
+            shift = load(part.keys["bias"]).astype(np.float64) if "bias" in part.keys else np.zeros(len(matrix))
         if weight is None or bias is None:
             weight, bias = matrix, shift
         else:
@@ -195,11 +198,7 @@ def fold_linear_chain(parts: Iterable[HeadPart], load: Load) -> tuple[Tensor, Te
     return weight, bias
 
 
-def _bn_as_linear(part: HeadPart, load: Load) -> tuple[Tensor, Tensor]:
-    scale = (load(part.keys["running_var"]).double() + 1e-5).rsqrt()
-    if "weight" in part.keys:
-        scale = scale * load(part.keys["weight"]).double()
-    shift = -load(part.keys["running_mean"]).double() * scale
-    if "bias" in part.keys:
-        shift = shift + load(part.keys["bias"]).double()
-    return torch.diag(scale), shift
+def _bn_as_linear(part: HeadPart, load: Load) -> tuple[NDArray[Any], NDArray[Any]]:
+    values = {leaf: load(key).astype(np.float64) for leaf, key in part.keys.items() if leaf != "num_batches_tracked"}
+    scale = 1 / np.sqrt(values["running_var"] + 1e-5) * values.get("weight", 1.0)
+    return np.diag(scale), values.get("bias", 0.0) - values["running_mean"] * scale

@@ -11,37 +11,29 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from repvgg_deploy.checkpoints.inert import Inert
+from repvgg_deploy.checkpoints.number_types import NUMBER_TYPES, NumberType
 from repvgg_deploy.checkpoints.stored import Deferred, Storage, StoredTensor, contiguous_stride
 from repvgg_deploy.checkpoints.unpickling import Globals, Maker, PickleError, Stateful
 
-DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool"),
-        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-    )
-}
 _STORAGES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "QInt8Storage": torch.int8,
-    "QUInt8Storage": torch.uint8,
-    "QInt32Storage": torch.int32,
-    "UntypedStorage": torch.uint8,
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "CharStorage": "int8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "int8",
+    "QUInt8Storage": "uint8",
+    "QInt32Storage": "int32",
+    "UntypedStorage": "uint8",
 }
 _QUANTIZED = "is a sparse or quantized tensor"
 _PROBLEMS = {
@@ -58,7 +50,7 @@ _NUMBERS = re.compile(r"(f2|f4|f8|i1|i2|i4|i8|u1|u2|u4|u8|b1|c8|c16)")
 class StorageType:
     """A storage class of torch: what type its numbers have."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: NumberType) -> None:
         self.dtype = dtype
 
 
@@ -146,9 +138,9 @@ def make_globals(load_nested: Callable[[bytes], Any], size: int) -> Globals:
         (module, name): Maker(module, name, _or_inert(module, name, call, copies))
         for (module, name), call in makers.items()
     }
-    known |= {("torch", name): dtype for name, dtype in DTYPES.items()}
+    known |= {("torch", name): dtype for name, dtype in NUMBER_TYPES.items()}
     for module in ("torch", "torch.cuda", "torch.storage"):
-        known |= {(module, name): StorageType(dtype) for name, dtype in _STORAGES.items()}
+        known |= {(module, name): StorageType(NUMBER_TYPES[dtype]) for name, dtype in _STORAGES.items()}
     # Mentioned by what is known, and nothing by themselves.
     known["numpy", "ndarray"] = Inert("numpy", "ndarray")
     known["torch.nn.parameter", "Parameter"] = Inert("torch.nn.parameter", "Parameter")
@@ -223,7 +215,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
 def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
     # What follows: whether it needs a gradient, hooks, the type of the numbers, metadata.
     dtype = rest[2] if len(rest) > 2 else None
-    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
+    if not isinstance(storage, Storage) or not isinstance(dtype, NumberType):
         raise TypeError
     typed = Storage(storage.blob, dtype, storage.big_endian)
     return _tensor(typed, offset, shape, stride, None, None, *rest[3:])
@@ -236,7 +228,7 @@ def _of_type(function: Any, _kind: Any, arguments: Any, *_: Any) -> Any:
 
 
 def _problem(text: str) -> Callable[..., StoredTensor]:
-    return lambda *_: StoredTensor((), torch.float32, problem=text)
+    return lambda *_: StoredTensor((), NUMBER_TYPES["float32"], problem=text)
 
 
 def _dtype(code: Any, *_: Any) -> _DType:
@@ -269,5 +261,5 @@ def array_tensor(
 ) -> StoredTensor:
     """A numpy array as a tensor; `read` gives its `size` bytes."""
     stride = contiguous_stride(shape[::-1])[::-1] if is_fortran else contiguous_stride(shape)
-    storage = Storage(Deferred(size, read), getattr(torch, dtype.name), dtype.newbyteorder("=") != dtype)
+    storage = Storage(Deferred(size, read), NUMBER_TYPES[dtype.name], dtype.newbyteorder("=") != dtype)
     return StoredTensor(shape, storage.dtype, stride, 0, storage)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from repvgg_deploy.checkpoints.architecture import infer_spec
 from repvgg_deploy.checkpoints.assembly import assemble, require_arrays
@@ -20,7 +20,6 @@ from repvgg_deploy.checkpoints.settings import read_settings
 from repvgg_deploy.checkpoints.sources import open_source
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.cards import describe, find_card, match_card
-from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.settings import (
     NO_SETTINGS,
     Origins,
@@ -32,6 +31,11 @@ from repvgg_deploy.nets.settings import (
 from repvgg_deploy.nets.spec import ArchSpec
 from repvgg_deploy.threads import start_workers
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from repvgg_deploy.nets.repvgg import RepVGG
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -39,7 +43,10 @@ class Checkpoint:
 
     A net without a classifier has 0 classes. Nothing here was executed, and nothing runs when it is read.
 
+    Torch is imported when `tensors` are first asked for.
+
     Attributes:
+        arrays: the numbers of the tensors by canonical name, in memory, float32 or float64.
         prefix: which net of the file it is: the keys of dicts and the words of names before its own, by dots.
         notes: things that a user should know of the file.
         configuration: what the file says beside its tensors, as plain data: dicts with string keys, lists, tuples,
@@ -61,7 +68,7 @@ class Checkpoint:
     sha256: str
     layout: str
     spec: ArchSpec
-    tensors: Mapping[str, Tensor]
+    arrays: Mapping[str, NDArray[Any]]
     is_ema: bool
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...]
@@ -69,6 +76,13 @@ class Checkpoint:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     settings: Settings = NO_SETTINGS
     origins: Origins = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors by canonical name, on the CPU; they lie in the memory of `arrays`."""
+        import torch
+
+        return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
     @property
     def arch(self) -> str:
@@ -84,11 +98,11 @@ class Checkpoint:
         """The checkpoint without its classifier and what no output needs; see `ArchSpec.backbone`."""
         spec = self.spec.backbone(maps)
         kept = tuple(f"stages.{number}." for number in range(len(spec.stages)))
-        return replace(self, spec=spec, tensors={k: v for k, v in self.tensors.items() if k.startswith(kept)})
+        return replace(self, spec=spec, arrays={k: v for k, v in self.arrays.items() if k.startswith(kept)})
 
     def without_tensors(self) -> Checkpoint:
         """All that is known of the file, but not its weights: they need not stay in memory for it."""
-        return replace(self, tensors={})
+        return replace(self, arrays={})
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,7 @@ def load_checkpoint(
             sha256.result(),
             chosen.net.keys.layout.name,
             assembled.spec,
-            assembled.tensors,
+            assembled.arrays,
             chosen.is_ema,
             names if names is not None and len(names) == assembled.spec.classes else None,
             (*chosen.notes, *assembled.notes, *contents.notes),
@@ -195,6 +209,10 @@ def build(checkpoint: Checkpoint) -> RepVGG:
         >>> net(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 12])
     """
+    import torch
+
+    from repvgg_deploy.nets.repvgg import RepVGG
+
     with torch.device("meta"):
         net = RepVGG(checkpoint.spec)
     tensors = dict(checkpoint.tensors)

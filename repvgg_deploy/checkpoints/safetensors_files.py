@@ -7,32 +7,30 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from repvgg_deploy.checkpoints.inert import printable
-from repvgg_deploy.checkpoints.known_globals import DTYPES
+from repvgg_deploy.checkpoints.number_types import NUMBER_TYPES, NumberType
 from repvgg_deploy.checkpoints.sources import Source, read_bytes
 from repvgg_deploy.checkpoints.stored import Span, Storage, StoredTensor, contiguous_stride
 
 _MAX_HEADER = 100_000_000
 """The safetensors library has the same limit."""
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": DTYPES["float8_e4m3fn"],
-    "F8_E5M2": DTYPES["float8_e5m2"],
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
 }
 
 
@@ -87,17 +85,18 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _parse(name: str, value: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _parse(name: str, value: Any) -> tuple[NumberType, tuple[int, ...], int, int]:
     shown = printable(name)
     if not isinstance(value, Mapping):
         raise HeaderError(f"{shown} is not described")
-    dtype, shape, span = _DTYPES.get(str(value.get("dtype"))), value.get("shape"), value.get("data_offsets")
-    if dtype is None:
+    kind, shape, span = _NAMES.get(str(value.get("dtype"))), value.get("shape"), value.get("data_offsets")
+    if kind is None:
         raise HeaderError(f"{shown} has the type {printable(str(value.get('dtype')))}, which is not known")
     if not isinstance(shape, list) or not isinstance(span, list) or len(span) != 2:
         raise HeaderError(f"{shown} has no shape or no data offsets")
     if any(type(number) is not int or not 0 <= number < 1 << 60 for number in (*shape, *span)):
         raise HeaderError(f"{shown} has an impossible shape or impossible data offsets")
+    dtype = NUMBER_TYPES[kind]
     if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
         raise HeaderError(f"the number of bytes of {shown} does not match its shape")
     return dtype, tuple(shape), span[0], span[1]

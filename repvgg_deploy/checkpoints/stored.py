@@ -6,24 +6,26 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from repvgg_deploy.checkpoints.number_types import NumberType, widen_bfloat16
 from repvgg_deploy.checkpoints.sources import Source
 from repvgg_deploy.errors import CheckpointError
 
 _AGAIN = "download or copy the file again"
 
+Bytes: TypeAlias = NDArray[np.uint8]
+
 
 class Blob(Protocol):
-    """A run of bytes in a file; `load` gives them as a tensor of uint8, checked and always the same one."""
+    """A run of bytes in a file; `load` gives them as one array, checked and always the same one."""
 
     nbytes: int
 
-    def load(self) -> Tensor:
+    def load(self) -> Bytes:
         """The bytes."""
 
 
@@ -39,15 +41,15 @@ class Span:
         name, source, _, crc = self._place
         self._place = (name, source, offset, crc)
 
-    def load(self) -> Tensor:
+    def load(self) -> Bytes:
         """The bytes; raise CheckpointError where they are not those that were written."""
         return self._content
 
     @cached_property
-    def _content(self) -> Tensor:
+    def _content(self) -> Bytes:
         name, source, offset, crc = self._place
-        content = torch.empty(self.nbytes, dtype=torch.uint8)
-        memory = memoryview(content.numpy())  # type: ignore[arg-type]
+        content = np.empty(self.nbytes, np.uint8)
+        memory = memoryview(content)  # type: ignore[arg-type]
         source.fill(offset, memory)
         if crc is not None and zlib.crc32(memory) != crc:
             raise CheckpointError(f"{name} is damaged: its checksum does not match its bytes", _AGAIN)
@@ -61,16 +63,17 @@ class Deferred:
         self.nbytes = nbytes
         self._read = read
 
-    def load(self) -> Tensor:
+    def load(self) -> Bytes:
         """The bytes."""
         return self._content
 
     @cached_property
-    def _content(self) -> Tensor:
+    def _content(self) -> Bytes:
         content = self._read()
         if len(content) != self.nbytes:
             raise CheckpointError("a tensor's number of bytes is not what the file says", _AGAIN)
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        # A copy that can be written to, as torch wants it.
+        return np.frombuffer(bytearray(content), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +81,7 @@ class Storage:
     """A torch storage: bytes that are numbers of one type, most significant byte first where `big_endian`."""
 
     blob: Blob
-    dtype: torch.dtype
+    dtype: NumberType
     big_endian: bool = False
 
 
@@ -90,7 +93,7 @@ class StoredTensor:
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: NumberType
     stride: tuple[int, ...] = ()
     offset: int = 0
     storage: Storage | None = None
@@ -118,8 +121,8 @@ class StoredTensor:
         """Equal for two views of the same numbers."""
         return id(self.storage.blob if self.storage else self), self.offset, self.shape
 
-    def load(self, name: str) -> Tensor:
-        """The tensor, on the CPU; raise CheckpointError where it is damaged or reaches beyond its storage."""
+    def load(self, name: str) -> NDArray[Any]:
+        """The numbers, bfloat16 as float32; raise CheckpointError if they are damaged or reach beyond the storage."""
         if self.problem is not None or self.storage is None:
             raise CheckpointError(f"{name} {self.problem or 'has no storage'}", "save the weights as plain tensors")
         first, behind = self._span(name)
@@ -129,11 +132,13 @@ class StoredTensor:
                 "the file is damaged: " + _AGAIN,
             )
         if first == behind:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return np.empty(self.shape, self.dtype.raw)
         content = self.storage.blob.load()[first:behind]
         if self.storage.big_endian and self.dtype.itemsize > 1:
             content = _swap_bytes(content, self.dtype)
-        return content.view(self.dtype).as_strided(self.shape, self.stride)
+        stride = tuple(step * self.dtype.itemsize for step in self.stride)
+        numbers: NDArray[Any] = np.ndarray(self.shape, self.dtype.raw, content.data, 0, stride)
+        return widen_bfloat16(numbers) if self.dtype.name == "bfloat16" else numbers
 
     def _span(self, name: str) -> tuple[int, int]:
         """The first byte in the storage, and the one after the last."""
@@ -147,10 +152,10 @@ class StoredTensor:
         return self.offset * size, (last + 1) * size
 
 
-def _swap_bytes(content: Tensor, dtype: torch.dtype) -> Tensor:
+def _swap_bytes(content: Bytes, dtype: NumberType) -> Bytes:
     """A copy in this machine's byte order; a complex number is two numbers."""
-    width = dtype.itemsize // (2 if dtype.is_complex else 1)
-    return torch.from_numpy(np.frombuffer(content.numpy().tobytes(), f"u{width}").byteswap().view(np.uint8))
+    width = dtype.itemsize // (2 if dtype.raw.kind == "c" else 1)
+    return content.view(f"u{width}").byteswap().view(np.uint8)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -45,7 +45,6 @@ def inspect(file: Path, **options: Any) -> Any:
     from repvgg_deploy.files import file_kind
     from repvgg_deploy.workflows.inspect import inspect_checkpoint, inspect_file
 
-    # Only a checkpoint needs torch, whose import takes longer than everything else here.
     if file_kind(file) == "checkpoint":
         description = inspect_checkpoint(file, take_checkpoint(options))
     else:

@@ -18,7 +18,8 @@ from repvgg_deploy.graphs.builder import GraphBuilder, OnnxGraph, make_graph
 from repvgg_deploy.graphs.layers import FloatLayers
 from repvgg_deploy.graphs.repvgg import GraphOptions, add_hidden
 from repvgg_deploy.nets.activations import Activation
-from repvgg_deploy.nets.repvgg import ConvBranch, FusedBlock, RepVGG, SqueezeExciteBlock, TrainingBlock, branch_name
+from repvgg_deploy.nets.repvgg import ConvBranch, FusedBlock, RepVGG, SqueezeExciteBlock, TrainingBlock
+from repvgg_deploy.nets.spec import branch_name
 
 
 def to_training_onnx(net: RepVGG, options: GraphOptions) -> OnnxGraph:

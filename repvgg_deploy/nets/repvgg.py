@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.activations import RELU, Activation
-from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite
+from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec, Branch, SqueezeExcite, branch_name
 
 
 class SqueezeExciteBlock(nn.Module):
@@ -49,11 +49,6 @@ class ConvBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.bn(self.conv(x)))
-
-
-def branch_name(kernel: int) -> str:
-    """The attribute that holds a branch: `branch_3x3`, `branch_1x1` or `branch_identity`."""
-    return "branch_identity" if kernel == IDENTITY else f"branch_{kernel}x{kernel}"
 
 
 def make_activation(activation: Activation) -> nn.Module:

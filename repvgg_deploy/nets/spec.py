@@ -175,6 +175,35 @@ def training_branches(block: BlockSpec) -> tuple[Branch, ...]:
     return tuple(b for b in TRAINING_BRANCHES if b.kernel != IDENTITY or block.can_skip)
 
 
+def branch_name(kernel: int) -> str:
+    """What a branch is called: `branch_3x3`, `branch_1x1` or `branch_identity`."""
+    return "branch_identity" if kernel == IDENTITY else f"branch_{kernel}x{kernel}"
+
+
+def tensor_shapes(spec: ArchSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of the blocks by canonical name, as `RepVGG(spec)` has it; no counters of BNs."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, block in named_blocks(spec):
+        width, per_group = block.out_channels, block.in_channels // block.groups
+        if block.is_fused:
+            shapes |= {f"{name}.conv.weight": (width, per_group, 3, 3), f"{name}.conv.bias": (width,)}
+        for branch in block.branches:
+            part = f"{name}.{branch_name(branch.kernel)}"
+            if branch.kernel != IDENTITY:
+                shapes[f"{part}.conv.weight"] = (width, per_group, branch.kernel, branch.kernel)
+            shapes |= _norm_shapes(f"{part}.bn", width) if branch.norm else {}
+        shapes |= _norm_shapes(f"{name}.bn", width) if block.norm_after_sum else {}
+        if block.squeeze_excite is not None:
+            part, hidden = f"{name}.se_{block.squeeze_excite.position}", block.squeeze_excite.channels
+            shapes |= {f"{part}.down.weight": (hidden, width, 1, 1), f"{part}.down.bias": (hidden,)}
+            shapes |= {f"{part}.up.weight": (width, hidden, 1, 1), f"{part}.up.bias": (width,)}
+    return shapes
+
+
+def _norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{leaf}": (width,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+
+
 def named_blocks(spec: ArchSpec) -> Iterator[tuple[str, BlockSpec]]:
     """Each block with its canonical name `stages.S.B`."""
     for s, stage in enumerate(spec.stages):

@@ -90,8 +90,8 @@ class ArrayFile:
         stored = self._arrays.get(key)
         if stored is None:
             raise DeployError(f"{self.name}: {key} is missing", self.hint)
-        if not stored.dtype.is_floating_point:
-            raise DeployError(f"{self.name}: {key} is of {stored.dtype}, not of floating-point numbers", self.hint)
+        if not stored.dtype.is_float:
+            raise DeployError(f"{self.name}: {key} is of {stored.dtype.name}, not of floating-point numbers", self.hint)
         fits = len(stored.shape) == len(shape) and all(
             length > 0 if wanted is None else length == wanted
             for length, wanted in zip(stored.shape, shape, strict=False)
@@ -99,7 +99,7 @@ class ArrayFile:
         if not fits:
             raise DeployError(f"{self.name}: {key} has the shape {stored.shape!s:.60}, not {shape}", self.hint)
         try:
-            values = stored.load(key)
+            values = torch.from_numpy(stored.load(key))
         except CheckpointError as error:
             raise DeployError(f"cannot read {self.name}: {error}", self.hint) from error
         if not bool(torch.isfinite(values).all()):

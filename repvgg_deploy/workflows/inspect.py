@@ -23,7 +23,7 @@ Description = dict[str, Any]
 def inspect_file(path: Path, arch: str | None = None) -> Description:
     """What an ONNX graph or an engine consists of and comes from, or a checkpoint, ready for a table or JSON.
 
-    Torch is imported for a checkpoint alone; see `inspect_checkpoint` for its options.
+    For a graph or a checkpoint torch is not imported; see `inspect_checkpoint` for a checkpoint's options.
 
     Raises:
         DeployError: the file is none of these, is damaged, or is not of the architecture `arch`.

@@ -88,7 +88,7 @@ def test_each_array_is_needed_in_its_shape_and_type(cache: tuple[Path, Load]) ->
         other = np.full((*values.shape, 2), 1.0)
         bad = {
             "has the shape": other,
-            "of torch.int64": np.ones(values.shape, np.int64),
+            "of int64": np.ones(values.shape, np.int64),
             "not finite": np.full(values.shape, np.nan),
             "not of numbers": np.full(values.shape, "1.0"),
             "cannot be loaded|not of numbers": np.full(values.shape, {}, dtype=object),

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
+import pytest
+import torch
 from helpers.small_nets import make_spec, name_in_layout, randomize
 
 from repvgg_deploy.artifacts import PreprocessingOptions
@@ -49,6 +53,23 @@ def test_what_was_assumed_is_in_the_description(save) -> None:
     assert assumed["size"] == {"value": [64, 64], "source": said}
     assert assumed["strides"] == {"value": [2, 2, 2, 2, 2], "source": "assumed"}
     assert assumed["mean"]["source"] == "assumed"
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.npz"])
+def test_a_checkpoint_is_described_without_torch(
+    name: str, state: dict[str, torch.Tensor], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if name == "a.npz":
+        np.savez(path, **{key: tensor.numpy() for key, tensor in state.items()})
+    else:
+        path = save(state, name)
+    script = (
+        "import sys; from pathlib import Path; from repvgg_deploy.workflows.inspect import inspect_file; "
+        f"print(inspect_file(Path({str(path)!r}))['parameters']); sys.exit('torch' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert int(printed) == inspect_file(path)["parameters"]
 
 
 def test_a_graph_is_described_without_torch(checkpoint_file: Path, tmp_path: Path) -> None:
