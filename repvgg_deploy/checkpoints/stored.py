@@ -136,7 +136,9 @@ class StoredTensor:
         content = self.storage.blob.load()[first:behind]
         if self.storage.big_endian and self.dtype.itemsize > 1:
             content = _swap_bytes(content, self.dtype)
-        stride = tuple(step * self.dtype.itemsize for step in self.stride)
+        # The stride of one number means nothing, and may be any.
+        width = self.dtype.itemsize
+        stride = tuple(step * width if n > 1 else width for n, step in zip(self.shape, self.stride, strict=True))
         numbers: NDArray[Any] = np.ndarray(self.shape, self.dtype.raw, content.data, 0, stride)
         return widen_bfloat16(numbers) if self.dtype.name == "bfloat16" else numbers
 

@@ -260,6 +260,13 @@ def test_channels_last_and_shared_storage_do_not_matter(net: RepVGG, state: Stat
     assert torch.allclose(build(load_checkpoint(save(views)))(images), net(images), rtol=1e-5, atol=1e-6)
 
 
+def test_the_stride_of_a_single_number_does_not_matter(state: State, save: Save) -> None:
+    kernel = state["stage0.rbr_1x1.conv.weight"]
+    odd = kernel.as_strided(kernel.shape, (*kernel.stride()[:2], 1 << 61, 1 << 61))
+    found = loaded(save({**state, "stage0.rbr_1x1.conv.weight": odd}))
+    assert torch.equal(found["stages.0.0.branch_1x1.conv.weight"], kernel)
+
+
 def test_what_training_scripts_save_beside_the_weights_is_no_obstacle(net: RepVGG, state: State, save: Save) -> None:
     value = {
         "args": argparse.Namespace(lr=0.1, arch="x"),
