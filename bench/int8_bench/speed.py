@@ -25,7 +25,7 @@ from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineInte
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.layers import FloatLayers
 from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
-from repvgg_deploy.nets.baselines import find_baseline
+from repvgg_deploy.nets.cards import find_baseline
 from repvgg_deploy.nets.seeding import seeded_baseline
 from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.quantization.qdq import to_qdq_onnx

@@ -23,8 +23,8 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import file_kind
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
-from repvgg_deploy.nets.baselines import find_baseline, fold_batch_norms
-from repvgg_deploy.nets.cards import find_card
+from repvgg_deploy.nets.baselines import fold_batch_norms
+from repvgg_deploy.nets.cards import find_baseline, find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.seeding import seeded_baseline, seeded_inputs, seeded_repvgg
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, BoundRun, OnnxRunner, import_onnxruntime
@@ -68,7 +68,7 @@ def _find_net(case: Case) -> NamedNet:
             if case.form != "deploy":
                 raise DeployError(f"{baseline.name} has one form only", "the training form is for RepVGGs")
             folded = fold_batch_norms(seeded_baseline(baseline))
-            return NamedNet(baseline.name, folded, case.size or baseline.preprocessing.height, baseline.top1)
+            return NamedNet(baseline.name, folded, case.size or baseline.preprocessing.height, baseline.published.top1)
         if path.suffix or "/" in case.model:
             raise DeployError(
                 f"there is no file {case.model}", "give a checkpoint, an ONNX graph, an engine, or a name"

@@ -25,7 +25,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES
 from repvgg_deploy.hardware.machine import GpuLoad, describe_identity, finish_machine, record_machine
-from repvgg_deploy.nets.baselines import require_baseline
+from repvgg_deploy.nets.cards import require_baseline
 from repvgg_deploy.progress import SILENT, Progress
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,20 +165,16 @@ def suggest(wrong: str, names: Sequence[str]) -> str:
     return f"Known: {', '.join(names)}."
 
 
-def _cards(*families: str) -> list[str]:
-    """The names of the cards of some families; read from their files, since the modules about nets import torch."""
-    from repvgg_deploy.files import data_folder
-
-    tables = [tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(data_folder("models").glob("*.toml"))]
-    return [table["name"] for table in tables if table["family"] in families]
-
-
 def _arch_names() -> list[str]:
-    return [name.removeprefix("RepVGG-") for name in _cards("repvgg")]
+    from repvgg_deploy.nets.cards import arch_names
+
+    return arch_names()
 
 
 def _baseline_names() -> list[str]:
-    return [re.sub(r"[^a-z0-9]", "", name.lower()) for name in _cards("resnet", "vgg")]
+    from repvgg_deploy.nets.cards import baseline_names
+
+    return baseline_names()
 
 
 def _recipe_names() -> list[str]:
@@ -207,7 +202,7 @@ def _find_activation(name: str) -> object:
 
 
 def _find_baseline(name: str) -> object:
-    from repvgg_deploy.nets.baselines import require_baseline
+    from repvgg_deploy.nets.cards import require_baseline
 
     return require_baseline(name)
 

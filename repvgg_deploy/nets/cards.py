@@ -1,48 +1,87 @@
-"""The named architectures: `Card`, read from `models/*.toml`."""
+"""The named architectures: RepVGGs, and the nets to compare them with, each a `Card` read from `models/*.toml`."""
 
 from __future__ import annotations
 
 import re
-import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
 
 from repvgg_deploy.artifacts import Preprocessing, Provenance
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.nets.spec import ArchSpec, BlockSpec, SqueezeExcite, training_branches
+from repvgg_deploy.typed_values import Line, convert, parse_toml, read_file
+
+_Count = Annotated[int, Meta(ge=1, le=1000)]
+_Channels = Annotated[int, Meta(ge=1, le=1 << 16)]
+_Classes = Annotated[int, Meta(ge=1, le=1 << 24)]
+_Pixels = Annotated[int, Meta(ge=32, le=8192)]
+_Multiplier = Annotated[float, Meta(gt=0, le=64)]
+_Figure = Annotated[float, Meta(ge=0, le=1e6)]
+_Percent = Annotated[float, Meta(ge=0, le=100)]
+_Mean = Annotated[float, Meta(ge=0, le=1)]
+_Std = Annotated[float, Meta(gt=0, le=1)]
 
 
-@dataclass(frozen=True)
-class Published:
-    """Figures that the field reports for an architecture: millions, 10⁹ multiply-adds at 224 px, percent."""
+class Published(Struct, frozen=True, forbid_unknown_fields=True):
+    """Figures that the field reports for an architecture: millions, 10⁹ multiply-adds at 224 px, percent.
 
-    train_params_m: float | None = None
-    deploy_params_m: float | None = None
-    train_gflops: float | None = None
-    deploy_gflops: float | None = None
-    top1: float | None = None
-    top5: float | None = None
+    Those of the training and the deploy form are a RepVGG's; `params_m` and `gflops` are those of a net of one form.
+    """
+
+    train_params_m: _Figure | None = None
+    deploy_params_m: _Figure | None = None
+    train_gflops: _Figure | None = None
+    deploy_gflops: _Figure | None = None
+    params_m: _Figure | None = None
+    gflops: _Figure | None = None
+    top1: _Percent | None = None
+    top5: _Percent | None = None
 
 
 @dataclass(frozen=True)
 class Card:
-    """A named architecture, as one file of `models/` describes it."""
+    """A named architecture, as one file of `models/` describes it; `blocks` are those of the stages after the stem."""
 
     name: str
     blocks: tuple[int, ...]
+    classes: int
+    preprocessing: Preprocessing
+    published: Published
+    source: str
+
+
+@dataclass(frozen=True)
+class BaselineCard(Card):
+    """A net to compare with: a ResNet of plain or `bottleneck` blocks, or a VGG, whose blocks are convolutions."""
+
+    family: Literal["resnet", "vgg"]
+    bottleneck: bool
+
+
+@dataclass(frozen=True)
+class RepVGGCard(Card):
+    """A RepVGG.
+
+    Attributes:
+        widths: channels of the stages after the stem.
+        stem: channels of the stem.
+        groups: of the layers `grouped_layers`, which are counted from 0, the stem.
+        se_ratio: channels of a block for each hidden channel of its squeeze-excite; 0 where there is none.
+        se_position: of the squeeze-excite: before or after the activation.
+    """
+
     widths: tuple[int, ...]
     stem: int
     groups: int
     grouped_layers: tuple[int, ...]
     se_ratio: int
     se_position: Literal["before", "after"]
-    classes: int
-    preprocessing: Preprocessing
-    published: Published
-    source: str
 
     def spec(self, classes: int | None = None, in_channels: int = 3) -> ArchSpec:
         """The training form of this architecture."""
@@ -68,43 +107,158 @@ class Card:
         return self.spec().shape == spec.shape
 
 
+class _Images(Struct, frozen=True, forbid_unknown_fields=True):
+    """The table `preprocessing`: a net's square size, what the short side is resized to, and per channel."""
+
+    size: _Pixels
+    resize: _Pixels
+    mean: tuple[_Mean, _Mean, _Mean]
+    std: tuple[_Std, _Std, _Std]
+
+
+class _File(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="family"):
+    """What every file of `models/` may have; its `family` says what the table `arch` has."""
+
+    name: Line
+    source: Line
+    preprocessing: _Images
+    classes: _Classes = 1000
+    class_names: tuple[Line, ...] | None = None
+    published: Published = Published()
+
+    def values(self) -> dict[str, Any]:
+        """The fields that all cards share, but the blocks."""
+        images = self.preprocessing
+        return {
+            "name": self.name,
+            "classes": self.classes,
+            "preprocessing": Preprocessing(images.size, images.size, images.resize, images.mean, images.std),
+            "published": self.published,
+            "source": self.source,
+        }
+
+
+class _RepVGGArch(Struct, frozen=True, forbid_unknown_fields=True):
+    blocks: tuple[_Count, _Count, _Count, _Count]
+    width_multipliers: tuple[_Multiplier, _Multiplier, _Multiplier, _Multiplier]
+    stem: _Channels | None = None
+    groups: _Channels = 1
+    se_ratio: Annotated[int, Meta(ge=0, le=64)] = 0
+    se_position: Literal["before", "after"] = "before"
+
+
+class _RepVGGFile(_File, frozen=True, kw_only=True, tag="repvgg"):
+    arch: _RepVGGArch
+
+    def card(self) -> RepVGGCard:
+        arch = self.arch
+        widths = tuple(int(base * by) for base, by in zip((64, 128, 256, 512), arch.width_multipliers, strict=True))
+        return RepVGGCard(
+            **self.values(),
+            blocks=arch.blocks,
+            widths=widths,
+            stem=arch.stem or min(64, widths[0]),
+            groups=arch.groups,
+            # Paper section 4.1: every second layer, counted from 1 at the first block after the stem, up to 26.
+            grouped_layers=tuple(range(2, 27, 2)) if arch.groups > 1 else (),
+            se_ratio=arch.se_ratio,
+            se_position=arch.se_position,
+        )
+
+
+class _ResNetArch(Struct, frozen=True, forbid_unknown_fields=True):
+    blocks: tuple[_Count, _Count, _Count, _Count]
+    bottleneck: bool
+
+
+class _ResNetFile(_File, frozen=True, kw_only=True, tag="resnet"):
+    arch: _ResNetArch
+
+    def card(self) -> BaselineCard:
+        arch = self.arch
+        return BaselineCard(**self.values(), blocks=arch.blocks, family="resnet", bottleneck=arch.bottleneck)
+
+
+class _VggArch(Struct, frozen=True, forbid_unknown_fields=True):
+    blocks: tuple[_Count, _Count, _Count, _Count, _Count]
+
+
+class _VggFile(_File, frozen=True, kw_only=True, tag="vgg"):
+    arch: _VggArch
+
+    def card(self) -> BaselineCard:
+        return BaselineCard(**self.values(), blocks=self.arch.blocks, family="vgg", bottleneck=False)
+
+
+_Files: Any = _RepVGGFile | _ResNetFile | _VggFile
+
+
+def read_card(path: Path) -> RepVGGCard | BaselineCard:
+    """The card in a file.
+
+    Raises:
+        DeployError: it cannot be read, or a field is missing, unknown, of another type, or out of its bounds.
+    """
+    name, hint = f"the card {path}", "models/ has examples"
+    values = parse_toml(read_file(path, name, hint), name, hint)
+    file: _RepVGGFile | _ResNetFile | _VggFile = convert(values, _Files, name, hint)
+    if file.class_names is not None and len(file.class_names) != file.classes:
+        raise DeployError(f"{name}: class_names: {len(file.class_names)} for {file.classes} classes", hint)
+    card = file.card()
+    if isinstance(card, RepVGGCard):
+        blocks = card.spec().blocks
+        if any(block.in_channels % block.groups or block.out_channels % block.groups for block in blocks):
+            raise DeployError(f"{name}: arch.groups: {card.groups} does not divide the widths {card.widths}", hint)
+        if card.se_ratio > min(card.stem, *card.widths) or 0 in card.widths:
+            raise DeployError(f"{name}: arch: the widths {card.widths} are too small", hint)
+    return card
+
+
 @cache
-def load_cards() -> dict[str, Card]:
-    """All RepVGG cards of `models/`, by name, in the order of their training-form size."""
-    tables = [tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(data_folder("models").glob("*.toml"))]
-    cards = [_read_card(table) for table in tables if table["family"] == "repvgg"]
+def _read_cards() -> tuple[RepVGGCard | BaselineCard, ...]:
+    return tuple(read_card(path) for path in sorted(data_folder("models").glob("*.toml")))
+
+
+@cache
+def load_cards() -> Mapping[str, RepVGGCard]:
+    """All RepVGGs of `models/`, by name, in the order of their training-form size."""
+    cards = [card for card in _read_cards() if isinstance(card, RepVGGCard)]
     cards.sort(key=lambda card: card.published.train_params_m or 0.0)
     return {card.name: card for card in cards}
 
 
-def _read_card(values: dict[str, Any]) -> Card:
-    arch, images = values["arch"], values["preprocessing"]
-    multipliers = arch["width_multipliers"]
-    widths = tuple(int(base * w) for base, w in zip((64, 128, 256, 512), multipliers, strict=True))
-    return Card(
-        name=values["name"],
-        blocks=tuple(arch["blocks"]),
-        widths=widths,
-        stem=arch.get("stem", min(64, widths[0])),
-        groups=arch.get("groups", 1),
-        # Paper section 4.1: every second layer, counted from 1 at the first block after the stem, up to 26.
-        grouped_layers=tuple(range(2, 27, 2)) if arch.get("groups", 1) > 1 else (),
-        se_ratio=arch.get("se_ratio", 0),
-        se_position=arch.get("se_position", "before"),
-        classes=values.get("classes", 1000),
-        preprocessing=Preprocessing(
-            height=images["size"],
-            width=images["size"],
-            resize=images["resize"],
-            mean=tuple(images["mean"]),
-            std=tuple(images["std"]),
-        ),
-        published=Published(**values.get("published", {})),
-        source=values["source"],
-    )
+@cache
+def load_baselines() -> Mapping[str, BaselineCard]:
+    """All nets of `models/` to compare with, by name, in the order of their multiply-adds."""
+    cards = [card for card in _read_cards() if isinstance(card, BaselineCard)]
+    cards.sort(key=lambda card: card.published.gflops or 0.0)
+    return {card.name: card for card in cards}
 
 
-def find_card(name: str) -> Card:
+def find_baseline(name: str) -> BaselineCard | None:
+    """The card that a user means by `resnet50` or `ResNet-50`; None if there is none of that name."""
+    wanted = _letters(name)
+    return next((card for card in load_baselines().values() if _letters(card.name) == wanted), None)
+
+
+def require_baseline(name: str) -> BaselineCard:
+    """As `find_baseline`.
+
+    Raises:
+        DeployError: no card has that name; the hint lists those there are.
+    """
+    card = find_baseline(name)
+    if card is None:
+        raise DeployError(f"no baseline is called {name!r}", f"one of: {', '.join(baseline_names())}")
+    return card
+
+
+def baseline_names() -> list[str]:
+    """The names of all baselines, as they are typed: `resnet50`."""
+    return [_letters(name) for name in load_baselines()]
+
+
+def find_card(name: str) -> RepVGGCard:
     """The card that a user means by `A0`, `repvgg_a0`, timm's `repvgg_a0.rvgg_in1k`, or a file's `RepVGG-A0-train`.
 
     Raises:
@@ -113,8 +267,12 @@ def find_card(name: str) -> Card:
     found = find_named_card(name)
     if found is not None:
         return load_cards()[found]
-    names = ", ".join(card.removeprefix("RepVGG-") for card in load_cards())
-    raise DeployError(f"no architecture is called {name!r}", f"one of: {names}")
+    raise DeployError(f"no architecture is called {name!r}", f"one of: {', '.join(arch_names())}")
+
+
+def arch_names() -> list[str]:
+    """The names of all RepVGGs, as they are typed: `A0`."""
+    return [name.removeprefix("RepVGG-") for name in load_cards()]
 
 
 def find_named_card(name: str) -> str | None:
@@ -130,10 +288,14 @@ def find_named_card(name: str) -> str | None:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("repvgg").removeprefix("plus")
+    return _letters(name).removeprefix("repvgg").removeprefix("plus")
 
 
-def match_card(spec: ArchSpec) -> Card | None:
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def match_card(spec: ArchSpec) -> RepVGGCard | None:
     """The card whose architecture `spec` is, or None for a custom one.
 
     Holocron gives every stage, the stem's too, one block more than its card says; those match as well.

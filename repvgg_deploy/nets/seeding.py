@@ -12,8 +12,8 @@ from torch import nn
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.cpu import require_memory
-from repvgg_deploy.nets.baselines import Baseline, BaselineNet
-from repvgg_deploy.nets.cards import Card
+from repvgg_deploy.nets.baselines import BaselineNet, build_baseline
+from repvgg_deploy.nets.cards import BaselineCard, RepVGGCard
 from repvgg_deploy.nets.repvgg import RepVGG
 
 _SETTLING_BATCH, _SETTLING_SIZE = 4, 64
@@ -55,16 +55,16 @@ def seed_weights(net: nn.Module, in_channels: int, size: int | None = None, seed
     net.requires_grad_(False).eval()
 
 
-def seeded_repvgg(card: Card, seed: int = 0) -> RepVGG:
+def seeded_repvgg(card: RepVGGCard, seed: int = 0) -> RepVGG:
     """The training form of a card with random weights."""
     net = RepVGG(card.spec())
     seed_weights(net, net.spec.in_channels, seed=seed)
     return net
 
 
-def seeded_baseline(baseline: Baseline, seed: int = 0) -> BaselineNet:
+def seeded_baseline(card: BaselineCard, seed: int = 0) -> BaselineNet:
     """A baseline with random weights, its BNs not folded."""
-    net = baseline.build()
+    net = build_baseline(card)
     seed_weights(net, net.spec.in_channels, seed=seed)
     return net
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.files import file_kind, hash_file
-from repvgg_deploy.nets.cards import Card, match_card, require_arch
+from repvgg_deploy.nets.cards import RepVGGCard, match_card, require_arch
 from repvgg_deploy.nets.cost import count_flops, count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.typed_values import parse_json
@@ -50,7 +50,7 @@ def inspect_checkpoint(path: Path, options: CheckpointOptions) -> Description:
     return _describe_checkpoint(options.load(path))
 
 
-def describe_card(card: Card) -> Description:
+def describe_card(card: RepVGGCard) -> Description:
     """A row of `archs`: parameters and FLOPs are computed from the net, top-1 is the published one."""
     spec = card.spec()
     size = card.preprocessing.height

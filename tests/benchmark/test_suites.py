@@ -19,8 +19,7 @@ from repvgg_deploy.benchmark.suites import load_suite
 from repvgg_deploy.engine.sidecar import read_sidecar
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import fuse
-from repvgg_deploy.nets.baselines import find_baseline
-from repvgg_deploy.nets.cards import find_card
+from repvgg_deploy.nets.cards import find_baseline, find_card
 
 SUITES = sorted((Path(__file__).parents[2] / "bench" / "suites").glob("*.toml"))
 

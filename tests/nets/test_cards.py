@@ -1,14 +1,18 @@
 """The cards: what they describe is what the field published."""
 
+import tomllib
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.damage import UNREADABLE, Place, find, places, replaced, to_toml, truncated, without, wrong_for
 from helpers.small_nets import make_net
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import fuse
-from repvgg_deploy.nets.cards import describe, find_card, load_cards, match_card
+from repvgg_deploy.nets.cards import RepVGGCard, describe, find_card, load_baselines, load_cards, match_card, read_card
 from repvgg_deploy.nets.cost import count_flops, count_layer_macs, count_parameters
 
 PUBLISHED = [card for card in load_cards().values() if card.name != "RepVGG-demo"]
@@ -130,3 +134,74 @@ def test_multiply_adds_of_layers_are_those_of_the_tensors(shape: dict[str, int])
     macs = count_layer_macs(net.spec, 45, 64)
     assert macs.pop("classifier") == net.classifier.weight.numel()
     assert macs == seen
+
+
+FILES = Path(__file__).parents[2] / "models"
+TABLES: dict[str, dict[str, Any]] = {
+    name: tomllib.loads((FILES / f"{name}.toml").read_text(encoding="utf-8"))
+    for name in ("repvgg_d2se", "resnet50", "vgg16")
+}
+TABLES["repvgg_d2se"] |= {"classes": 2, "class_names": ["cat", "dog"]}
+TABLES["repvgg_d2se"]["arch"] |= {"stem": 64, "groups": 1}
+FIELDS = [(name, place) for name, table in TABLES.items() for place in places(table)]
+OPTIONAL = {"classes", "class_names", "published", "stem", "groups", "se_ratio", "se_position"}
+
+
+def test_every_file_is_a_card_of_one_kind() -> None:
+    cards = [read_card(path) for path in FILES.glob("*.toml")]
+    assert {card.name for card in cards} == {*load_cards(), *load_baselines()}
+    assert all(isinstance(card, RepVGGCard) == (card.name in load_cards()) for card in cards)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DeployError) as raised:
+        read_card(path)
+    assert str(path) in raised.value.message
+    assert raised.value.message.isprintable()
+    assert raised.value.hint
+    return raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), FIELDS, ids=lambda value: value if isinstance(value, str) else str(value[-1])
+)
+def test_a_field_that_is_needed_cannot_be_missing_and_none_may_be_wrong(
+    name: str, place: Place, tmp_path: Path
+) -> None:
+    path = tmp_path / "card.toml"
+    path.write_text(to_toml(without(TABLES[name], place)))
+    if OPTIONAL & set(place) and isinstance(place[-1], str):
+        assert isinstance(read_card(path).blocks, tuple)
+    elif place[0] != "class_names":
+        assert str(place[-1]) in refused(path) or isinstance(place[-1], int)
+    for wrong in wrong_for(find(TABLES[name], place)):
+        if (place, wrong) == (("published",), {}):
+            continue
+        path.write_text(to_toml(replaced(TABLES[name], place, wrong)))
+        message = refused(path)
+        assert str(place[0]) in message, (wrong, message)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("arch", "speed"), 1, "arch: unknown field `speed`"),
+        (("family",), "vit", "family"),
+        (("family",), "vgg", "arch"),
+        (("arch", "groups"), 48, "arch.groups: 48 does not divide the widths"),
+        (("arch", "width_multipliers"), [0.01, 1.0, 1.0, 1.0], "are too small"),
+        (("preprocessing", "std"), [0.2, 0.2], "preprocessing.std: Expected `array` of length 3"),
+        (("preprocessing", "size"), 1 << 40, "preprocessing.size: Expected `int` <= 8192"),
+    ],
+)
+def test_a_wrong_value_is_named(place: Place, value: object, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "card.toml"
+    path.write_text(to_toml(replaced(TABLES["repvgg_d2se"], place, value)))
+    assert said in refused(path)
+
+
+def test_a_card_that_is_no_toml_or_is_truncated_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "card.toml"
+    for content in [*UNREADABLE, *truncated((FILES / "repvgg_a0.toml").read_bytes())[:6]]:
+        path.write_bytes(content)
+        refused(path)

@@ -18,7 +18,8 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.simplification import find_simplification
-from repvgg_deploy.nets.baselines import find_baseline, fold_batch_norms, load_baselines, require_baseline
+from repvgg_deploy.nets.baselines import build_baseline, fold_batch_norms
+from repvgg_deploy.nets.cards import find_baseline, load_baselines, require_baseline
 from repvgg_deploy.nets.resnet import ResNet, ResNetSpec
 from repvgg_deploy.nets.seeding import seed_weights
 from repvgg_deploy.nets.vgg import Vgg, VggSpec
@@ -54,12 +55,12 @@ def pictures() -> np.ndarray:
 def test_a_card_has_the_published_parameters_and_flops(name: str) -> None:
     card = load_baselines()[name]
     with torch.device("meta"):
-        net = card.build()
+        net = build_baseline(card)
         count = sum(parameter.numel() for parameter in net.parameters())
         macs = count_macs(net)
     assert count == PARAMETERS[name]
-    assert count / 1e6 == pytest.approx(card.params_m, abs=5e-4)
-    assert macs / 1e9 == pytest.approx(card.gflops, rel=2e-3)
+    assert count / 1e6 == pytest.approx(card.published.params_m, abs=5e-4)
+    assert macs / 1e9 == pytest.approx(card.published.gflops, rel=2e-3)
 
 
 def count_macs(net: torch.nn.Module) -> int:
@@ -80,7 +81,7 @@ def count_macs(net: torch.nn.Module) -> int:
 def test_timms_resnet50_loads_and_gives_equal_logits(timm: ModuleType) -> None:
     theirs = timm.create_model("resnet50").eval()
     randomize(theirs)
-    ours = require_baseline("resnet50").build().eval()
+    ours = build_baseline(require_baseline("resnet50")).eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -30,7 +30,7 @@ from repvgg_deploy.errors import GraphError
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.repvgg import GraphOptions
-from repvgg_deploy.nets.baselines import require_baseline
+from repvgg_deploy.nets.cards import require_baseline
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.seeding import seeded_baseline
 from repvgg_deploy.quantization import QuantizedNet, quantize
