@@ -5,102 +5,129 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import msgspec
+from msgspec import Meta
 
 from repvgg_deploy.benchmark.measure import Measurement
-from repvgg_deploy.benchmark.statistics import Ratio
+from repvgg_deploy.benchmark.statistics import Ratio, TimeStatistics
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
-from repvgg_deploy.typed_values import convert, parse_json
+from repvgg_deploy.typed_values import convert, parse_json, read_file
 
 SCHEMA_NAME = "repvgg-deploy/bench"
 SCHEMA_VERSION = 2
 
+# A sweep over hundreds of cases, with all samples, takes some megabytes.
+_MOST_BYTES = 256 << 20
 _MEASURE_AGAIN = "measure again with this version: `bench -o`"
 
 Record = dict[str, Any]
 # What a record must hold; results of earlier releases lack what is optional here.
 
 
-class _Latency(msgspec.Struct):
-    p50: float
-    p90: float
-    p95: float
-    p99: float
-    mean: float
-    min: float
-    max: float
-    cv: float
+# Names stand in tables and plots, those that match `_ID` in the plots' file names too.
+_Name = Annotated[str, Meta(max_length=4096, pattern=r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
+_Id = Annotated[str, Meta(max_length=64, pattern=r"\A[\w.+-]*\Z")]
+_Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+_Batch = Annotated[int, Meta(ge=1, le=1 << 24)]
+_Figure = Annotated[float, Meta(ge=0, le=1e18)]
+# Logarithmic axes show these.
+_Positive = Annotated[float, Meta(gt=1e-9, le=1e18)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class _Samples(msgspec.Struct):
-    round_queries: list[int]
-    latency_ms: list[float]
-    round_seconds: list[float] = []
-    compute_ms: list[float] = []
-    enqueue_ms: list[float] = []
+    round_queries: list[_Count]
+    latency_ms: list[_Figure]
+    round_seconds: list[_Figure] = []
+    compute_ms: list[_Figure] = []
+    enqueue_ms: list[_Figure] = []
+
+
+class _Roofline(msgspec.Struct):
+    tflops: _Positive
+    flops_per_byte: _Positive
+    attainable_tflops: _Figure
+    share: _Figure
+    bound: _Name
 
 
 class _Result(msgspec.Struct):
-    group: str
-    model: str
-    form: str
-    backend: str
-    backend_version: str
-    precision: str
-    mode: str
-    batch: int
-    parameters: int | None
-    top1: float | None
-    images_per_sec: float
-    latency_ms: _Latency
-    compute_ms: float
-    h2d_ms: float
-    d2h_ms: float
-    enqueue_ms: float | None
-    iterations: int
-    duration_s: float
+    group: _Name
+    model: _Name
+    form: _Id
+    backend: _Id
+    backend_version: _Name
+    precision: _Id
+    mode: _Name
+    batch: _Batch
+    parameters: _Count | None
+    top1: Annotated[float, Meta(ge=0, le=100)] | None
+    images_per_sec: _Positive
+    latency_ms: TimeStatistics
+    compute_ms: _Figure
+    h2d_ms: _Figure
+    d2h_ms: _Figure
+    enqueue_ms: _Figure | None
+    iterations: _Count
+    duration_s: _Figure
     unstable: bool
-    warnings: list[str]
-    roofline: dict[str, float | str] | None
+    warnings: list[_Name]
+    roofline: _Roofline | None
     samples: _Samples
-    input: str | None = None
-    input_type: str | None = None
-    profile: tuple[int, int, int] | None = None
-    notes: list[str] = []
+    input: _Name | None = None
+    input_type: _Name | None = None
+    profile: tuple[_Count, _Count, _Count] | None = None
+    notes: list[_Name] = []
 
 
 class _Ratio(msgspec.Struct):
-    group: str
-    model: str
-    form: str
-    baseline: str
-    baseline_form: str
-    backend: str
-    precision: str
-    mode: str
-    batch: int
-    ratio: float
-    low: float
-    high: float
-    confidence: float
-    rounds: int
+    group: _Name
+    model: _Name
+    form: _Id
+    baseline: _Name
+    baseline_form: _Id
+    backend: _Id
+    precision: _Id
+    mode: _Name
+    batch: _Batch
+    ratio: _Positive
+    low: _Positive
+    high: _Positive
+    confidence: _Share
+    rounds: _Count
 
 
 class _Ceiling(msgspec.Struct):
-    flops_per_sec: float
-    bytes_per_sec: float
-    source: str
+    flops_per_sec: _Positive
+    bytes_per_sec: _Positive
+    source: _Name
+
+
+class _Cpu(msgspec.Struct):
+    model: _Name
+    usable_cores: _Count
+    flags: list[_Name]
+
+
+class _Gpu(msgspec.Struct):
+    name: _Name
+
+
+class _Machine(msgspec.Struct):
+    cpu: _Cpu
+    gpus: list[_Gpu]
+    versions: dict[_Name, _Name]
 
 
 class _Record(msgspec.Struct):
-    name: str
-    created: str
-    machine: dict[str, Any]
-    method: dict[str, Any]
-    ceilings: dict[str, _Ceiling]
+    name: _Name
+    created: _Name
+    machine: _Machine
+    method: dict[_Name, Any]
+    ceilings: dict[Annotated[str, Meta(pattern=r"\A[\w.+-]+ [\w.+-]+\Z", max_length=64)], _Ceiling]
     results: list[_Result]
     ratios: list[_Ratio]
 
@@ -194,10 +221,14 @@ def check_record(record: Any, name: str = "the result") -> Record:
     """
     if not isinstance(record, dict) or "schema" not in record:
         raise DeployError(f"{name} is not a benchmark result", "give a JSON file that `bench -o` wrote")
-    found = f"{record['schema']!s:.60} {record.get('version')!s:.20}"
+    found = f"{record['schema']!s:.60} {record.get('version')!s:.20}".encode("unicode_escape").decode()
     if found != f"{SCHEMA_NAME} {SCHEMA_VERSION}":
         raise DeployError(f"{name} has the schema {found}, not {SCHEMA_NAME} {SCHEMA_VERSION}", _MEASURE_AGAIN)
-    for index, result in enumerate(convert(record, _Record, name, _MEASURE_AGAIN).results):
+    known = convert(record, _Record, name, _MEASURE_AGAIN)
+    for index, ratio in enumerate(known.ratios):
+        if not ratio.low <= ratio.ratio <= ratio.high:
+            raise DeployError(f"{name}: ratios[{index}] lies outside its interval", _MEASURE_AGAIN)
+    for index, result in enumerate(known.results):
         counts = {sum(result.samples.round_queries), len(result.samples.latency_ms)}
         if counts != {result.iterations}:
             raise DeployError(
@@ -215,9 +246,9 @@ def read_record(path: Path) -> Record:
     """
     hint = "give a JSON file that `bench -o` wrote"
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DeployError(f"cannot read the result {path}: {error.strerror}", hint) from error
+        content = read_file(path, f"the result {path}", hint, _MOST_BYTES)
+    except FileNotFoundError as error:
+        raise DeployError(f"cannot read the result {path}: there is no such file", hint) from error
     return check_record(_as_present(parse_json(content, f"the result {path}", hint)), str(path))
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
 CONFIDENCE = 0.95
+
+# The bounds are those of a record from a file.
+Milliseconds = Annotated[float, Meta(gt=0, le=1e12)]
 
 
 @dataclass(frozen=True)
@@ -18,14 +23,14 @@ class TimeStatistics:
     `cv` is the coefficient of variation: standard deviation / mean.
     """
 
-    p50: float
-    p90: float
-    p95: float
-    p99: float
-    mean: float
-    min: float
-    max: float
-    cv: float
+    p50: Milliseconds
+    p90: Milliseconds
+    p95: Milliseconds
+    p99: Milliseconds
+    mean: Milliseconds
+    min: Milliseconds
+    max: Milliseconds
+    cv: Annotated[float, Meta(ge=0, le=1e18)]
 
     @classmethod
     def of(cls, milliseconds: Sequence[float]) -> TimeStatistics:

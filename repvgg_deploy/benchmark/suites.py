@@ -14,7 +14,7 @@ from repvgg_deploy.benchmark.measure import MeasureOptions
 from repvgg_deploy.benchmark.names import BACKENDS, MODES, PRECISIONS
 from repvgg_deploy.benchmark.run import BenchRequest, Group
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.typed_values import convert, parse_toml
+from repvgg_deploy.typed_values import convert, parse_toml, read_file
 
 _EXAMPLES = "bench/suites has examples"
 
@@ -73,9 +73,9 @@ def load_suite(path: Path) -> BenchRequest:
     """
     name = f"the suite {path}"
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DeployError(f"cannot read {name}: {error.strerror}", _EXAMPLES) from error
+        content = read_file(path, name, _EXAMPLES)
+    except FileNotFoundError as error:
+        raise DeployError(f"cannot read {name}: there is no such file", _EXAMPLES) from error
     values = parse_toml(content, name, _EXAMPLES)
     suite = convert(values, _Suite, name, _EXAMPLES)
     groups: list[Group] = []

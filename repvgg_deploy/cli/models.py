@@ -8,22 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
+from repvgg_deploy.cli.model_options import image_run_options, model_options, take_model
 from repvgg_deploy.cli.options import (
     PATH,
     checkpoint_options,
-    decoding_options,
-    integers_option,
     junit_option,
     output_options,
     path_argument,
-    preprocessing_options,
-    ray_options,
     take_checkpoint,
     take_decoding,
-    take_exact_integers,
-    take_preprocessing,
     take_ray,
-    trust_option,
 )
 from repvgg_deploy.errors import ThresholdError
 from repvgg_deploy.limits import LimitCheck, first_failure
@@ -78,10 +72,7 @@ def archs() -> Any:
     click.option("--data", type=PATH, metavar="DIR", help="Images to compare on.  [default: 16 synthetic images]"),
     click.option("--count", type=click.IntRange(min=1), metavar="N", help="Limit on the number of images of --data."),
 )
-@checkpoint_options
-@preprocessing_options
-@integers_option
-@trust_option
+@model_options
 @option_group(
     "Limits",
     click.option("--max-relative", type=float, metavar="R",
@@ -103,10 +94,8 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     if options["count"] is not None and options["data"] is None:
         raise click.UsageError("--count is for --data DIR.")
     tolerance = Tolerance(options.pop("max_relative"), options.pop("max_abs"), options.pop("max_disagreement"))
-    preprocessing = take_preprocessing(options)
-    source, exact = take_checkpoint(options), take_exact_integers(options)
+    how = VerifyOptions(tolerance, **take_model(options), **options)
     with show_progress() as progress:
-        how = VerifyOptions(tolerance, preprocessing=preprocessing, checkpoint=source, exact_integers=exact, **options)
         parity, checks = compare_models(a, b, how, progress)
     values = {"a": str(a), "b": str(b), **parity.to_dict()}
     return Outcome(values, lambda: print_fields(values), first_failure(checks), checks=checks)
@@ -126,18 +115,9 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     click.option("--data", type=PATH, required=True, metavar="DIR",
                  help="Labeled images: DIR/<class>/*.jpg, or tar archives."),
     click.option("--ground-truth", type=PATH, metavar="FILE", help="Classes of a flat folder: `NAME CLASS` lines."),
-    click.option("--strict", is_flag=True, help="Fail on an image, folder or archive that cannot be read."),
 )  # fmt: skip
-@checkpoint_options
-@preprocessing_options
-@decoding_options
-@option_group(
-    "Backend",
-    click.option("--batch", type=click.IntRange(min=1), default=64, metavar="N", help="Images per run."),
-)
-@integers_option
-@trust_option
-@ray_options
+@image_run_options
+@model_options
 @option_group("Limits", click.option("--min-top1", type=float, metavar="P", help="Smallest top-1, percent."))
 @junit_option
 @output_options
@@ -154,18 +134,17 @@ def eval_(model: Path, data: Path, batch: int, strict: bool, min_top1: float | N
     from repvgg_deploy.workflows.evaluate import EvaluationOptions, evaluate
 
     ground_truth, cluster = options.pop("ground_truth"), take_ray(options)
-    decoding, preprocessing = take_decoding(options), take_preprocessing(options)
-    source, options["exact_integers"] = take_checkpoint(options), take_exact_integers(options)
+    decoding, opening = take_decoding(options), take_model(options)
     with show_progress() as progress:
         if cluster is not None:
             from repvgg_deploy.serving import PredictOptions, PredictorSpec
             from repvgg_deploy.workflows.on_ray import RayEvaluationRequest, evaluate_on_ray
 
             wanted = PredictOptions(batch=batch, decoding=decoding)
-            spec = PredictorSpec(model, preprocessing, source, options=wanted, **options)
+            spec = PredictorSpec(model, **opening, options=wanted)
             result = evaluate_on_ray(RayEvaluationRequest(spec, data, ground_truth, strict), cluster, progress)
         else:
-            opened = open_model(model, preprocessing, source, **options)
+            opened = open_model(model, **opening)
             for note in opened.notes:
                 progress.note(f"note: {note}")
             result = evaluate(opened, data, batch, strict, progress, EvaluationOptions(ground_truth, decoding))

@@ -142,19 +142,6 @@ engine_options = option_group(
 )  # fmt: skip
 """Whether and how an engine is built."""
 
-integers_option = option_group(
-    "Backend",
-    click.option("--integers", type=click.Choice(["exact", "native"]), default="exact",
-                 help="INT8 sums that would saturate on this CPU: computed exactly, or by its native kernels."),
-)  # fmt: skip
-"""How an INT8 graph is run on a CPU whose integer kernels saturate on it."""
-
-trust_option = option_group(
-    "Backend",
-    click.option("--trust", is_flag=True, help="Run an engine whose sidecar is missing or does not match."),
-)
-"""Whether an engine without a matching sidecar is run."""
-
 ray_options = option_group(
     "Cluster",
     click.option("--ray", is_flag=False, flag_value="auto", metavar="[ADDRESS]",
@@ -300,11 +287,6 @@ def take_ray(values: dict[str, Any]) -> RayOptions | None:
     from repvgg_deploy.serving.ray_cluster import RayOptions
 
     return RayOptions(address, **numbers)
-
-
-def take_exact_integers(values: dict[str, Any]) -> bool:
-    """Remove `--integers` from `values` and return whether it asks for exact sums."""
-    return bool(values.pop("integers") == "exact")
 
 
 def take_preprocessing(values: dict[str, Any]) -> PreprocessingOptions:

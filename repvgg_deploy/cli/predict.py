@@ -9,21 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
-from repvgg_deploy.cli.options import (
-    checkpoint_options,
-    decoding_options,
-    integers_option,
-    output_options,
-    path_argument,
-    preprocessing_options,
-    ray_options,
-    take_checkpoint,
-    take_decoding,
-    take_exact_integers,
-    take_preprocessing,
-    take_ray,
-    trust_option,
-)
+from repvgg_deploy.cli.model_options import image_run_options, model_options, take_model
+from repvgg_deploy.cli.options import output_options, path_argument, take_decoding, take_ray
 
 if TYPE_CHECKING:
     from repvgg_deploy.progress import Progress
@@ -42,20 +29,8 @@ if TYPE_CHECKING:
 )
 @path_argument("model")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
-@option_group(
-    "Input",
-    click.option("--strict", is_flag=True, help="Fail on an image, folder or archive that cannot be read."),
-)
-@checkpoint_options
-@preprocessing_options
-@decoding_options
-@option_group(
-    "Backend",
-    click.option("--batch", type=click.IntRange(min=1), default=64, metavar="N", help="Images per run."),
-)
-@integers_option
-@trust_option
-@ray_options
+@image_run_options
+@model_options
 @option_group(
     "Output",
     click.option(
@@ -135,11 +110,4 @@ def take_spec(model: Path, options: dict[str, Any]) -> PredictorSpec:
     wanted = PredictOptions(
         options.pop("topk"), options.pop("extra") or "classes", options.pop("batch"), take_decoding(options)
     )
-    return PredictorSpec(
-        model,
-        take_preprocessing(options),
-        take_checkpoint(options),
-        exact_integers=take_exact_integers(options),
-        options=wanted,
-        **options,
-    )
+    return PredictorSpec(model, **take_model(options), options=wanted, **options)

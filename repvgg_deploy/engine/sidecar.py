@@ -13,7 +13,7 @@ from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.gpus import Gpu
-from repvgg_deploy.typed_values import convert, parse_json
+from repvgg_deploy.typed_values import convert, parse_json, read_file
 
 SCHEMA = 1
 # Class names of the largest data sets take one megabyte.
@@ -90,13 +90,9 @@ def read_sidecar(plan: Path) -> Sidecar:
     path = sidecar_path(plan)
     name = f"the sidecar {path}"
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise DeployError(f"{name} is too large for a sidecar: {path.stat().st_size} bytes", _REBUILD)
-        content = path.read_bytes()
+        content = read_file(path, name, _REBUILD, _MOST_BYTES)
     except FileNotFoundError as error:
         raise DeployError(f"{plan} has no sidecar {path.name} that says what it is", _TRUST) from error
-    except OSError as error:
-        raise DeployError(f"{name} cannot be read: {error.strerror}", _REBUILD) from error
     values = parse_json(content, name, _REBUILD)
     schema = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:

@@ -122,13 +122,14 @@ class _Signature:
 
 def open_model(
     path: Path,
-    options: PreprocessingOptions | None = None,
+    preprocessing: PreprocessingOptions | None = None,
     checkpoint: CheckpointOptions | None = None,
     trust: bool = False,
     exact_integers: bool = True,
 ) -> Model:
     """The model in a checkpoint (run in torch), an ONNX graph (in ONNX Runtime), or an engine (on the GPU).
 
+    `preprocessing` goes before what the model's metadata, configuration or card say of it.
     `checkpoint` says how a checkpoint is read; of a graph or an engine its `arch` is the one expected.
     `exact_integers`: an INT8 graph whose sums may saturate on this CPU is run with slower kernels that add exactly, so
     that its outputs are those of every other machine; a note says so.
@@ -142,7 +143,7 @@ def open_model(
         >>> model.run_images(np.zeros((2, 3, 64, 64), np.float32))["logits"].shape
         (2, 12)
     """
-    options, said = options or PreprocessingOptions(), checkpoint or CheckpointOptions()
+    options, said = preprocessing or PreprocessingOptions(), checkpoint or CheckpointOptions()
     if replace(said, arch=None) != CheckpointOptions() and path.is_file() and (file_kind(path) != "checkpoint"):
         raise DeployError(
             f"{path} is an exported file", "--ema, --no-ema, --net, --strides, --act and --bn-eps are for checkpoints"

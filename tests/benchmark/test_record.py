@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.damage import Place, find, places, replaced, truncated, without, wrong_for
 from helpers.records import make_record
 
 from repvgg_deploy.benchmark.record import SCHEMA_NAME, SCHEMA_VERSION, check_record, read_record, write_record
@@ -133,3 +134,59 @@ def test_a_file_that_is_no_record_is_one_clear_error(content: bytes, tmp_path: P
         read_record(path)
     assert raised.value.hint
     assert raised.value.message.isprintable()
+
+
+def typed_places() -> list[Place]:
+    """Each field that tables and plots depend on; the rest of the machine and of the method is said as it is."""
+    free = {("machine", name) for name in make_record()["machine"]} - {
+        ("machine", name) for name in ("cpu", "gpus", "versions")
+    }
+    known = {"model", "usable_cores", "flags"}
+    return [
+        place
+        for place in places(make_record())
+        if place[:2] not in free and (place[:2] != ("machine", "cpu") or len(place) == 2 or place[2] in known)
+        if (place[0] != "method" or len(place) == 1) and place[-1] not in ("input", "input_type")
+    ]
+
+
+@pytest.mark.parametrize("place", typed_places(), ids=lambda place: ".".join(map(str, place)))
+def test_each_field_of_a_record_is_what_tables_and_plots_need(place: Place) -> None:
+    record = json.loads(json.dumps(make_record()))
+    value = find(record, place)
+    for wrong in wrong_for(value):
+        if wrong is None and place[-1] in ("parameters", "top1", "enqueue_ms", "roofline"):
+            continue
+        with pytest.raises(DeployError) as raised:
+            check_record(replaced(record, place, wrong), "result.json")
+        assert raised.value.message.startswith("result.json")
+        assert raised.value.message.isprintable()
+    if isinstance(place[-1], str) and place[-1] not in ("profile", "notes"):
+        optional = place[-2:-1] == ("samples",) and place[-1] not in ("latency_ms", "round_queries")
+        if not optional and place[:-1] not in (("ceilings",), ("machine", "versions")):
+            with pytest.raises(DeployError):
+                check_record(without(record, place), "result.json")
+
+
+def test_a_truncated_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_record(make_record(), path)
+    for content in truncated(path.read_bytes().rstrip()):
+        path.write_bytes(content)
+        with pytest.raises(DeployError, match="result"):
+            read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"low": 3.0, "ratio": 2.0}, r"ratios\[0\] lies outside its interval"),
+        ({"backend": "../../etc"}, "backend: Expected `str` matching regex"),
+        ({"model": "net\nerror: forged"}, "model: Expected `str` matching regex"),
+    ],
+)
+def test_a_ratio_that_no_plot_can_show_is_refused(changes: dict[str, Any], message: str) -> None:
+    record = make_record()
+    record["ratios"][0].update(changes)
+    with pytest.raises(DeployError, match=message):
+        check_record(record)

@@ -30,6 +30,8 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    # The names of models and machines are text, even with a dollar sign in them.
+    "text.parse_math": False,
     "svg.hashsalt": "repvgg-deploy",
 }
 

@@ -22,7 +22,7 @@ from repvgg_deploy.benchmark.record import (
     write_record,
 )
 from repvgg_deploy.benchmark.report.html import render_page
-from repvgg_deploy.benchmark.report.plots import draw_plots, family_of
+from repvgg_deploy.benchmark.report.plots import Plot, draw_plots, family_of
 from repvgg_deploy.benchmark.report.tables import (
     name_machine,
     render_markdown,
@@ -39,8 +39,13 @@ def record() -> dict[str, Any]:
     return check_record(make_record())
 
 
-def test_every_kind_of_plot_is_drawn(record: dict[str, Any]) -> None:
-    names = {plot.name for plot in draw_plots([record])}
+@pytest.fixture(scope="module")
+def plots(record: dict[str, Any]) -> list[Plot]:
+    return draw_plots([record])
+
+
+def test_every_kind_of_plot_is_drawn(plots: list[Plot]) -> None:
+    names = {plot.name for plot in plots}
     assert names == {
         "accuracy_torch-cpu_fp32_b1",
         "accuracy_torch-cpu_fp32_b8",
@@ -52,8 +57,8 @@ def test_every_kind_of_plot_is_drawn(record: dict[str, Any]) -> None:
     }
 
 
-def test_plots_are_pictures_that_name_the_models(record: dict[str, Any]) -> None:
-    for plot in draw_plots([record]):
+def test_plots_are_pictures_that_name_the_models(plots: list[Plot]) -> None:
+    for plot in plots:
         with Image.open(io.BytesIO(plot.png)) as image:
             pixels = np.asarray(image.convert("L"))
         assert min(pixels.shape) > 500
@@ -63,13 +68,12 @@ def test_plots_are_pictures_that_name_the_models(record: dict[str, Any]) -> None
         assert "A2" in plot.svg or plot.name == "fused_over_training"
 
 
-def test_the_same_results_give_the_same_files(record: dict[str, Any]) -> None:
-    first, second = (draw_plots([record]) for _ in range(2))
-    assert first == second
+def test_the_same_results_give_the_same_files(record: dict[str, Any], plots: list[Plot]) -> None:
+    assert draw_plots([record]) == plots
 
 
-def test_the_page_has_every_result_and_escapes_names(record: dict[str, Any]) -> None:
-    page = render_page([record], draw_plots([record]), "ResNet-50")
+def test_the_page_has_every_result_and_escapes_names(record: dict[str, Any], plots: list[Plot]) -> None:
+    page = render_page([record], plots, "ResNet-50")
     assert "made &lt;up&gt;" in page
     assert "made <up>" not in page
     assert page.count("<img") == page.count("data:image/png;base64,") == 7
@@ -77,20 +81,21 @@ def test_the_page_has_every_result_and_escapes_names(record: dict[str, Any]) -> 
         assert all(f">{cell}</td>" in page for cell in row if not set("&<>'") & set(cell))
 
 
-def test_the_summary_and_the_table_come_before_the_plots_and_the_details_after(record: dict[str, Any]) -> None:
-    page = render_page([record], draw_plots([record]), "ResNet-50")
+def test_the_summary_and_the_table_come_before_the_plots_and_the_details_after(
+    record: dict[str, Any], plots: list[Plot]
+) -> None:
+    page = render_page([record], plots, "ResNet-50")
     order = [page.index(text) for text in (summarize(record, "ResNet-50")[0], ">Throughput<", "<img", ">Results<")]
     assert order == sorted(order)
 
 
-def test_every_table_and_plot_names_the_processor(record: dict[str, Any]) -> None:
+def test_every_table_and_plot_names_the_processor(record: dict[str, Any], plots: list[Plot]) -> None:
     machine = name_machine(record)
     assert record["machine"]["cpu"]["model"] in machine
     page = render_page([record], [], "ResNet-50")
     captions = re.findall(r"<caption>(.*?)</caption>", page)
     assert len(captions) >= 5
     assert all(html.escape(record["machine"]["cpu"]["model"]) in caption for caption in captions)
-    plots = draw_plots([record])
     assert all(machine in plot.title for plot in plots)
     assert len({plot.title for plot in plots}) == len(plots)
 
@@ -111,11 +116,11 @@ def test_unstable_results_are_marked_beside_the_model(record: dict[str, Any]) ->
     assert any("unstable" in line for line in summarize(shaky, "ResNet-50"))
 
 
-def test_the_accuracy_axis_of_int8_says_that_it_is_fp32s(record: dict[str, Any]) -> None:
+def test_the_accuracy_axis_of_int8_says_that_it_is_fp32s(record: dict[str, Any], plots: list[Plot]) -> None:
     int8 = {**record, "results": [{**r, "precision": "int8"} for r in record["results"]]}
     (plot, *_) = (plot for plot in draw_plots([int8]) if plot.name.startswith("accuracy"))
     assert "that of INT8 is not measured here" in plot.svg
-    (plot, *_) = (plot for plot in draw_plots([record]) if plot.name.startswith("accuracy"))
+    (plot, *_) = (plot for plot in plots if plot.name.startswith("accuracy"))
     assert "INT8" not in plot.svg
 
 
@@ -197,3 +202,20 @@ def test_without_matplotlib_the_error_says_what_to_install(result_file: Path, tm
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: matplotlib is not installed")
+
+
+def test_the_largest_and_smallest_figures_and_the_oddest_names_that_are_read_are_drawn_too() -> None:
+    record = make_record()
+    for number, result in enumerate(record["results"]):
+        result["model"] += r" $\frac{<script>&|%s_^#"
+        size = (1e18, 1e-8)[number % 2]
+        result |= {"images_per_sec": size, "top1": (0.0, 100.0)[number % 2]}
+        result["latency_ms"] |= {"p50": min(size, 1e12)}
+        if result["roofline"] is not None:
+            result["roofline"] |= {"tflops": size, "flops_per_byte": size}
+    for number, ratio in enumerate(record["ratios"]):
+        ratio |= dict.fromkeys(("low", "ratio", "high"), (1e18, 1e-8)[number % 2])
+    record["machine"]["cpu"]["model"] = "$_CPU"
+    assert len(draw_plots([check_record(record)])) == 7
+    assert "<script>" not in render_page([record], [], "ResNet-50")
+    assert render_markdown([record], "ResNet-50")
