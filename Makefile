@@ -75,6 +75,9 @@ $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/pip install -q $(CONSTRAINTS) -e '.[cpu,rtx,dev]'
 	@# Another runtime to hold INT8 graphs to; its tests say so where there is no wheel of it.
 	-$(BIN)/pip install -q $(CONSTRAINTS) openvino
+	@# Triton's client and KServe's schema, which the serving example is held to; only the source of the latter is read.
+	-$(BIN)/pip install -q $(CONSTRAINTS) 'tritonclient[grpc,http]>=2.50'
+	-$(BIN)/pip install -q --no-deps kserve==0.21.0 kubernetes==37.0.2
 	@# timm is the other side of the round-trip tests. torchvision, which it imports, exists for CUDA builds of torch
 	@# only: so both come without their dependencies, and the tests that need them say so where they do not load.
 	-$(BIN)/pip install -q --no-deps timm==1.0.31 torchvision==0.28.0 pyyaml

@@ -6,7 +6,7 @@ PIP_CONSTRAINT="" python3 -m pip --quiet --disable-pip-version-check install --n
     --require-hashes --target "$tool" -r /requirements/sbom.txt
 # On the path of this process alone: what it starts to look around must not see the tool's own packages.
 python3 - "$tool" environment --output-reproducible --spec-version 1.6 --output-format JSON --validate \
-    --output-file "$2" "$1" <<'PYTHON'
+    --output-file "$2" "$(command -v "$1")" <<'PYTHON'
 import runpy
 import sys
 

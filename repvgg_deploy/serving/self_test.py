@@ -1,13 +1,16 @@
 """Runs the ONNX files of a Triton model repository on the inputs beside them, and compares with the outputs there.
 
     python self_test.py [--max-relative X] [MODEL_REPOSITORY]
+    python self_test.py --exported FILE MODEL_REPOSITORY/NAME/VERSION
 
-It needs numpy, onnx and onnxruntime, and nothing else. Exit status 0: all agree; 1: one does not, or none was run.
+The second compares what `trtexec --exportOutput=FILE` wrote of a plan. It needs numpy and onnx, the first onnxruntime
+as well, and nothing else. Exit status 0: all agree; 1: one does not, or none was run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -59,11 +62,27 @@ def check_folder(data: Path, max_relative: float) -> bool | None:
     actual = load_tensors(data, "input")
     for graph in graphs:
         actual = run_onnx(graph, actual)
-    expected = load_tensors(data, "output")
+    return compare(name, load_tensors(data, "output"), actual, max_relative)
+
+
+def compare(name: str, expected: dict[str, Any], actual: dict[str, Any], max_relative: float) -> bool:
+    """Print how far the outputs differ; whether that is within the limit."""
     differences = [difference(value, actual[key]) if key in actual else float("inf") for key, value in expected.items()]
     worst = max(differences, default=float("inf"))
     print(f"{name}: {'ok' if worst <= max_relative else 'FAILED'}, differs by {worst:.1e} relative")
     return worst <= max_relative
+
+
+def check_exported(version: Path, exported: Path, max_relative: float) -> bool:
+    """Whether the outputs that trtexec wrote, as text, are those of a version's golden files."""
+    version = version.resolve()
+    expected = load_tensors(version / "test_data_set_0", "output")
+    actual = {}
+    for tensor in json.loads(exported.read_text(encoding="utf-8")):
+        if tensor["name"] in expected:
+            shape = [int(size) for size in re.findall(r"\d+", tensor["dimensions"])]
+            actual[tensor["name"]] = np.array(tensor["values"], expected[tensor["name"]].dtype).reshape(shape)
+    return compare(f"{version.parent.name}/{version.name}", expected, actual, max_relative)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,7 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare the graphs of a model repository with their golden outputs.")
     parser.add_argument("repository", nargs="?", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--max-relative", type=float, default=0.02, help="largest relative difference of an output")
+    parser.add_argument("--exported", type=Path, metavar="FILE", help="what trtexec --exportOutput wrote of a version")
     options = parser.parse_args(arguments)
+    if options.exported is not None:
+        return 0 if check_exported(options.repository, options.exported, options.max_relative) else 1
     folders = sorted(options.repository.glob("*/*/test_data_set_0"))
     results = [check_folder(folder, options.max_relative) for folder in folders]
     if True not in results:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import numpy_helper
 
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import DeployError
@@ -22,6 +21,7 @@ from repvgg_deploy.images.decoding import Pixels
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.session import GraphSession
 from repvgg_deploy.serving import self_test
+from repvgg_deploy.serving.golden import GoldenSet
 from repvgg_deploy.serving.triton import (
     FILE_NAMES,
     LABELS_FILE,
@@ -34,7 +34,6 @@ from repvgg_deploy.serving.triton import (
 from repvgg_deploy.workflows.package_checks import PreprocessingParity, compare_with_pillow, prepare, read_pictures
 from repvgg_deploy.workflows.package_sources import Source, read_source
 
-_GOLDEN = "test_data_set_0"
 _DEFAULT_BATCH = 32
 
 
@@ -105,7 +104,7 @@ class _Entry:
     config: ServedModel | ServedEnsemble
     files: Mapping[str, Path]
     graph: OnnxGraph | None
-    golden: Mapping[str, Mapping[str, Array]]
+    golden: GoldenSet | None
     labels: tuple[str, ...] | None
 
 
@@ -131,7 +130,7 @@ def package(request: PackageRequest, progress: Progress = SILENT) -> PackageResu
         session = GraphSession(graph.to_proto())
         parity = compare_with_pillow(session, source, pictures)
         entries += _image_entries(source, served, graph, session.run({PIXELS: pictures[0]}), pictures[0])
-    has_golden = bool(entries[0].golden)
+    has_golden = entries[0].golden is not None
     if not has_golden:
         progress.note(
             f"note: no golden outputs of {source.files[0]}: there is no ONNX graph beside it that it was built from"
@@ -203,13 +202,14 @@ def _model_entry(source: Source, served: ServedModel, pictures: Sequence[Pixels]
     data = source.files[0].with_name(f"{source.files[0].name}.data")
     if served.backend == "onnxruntime" and data.is_file():
         files[data.name] = data
-    golden: dict[str, Mapping[str, Array]] = {}
+    golden = None
     if source.graph is not None:
         count = source.fixed_batch or 2
         inputs = {
             source.input.name: np.concatenate([prepare(pictures[i % len(pictures)], source) for i in range(count)])
         }
-        golden = {"input": inputs, "output": GraphSession(source.graph).run(inputs)}
+        outputs = GraphSession(source.graph).run(inputs)
+        golden = GoldenSet(inputs, outputs, tuple(names), dynamic_batch=not source.fixed_batch)
     return _Entry(served, files, None, golden, source.class_names)
 
 
@@ -236,8 +236,8 @@ def _image_entries(
         warm_up=served.warm_up,
     )
     pixels = {PIXELS: picture}
-    golden = {"input": pixels, "output": prepared}
-    whole = {"input": pixels, "output": GraphSession(source.graph).run(prepared)} if source.graph is not None else {}
+    golden = GoldenSet(pixels, prepared)
+    whole = GoldenSet(pixels, GraphSession(source.graph).run(prepared)) if source.graph is not None else None
     ensemble = ServedEnsemble(f"{served.name}_images", first, served)
     return [_Entry(first, {}, graph, golden, None), _Entry(ensemble, {}, None, whole, source.class_names)]
 
@@ -294,12 +294,8 @@ def _write_entry(entry: _Entry, staging: Path, version: int, keep_config: bool) 
         shutil.copyfile(source, folder / name)
     if entry.graph is not None:
         write_graph(entry.graph, folder / FILE_NAMES["onnxruntime"])
-    for kind, tensors in entry.golden.items():
-        data = folder / _GOLDEN
-        data.mkdir(exist_ok=True)
-        for index, (name, values) in enumerate(tensors.items()):
-            content = numpy_helper.from_array(np.ascontiguousarray(values), name).SerializeToString(deterministic=True)
-            (data / f"{kind}_{index}.pb").write_bytes(content)
+    if entry.golden is not None:
+        entry.golden.write(folder)
     if keep_config:
         return
     (staging / "config.pbtxt").write_text(entry.config.to_pbtxt(), encoding="utf-8")

@@ -49,6 +49,22 @@ def test_one_failure_among_others_fails(tmp_path: Path) -> None:
     assert main([str(tmp_path), "--max-relative", "0.5"]) == 0
 
 
+def export_output(path: Path, values: str, dimensions: str = "2") -> Path:
+    """A file as trtexec writes it."""
+    path.write_text(f'[\n  {{ "name" : "y"\n  , "dimensions" : "{dimensions}"\n  , "values" : [ {values} ]\n  }}\n]\n')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "dimensions", "status"),
+    [("3, 6", "2", 0), ("3.001, 6", "2", 0), ("3, 7", "2", 1), ("3, 6", "1x2", 1), ("NaN, 6", "2", 1)],
+)
+def test_what_trtexec_wrote_of_a_plan_is_compared(values: str, dimensions: str, status: int, tmp_path: Path) -> None:
+    add_model(tmp_path, "plan", 3.0, 3.0, has_graph=False)
+    exported = export_output(tmp_path / "found.json", values, dimensions)
+    assert main(["--exported", str(exported), str(tmp_path / "plan" / "1")]) == status
+
+
 def test_nothing_that_was_run_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     add_model(tmp_path, "plan", 3.0, 3.0, has_graph=False)

@@ -77,6 +77,7 @@ def test_a_graph_becomes_three_entries_that_pass_their_self_test(graph: Path, tm
         *(f"{name}/labels.txt" for name in ("net", "net_images")),
         *(f"{name}/1/model.onnx" for name in ("net", "net_preprocess")),
         *(f"{name}/1/{file}" for name in result.entries for file in golden),
+        *(f"net/1/test_data_set_0/{file}" for file in ("README.md", "input_0.bin", "output_0.bin")),
     }
     assert (tmp_path / "repo/net/labels.txt").read_text() == "".join(f"class {index}\n" for index in range(5))
     done = run_self_test(tmp_path / "repo")

@@ -1,0 +1,77 @@
+"""The C++ example, compiled against a stub of TensorRT, finds what agrees with its golden files and what does not."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "examples" / "cpp" / "check_golden.cpp"
+STUB = Path(__file__).parent / "tensorrt_stub"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed")
+    target = tmp_path_factory.mktemp("cpp") / "check_golden"
+    strict = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    subprocess.run([compiler, *strict, "-isystem", STUB, "-o", target, SOURCE], check=True)
+    return target
+
+
+def check(program: Path, folder: Path, plan: str, inputs: np.ndarray, outputs: np.ndarray) -> tuple[int, str]:
+    (folder / "model.plan").write_text(plan)
+    inputs.tofile(folder / "input_0.bin")
+    outputs.tofile(folder / "output_0.bin")
+    arguments = ("model.plan", "images:input_0.bin", "logits:output_0.bin")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, cwd=folder)
+    return done.returncode, done.stdout + done.stderr
+
+
+PLAN = "input images {0} -1 3 2 2\noutput logits {0} -1 5\n"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float", np.float32), ("half", np.float16), ("int32", np.int32)])
+def test_golden_outputs_agree_and_others_do_not(program: Path, tmp_path: Path, name: str, dtype: type) -> None:
+    plan = PLAN.format(name)
+    images = np.random.default_rng(0).integers(-300, 300, (3, 3, 2, 2)).astype(dtype)
+    logits = images.reshape(3, 12)[:, :5].copy()
+    status, said = check(program, tmp_path, plan, images, logits)
+    assert (status, said) == (0, "logits: ok, differs by 0 relative\n")
+    logits[2, 4] += logits[2, 4] * 0 + 200
+    status, said = check(program, tmp_path, plan, images, logits)
+    assert (status, "logits: FAILED" in said) == (1, True)
+
+
+def test_a_small_difference_agrees_and_nan_does_not(program: Path, tmp_path: Path) -> None:
+    plan = PLAN.format("float")
+    images = np.random.default_rng(0).standard_normal((2, 3, 2, 2)).astype(np.float32)
+    logits = images.reshape(2, 12)[:, :5].copy()
+    assert check(program, tmp_path, plan, images, logits * np.float32(1.001))[0] == 0
+    logits[0, 0] = np.nan
+    assert check(program, tmp_path, plan, images, logits)[0] == 1
+
+
+def test_what_cannot_be_run_is_an_error(program: Path, tmp_path: Path) -> None:
+    images, logits = np.zeros((2, 3, 2, 2), np.float32), np.zeros((2, 5), np.float32)
+    for plan, said in (
+        ("input images\n", "another TensorRT or for another GPU"),
+        ("input pixels float -1 3 2 2\noutput logits float -1 5\n", "no file is given for the input pixels"),
+        ("input images float -1 3 2 5\noutput logits float -1 5\n", "another size than images"),
+        ("input images float -1 3 2 2\noutput scores float -1 5\n", "no file is given for an output"),
+    ):
+        status, text = check(program, tmp_path, plan, images, logits)
+        assert (status, said in text) == (2, True), text
+    status, text = check(program, tmp_path, PLAN.format("float"), np.zeros((9, 3, 2, 2), np.float32), logits)
+    assert (status, "refuses this batch" in text) == (2, True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, "usage" in done.stderr) == (2, True)
+
+
+def test_the_example_stays_readable() -> None:
+    assert len(SOURCE.read_text(encoding="utf-8").splitlines()) <= 190
