@@ -74,6 +74,10 @@ def test_the_steps_in_order_on_the_demo_model_and_every_gate_when_it_is_missed(w
     for step in STEPS[:-1]:
         assert failures(work, step) == []
     assert json.loads((out / "reports" / "eval.json").read_text())["top1"] >= 80
+    again = [work / "bin" / "repvgg-deploy", "export", "--from", "out/deploy.toml", "-o", "again"]
+    subprocess.run(again, cwd=work, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    for graph in out.glob("*.onnx"):
+        assert (work / "again" / graph.name).read_bytes() == graph.read_bytes()
     missed = {
         "eval": ({"MIN_TOP1": "100.1"}, "demo.int8.onnx: top-1 in percent, --min-top1"),
         "verify": ({"MAX_DISAGREEMENT": "-1"}, "other top-1 classes in percent, --max-disagreement"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,17 @@ def test_a_server_without_the_file_and_none_at_all_are_errors(file: PublishedFil
     with pytest.raises(DeployError, match=r"cannot download http://127\.0\.0\.1:9/"):
         fetch_published(replace(file, url="http://127.0.0.1:9/net.pth"))
     assert names(own_cache) == []
+
+
+def test_without_pooch_the_error_says_what_to_install_and_where_the_file_belongs(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Python does where a package is not installed.
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(DeployError, match="need the package pooch") as raised:
+        fetch_published(find_published("timm/A0"))
+    assert "repvgg-deploy[pull]" in raised.value.hint
+    assert str(own_cache / "timm" / "repvgg_a0.rvgg_in1k.safetensors") in raised.value.hint
 
 
 def test_every_published_file_is_of_a_known_architecture_and_has_its_own_name() -> None:
