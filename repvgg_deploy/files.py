@@ -224,8 +224,17 @@ def data_folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this tool; `XDG_CACHE_HOME` counts where it is set."""
+    """The user's cache folder of this tool; `XDG_CACHE_HOME` counts where it is set.
+
+    Raises:
+        DeployError: there is none, as the user has no home.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
         return Path(base) / "repvgg-deploy"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "repvgg-deploy"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        # A user id that the system does not know, and no HOME.
+        raise DeployError("there is no home folder for the cache", "set XDG_CACHE_HOME") from error
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "repvgg-deploy"

@@ -41,15 +41,17 @@ def read_file(path: Path, name: str, hint: str, most_bytes: int = _MOST_BYTES) -
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise DeployError(f"{name} is not a regular file", hint)
-            # A file may grow while it is read.
-            content = file.read(most_bytes + 1) if about.st_size <= most_bytes else b""
+            if about.st_size > most_bytes:
+                raise DeployError(f"{name} is too large: {about.st_size} bytes", hint)
+            # The buffer is as large as the number, so it is no larger than the file.
+            content = file.read(about.st_size + 1)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DeployError(f"cannot read {name}: {_say(reason)}", hint) from error
-    if max(len(content), about.st_size) > most_bytes:
-        raise DeployError(f"{name} is too large: {max(len(content), about.st_size)} bytes", hint)
+    if len(content) != about.st_size:
+        raise DeployError(f"{name} was written to while it was read", hint)
     return content
 
 

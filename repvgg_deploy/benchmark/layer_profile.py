@@ -16,6 +16,7 @@ import onnx
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import file_kind, scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs
+from repvgg_deploy.graphs.reading import read_graph
 from repvgg_deploy.nets.seeding import seeded_inputs
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, OnnxRunner, import_onnxruntime
 
@@ -77,7 +78,7 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
     images = seeded_inputs(shape, dtype)
     events = _run_profiled(path, plain.input_name, images, threads, seconds)
     precision = plain.precision if plain.precision in ELEMENT_BYTES else "fp32"
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path)
     costs = _with_fused_names(model, graph_costs(model, batch, precision))
     times: LayerTimes = defaultdict(list)
     for event in events:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
-import onnx
 import torch
 
 from repvgg_deploy.artifacts import Precision, PreprocessingOptions
@@ -23,6 +22,7 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import file_kind
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
+from repvgg_deploy.graphs.reading import read_graph
 from repvgg_deploy.nets.baselines import fold_batch_norms
 from repvgg_deploy.nets.cards import find_baseline, find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
@@ -223,7 +223,7 @@ def _natural_provider() -> str:
 
 def _graph_cost(path: Path, precision: str) -> Callable[[int], Cost]:
     """What a graph computes, by the batch."""
-    model = onnx.load(path, load_external_data=False)
+    model = read_graph(path)
     for item in model.graph.initializer:
         # Shapes are all that is needed.
         item.ClearField("raw_data")

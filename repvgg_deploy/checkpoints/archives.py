@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Final
 
-from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.sources import EndsEarlyError, Source, open_stream, read_bytes
-from repvgg_deploy.checkpoints.stored import Blob, Deferred, Span
+from repvgg_deploy.checkpoints.stored import AGAIN, Blob, Deferred, Span
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.printable import printable
 
 # The local file header: signature, version, flags, method, time, date, CRC-32, sizes, lengths of name and extra field.
 _LOCAL: Final = struct.Struct("<4s5H3I2H")
@@ -62,9 +63,13 @@ class Archive:
         return self._entries[name].info.file_size
 
     def read(self, name: str) -> bytes:
-        """An entry's bytes, unpacked; the checksum has been compared."""
+        """An entry's bytes, unpacked; the checksum has been compared.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
         if self.has_checksums:
-            return self._zip.read(name)
+            return self._unpack(name)
         return self.blob(name).load().tobytes()
 
     def blob(self, name: str) -> Blob:
@@ -74,7 +79,14 @@ class Archive:
         if info.compress_type == zipfile.ZIP_STORED:
             crc = info.CRC if self.has_checksums else None
             return Span(f"{printable(name)} in the file", self._source, entry.start, info.file_size, crc)
-        return Deferred(info.file_size, lambda: self._zip.read(name))
+        return Deferred(info.file_size, lambda: self._unpack(name))
+
+    def _unpack(self, name: str) -> bytes:
+        try:
+            return self._zip.read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, EndsEarlyError, NotImplementedError, ValueError) as error:
+            reason = printable(str(error) or type(error).__name__)
+            raise CheckpointError(f"{printable(name)} in the file is damaged ({reason})", AGAIN) from error
 
     def _check(self, infos: list[zipfile.ZipInfo]) -> list[_Entry]:
         """Where each entry's data begins; raise ArchiveError if the entries are not what the directory says."""

@@ -13,13 +13,13 @@ from repvgg_deploy.checkpoints.architecture import name_nearest
 from repvgg_deploy.checkpoints.choice import Choice
 from repvgg_deploy.checkpoints.head_layers import Group, HeadActivation, group_layers
 from repvgg_deploy.checkpoints.heads import Head, find_head, fold_linear_chain, is_beside_the_net, scopes_of
-from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.layout import KeyMap, Layout
 from repvgg_deploy.checkpoints.matching import FoundNet
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.cards import describe
 from repvgg_deploy.nets.spec import ArchSpec, tensor_shapes
+from repvgg_deploy.printable import printable
 
 _FREE_BYTES = 64 << 20
 _MAX_EXPANSION = 24

@@ -10,13 +10,14 @@ from pathlib import Path
 from repvgg_deploy.checkpoints.architecture import infer_spec
 from repvgg_deploy.checkpoints.containers import Contents
 from repvgg_deploy.checkpoints.heads import HEAD_WORDS
-from repvgg_deploy.checkpoints.inert import Inert, attributes_of, printable
+from repvgg_deploy.checkpoints.inert import Inert, attributes_of
 from repvgg_deploy.checkpoints.known_layouts import LAYOUTS
 from repvgg_deploy.checkpoints.matching import FoundNet, find_nets
 from repvgg_deploy.checkpoints.other_nets import recognize_net
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.cards import describe
+from repvgg_deploy.printable import printable
 
 _EMA = re.compile(r"(?:^|[._])(?:model_)?ema(?:[._]|$)|^averaged_model|_ema$|^ema")
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.checkpoints.archives import Archive, open_archive
-from repvgg_deploy.checkpoints.inert import Inert, attributes_of, printable, to_plain
+from repvgg_deploy.checkpoints.inert import Inert, attributes_of, to_plain
 from repvgg_deploy.checkpoints.known_globals import StoredArray
 from repvgg_deploy.checkpoints.npz_files import ArrayError, read_npz
 from repvgg_deploy.checkpoints.other_files import describe_archive, describe_other_file
 from repvgg_deploy.checkpoints.safetensors_files import HeaderError, read_safetensors
+from repvgg_deploy.checkpoints.settings_values import is_text
 from repvgg_deploy.checkpoints.sources import EndsEarlyError, MemorySource, Source, read_bytes
 from repvgg_deploy.checkpoints.stored import Storage, StoredTensor
 from repvgg_deploy.checkpoints.torch_files import Tree, read_pickles, read_torch_archive
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.printable import printable
 
 _MAX_DEPTH = 40
 _MAX_NAMES = 500_000
@@ -207,14 +209,9 @@ def _class_names(configuration: Mapping[str, Any], metadata: Mapping[str, str]) 
     for place in places:
         for key in ("class_names", "CLASSES", "classes"):
             names = place.get(key)
-            if isinstance(names, list | tuple) and names and all(_is_text(name) for name in names):
+            if isinstance(names, list | tuple) and names and all(is_text(name) for name in names):
                 return tuple(names)
     return None
-
-
-def _is_text(name: Any) -> bool:
-    """Whether a name can be written to a file: a lone surrogate cannot."""
-    return isinstance(name, str) and not any(0xD800 <= ord(c) < 0xE000 for c in name)
 
 
 def _parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:

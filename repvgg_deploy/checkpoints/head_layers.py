@@ -7,9 +7,10 @@ from itertools import pairwise
 from typing import Literal
 
 from repvgg_deploy.checkpoints.heads import Head, HeadPart
-from repvgg_deploy.checkpoints.inert import Inert, attributes_of, printable
+from repvgg_deploy.checkpoints.inert import Inert, attributes_of
 from repvgg_deploy.checkpoints.settings_values import as_activation
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.printable import printable
 
 HeadActivation = Literal["relu", "none"]
 Group = tuple[HeadPart, ...]

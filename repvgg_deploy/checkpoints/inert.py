@@ -115,9 +115,3 @@ class _Copy:
             if isinstance(key, str) and not self._is_left_out(item):
                 copied[key] = self.copy(item, depth)
         return copied
-
-
-def printable(name: str, limit: int = 200) -> str:
-    """`name` on one line of any terminal: control characters and what UTF-8 has no bytes for are escaped."""
-    text = name if len(name) <= limit else f"{name[:limit]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

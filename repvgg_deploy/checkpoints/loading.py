@@ -14,7 +14,6 @@ from repvgg_deploy.checkpoints.architecture import infer_spec
 from repvgg_deploy.checkpoints.assembly import assemble, require_arrays
 from repvgg_deploy.checkpoints.choice import choose_net
 from repvgg_deploy.checkpoints.containers import read_contents
-from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.module_settings import read_modules
 from repvgg_deploy.checkpoints.settings import read_settings
 from repvgg_deploy.checkpoints.sources import open_source
@@ -29,6 +28,7 @@ from repvgg_deploy.nets.settings import (
     structure_origins,
 )
 from repvgg_deploy.nets.spec import ArchSpec
+from repvgg_deploy.printable import printable
 from repvgg_deploy.threads import start_workers
 
 if TYPE_CHECKING:

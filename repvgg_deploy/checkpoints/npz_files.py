@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import tokenize
 import zipfile
 import zlib
 from typing import Any
@@ -12,10 +13,10 @@ import numpy as np
 from numpy.lib import format as npy
 
 from repvgg_deploy.checkpoints.archives import Archive
-from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.known_globals import array_tensor
 from repvgg_deploy.checkpoints.sources import EndsEarlyError
 from repvgg_deploy.checkpoints.stored import StoredTensor
+from repvgg_deploy.printable import printable
 
 # numpy's own limit: it parses the header as a Python literal, which is not safe for very long text.
 _MAX_HEADER = 10_000
@@ -85,6 +86,7 @@ def _read_header(archive: Archive, name: str) -> tuple[bytes, int, _Header]:
         if read is None:
             raise ArrayError(f"{shown} has the version {version} of the format")
         header: _Header = read(stream, max_header_size=_MAX_HEADER)
-    except ValueError as error:
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        # The header is a literal of Python, whose parser raises the last three.
         raise ArrayError(f"{shown} is damaged: {printable(str(error))}") from error
     return content, stream.tell(), header

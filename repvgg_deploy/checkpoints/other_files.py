@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.printable import printable
 
 _KNOWN = "a checkpoint is a .pth, .pt, .pth.tar, .ckpt, .npz or .safetensors file"
 

@@ -24,8 +24,10 @@ from repvgg_deploy.checkpoints.settings_values import (
     options_of,
     walk_dicts,
 )
+from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.cards import find_named_card
 from repvgg_deploy.nets.settings import NO_SETTINGS, Settings, StructureOptions
+from repvgg_deploy.typed_values import read_file
 
 IN_FILE = "the checkpoint's configuration"
 IN_MODULES = "the pickled modules"
@@ -131,7 +133,8 @@ def read_config_files(folder: Path, card: str | None) -> Settings:
 def _is_of_another_net(values: Mapping[str, Any], card: str | None) -> bool:
     """Whether a configuration names an architecture that the weights are not."""
     for key in ("architecture", "model_type", "architectures"):
-        for name in [values[key]] if isinstance(values.get(key), str) else values.get(key) or []:
+        found = values.get(key)
+        for name in found if isinstance(found, list) else [found]:
             if not isinstance(name, str):
                 continue
             named = find_named_card(name)
@@ -143,9 +146,7 @@ def _is_of_another_net(values: Mapping[str, Any], card: str | None) -> bool:
 def _read_json(path: Path) -> Mapping[str, Any]:
     """The object in a JSON file; nothing where there is none, or none that can be read."""
     try:
-        if path.stat().st_size > _MAX_JSON:
-            return {}
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = json.loads(read_file(path, path.name, "", _MAX_JSON))
+    except (OSError, DeployError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

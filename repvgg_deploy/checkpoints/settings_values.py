@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ Found = TypeVar("Found")
 _MAX_DEPTH = 8
 _MAX_DICTS = 2000
 _LARGEST = 8192
+_LARGEST_SLOPE = 1e6
 # What trainers keep beside a net's settings, large and of no interest here.
 _PASSED_OVER = re.compile(r"optim|scheduler|schedule|callback|hook|loop|message_hub|logger|history", re.IGNORECASE)
 _NOT_OF_BLOCKS = frozenset({"softmax", "logsoftmax", "sigmoid", "identity", "linear", "none", "auto"})
@@ -79,7 +79,7 @@ def as_activation(value: Any) -> str | None:
     """
     slope = None
     if isinstance(value, Mapping):
-        slope = value.get("negative_slope")
+        slope = as_number(value.get("negative_slope"), -_LARGEST_SLOPE, _LARGEST_SLOPE)
         value = value.get("type", value.get("name"))
     if not isinstance(value, str) or not value:
         return None
@@ -89,7 +89,7 @@ def as_activation(value: Any) -> str | None:
     except DeployError:
         return None if plain_name(name) in _NOT_OF_BLOCKS else name
     is_leaky = known.name == "leaky_relu"
-    return f"leaky_relu:{slope:g}" if is_leaky and isinstance(slope, int | float) else str(known)
+    return f"leaky_relu:{slope:g}" if is_leaky and slope is not None else str(known)
 
 
 def as_list(value: Any) -> list[Any] | None:
@@ -99,9 +99,9 @@ def as_list(value: Any) -> list[Any] | None:
 
 def as_number(value: Any, lowest: float, highest: float) -> float | None:
     """A finite number within the limits."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
         return None
-    return float(value) if lowest <= value <= highest else None
+    return float(value)
 
 
 def as_size(value: Any) -> tuple[int, int] | None:
@@ -139,12 +139,17 @@ def as_mean_and_std(mean: Any, std: Any, of_bytes: bool = False) -> tuple[tuple[
     return (means, stds) if max(means) <= 1 else None
 
 
+def is_text(name: Any) -> bool:
+    """Whether a name can be written to a file: a lone surrogate cannot."""
+    return isinstance(name, str) and not any(0xD800 <= ord(c) < 0xE000 for c in name)
+
+
 def as_names(value: Any) -> tuple[str, ...] | None:
     """Class names in the order of the outputs: a list of text, or `{"0": "cat", …}`."""
     if isinstance(value, Mapping):
         numbered = [value.get(str(number)) for number in range(len(value))]
         value = None if None in numbered else numbered
-    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+    if isinstance(value, list | tuple) and value and all(is_text(name) and name for name in value):
         return tuple(value)
     return None
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
-from repvgg_deploy.checkpoints.inert import printable
 from repvgg_deploy.checkpoints.other_files import describe_folder
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.printable import printable
 
 _BLOCK = 1 << 22
 

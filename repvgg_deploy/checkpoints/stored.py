@@ -15,7 +15,7 @@ from repvgg_deploy.checkpoints.number_types import NumberType, widen_bfloat16
 from repvgg_deploy.checkpoints.sources import Source
 from repvgg_deploy.errors import CheckpointError
 
-_AGAIN = "download or copy the file again"
+AGAIN = "download or copy the file again"
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -52,7 +52,7 @@ class Span:
         memory = memoryview(content)  # type: ignore[arg-type]
         source.fill(offset, memory)
         if crc is not None and zlib.crc32(memory) != crc:
-            raise CheckpointError(f"{name} is damaged: its checksum does not match its bytes", _AGAIN)
+            raise CheckpointError(f"{name} is damaged: its checksum does not match its bytes", AGAIN)
         return content
 
 
@@ -71,7 +71,7 @@ class Deferred:
     def _content(self) -> Bytes:
         content = self._read()
         if len(content) != self.nbytes:
-            raise CheckpointError("a tensor's number of bytes is not what the file says", _AGAIN)
+            raise CheckpointError("a tensor's number of bytes is not what the file says", AGAIN)
         # A copy that can be written to, as torch wants it.
         return np.frombuffer(bytearray(content), np.uint8)
 
@@ -129,7 +129,7 @@ class StoredTensor:
         if behind > self.storage.blob.nbytes:
             raise CheckpointError(
                 f"{name} of shape {self.shape} needs {behind} bytes, but its storage has {self.storage.blob.nbytes}",
-                "the file is damaged: " + _AGAIN,
+                "the file is damaged: " + AGAIN,
             )
         if first == behind:
             return np.empty(self.shape, self.dtype.raw)
@@ -146,7 +146,7 @@ class StoredTensor:
         """The first byte in the storage, and the one after the last."""
         numbers = (self.offset, *self.shape, *self.stride)
         if len(self.shape) != len(self.stride) or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
-            raise CheckpointError(f"{name} has the shape {self.shape} and the stride {self.stride}", _AGAIN)
+            raise CheckpointError(f"{name} has the shape {self.shape} and the stride {self.stride}", AGAIN)
         size = self.dtype.itemsize
         if self.numel() == 0:
             return 0, 0

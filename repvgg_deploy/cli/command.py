@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,9 +16,11 @@ from repvgg_deploy.cli import progress
 from repvgg_deploy.cli.junit import JUnitSuite, write_junit
 from repvgg_deploy.cli.progress import Verbosity
 from repvgg_deploy.cli.signals import end_on_signals
+from repvgg_deploy.cli.standard_output import OutputError, checked_output
 from repvgg_deploy.cli.startup import silence_libraries
 from repvgg_deploy.errors import DeployError, ThresholdError
 from repvgg_deploy.limits import LimitCheck
+from repvgg_deploy.printable import dump_json, printable
 from repvgg_deploy.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,6 +32,9 @@ GROUPS = (
 """The order of the groups of options in every help text."""
 
 EXIT_FAILED, EXIT_USAGE, EXIT_LIMIT = 1, 2, 3
+
+# Of an error or a hint, in characters: names in a file may be of any length.
+_LONGEST = 2000
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,12 @@ class Group(click.Group):
         """Run as the program: in a process of its own, which signals end."""
         end_on_signals()
         silence_libraries()
-        return super().__call__(*args, **kwargs)
+        try:
+            with checked_output():
+                return super().__call__(*args, **kwargs)
+        except OutputError as error:
+            _report(DeployError(str(error), "free some space there, or give another file"))
+            sys.exit(EXIT_FAILED)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Note whether JSON is wanted, so that even wrong usage of a command is reported as such."""
@@ -181,14 +192,15 @@ class Group(click.Group):
             _report(reported.failure)
             ctx.exit(_status(reported.failure))
         except DeployError as error:
+            _report(error)
             if ctx.find_object(Session).as_json:  # type: ignore[union-attr]
                 print_object("error", _describe(error))
-            _report(error)
             ctx.exit(_status(error))
         except click.UsageError as error:
             if ctx.find_object(Session).as_json:  # type: ignore[union-attr]
                 hint = f"{error.ctx.command_path if error.ctx else ctx.command_path} --help"
                 print_object("error", {"error": error.format_message(), "hint": hint, "exit_status": EXIT_USAGE})
+            error.message = printable(error.message, _LONGEST)  # type: ignore[misc]
             raise
 
 
@@ -201,16 +213,14 @@ def _describe(error: DeployError) -> dict[str, Any]:
 
 
 def _report(error: DeployError) -> None:
-    click.echo(f"error: {error.message}", err=True)
+    click.echo(f"error: {printable(error.message, _LONGEST)}", err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        click.echo(f"hint: {printable(error.hint, _LONGEST)}", err=True)
 
 
 def print_object(name: str, values: Mapping[str, Any]) -> None:
     """One JSON object on stdout, of the schema `name` in docs/schemas."""
-    import json
-
     from repvgg_deploy.cli.schemas import VERSIONS
 
     head = {"schema": f"repvgg-deploy/{name}", "version": VERSIONS[name]}
-    click.echo(json.dumps({**head, **dict(values)}, indent=2, ensure_ascii=False, allow_nan=False))
+    click.echo(dump_json({**head, **dict(values)}, indent=2))

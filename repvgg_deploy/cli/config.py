@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +10,8 @@ import click
 from click.core import ParameterSource
 
 from repvgg_deploy.cli.command import option_group
-from repvgg_deploy.cli.types import suggest
+from repvgg_deploy.cli.types import FilePath, suggest
+from repvgg_deploy.errors import DeployError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,9 +23,9 @@ def config_options(command: F) -> F:
     """`--config` and `--save-config`, of a command whose options may stand in a file."""
     return option_group(
         "Input",
-        click.option("--config", type=click.Path(path_type=Path), metavar="FILE", is_eager=True, expose_value=False,
+        click.option("--config", type=FilePath(), metavar="FILE", is_eager=True, expose_value=False,
                      callback=_read_config, help="TOML file of options; options on the command line take precedence."),
-        click.option("--save-config", type=click.Path(path_type=Path), metavar="FILE", expose_value=False,
+        click.option("--save-config", type=FilePath(), metavar="FILE", expose_value=False,
                      callback=_save_config, help="TOML file to write the given options to, for --config."),
     )(command)  # fmt: skip
 
@@ -42,12 +42,20 @@ def _read_config(ctx: click.Context, _option: click.Parameter, path: Path | None
     """Make the values of the file the defaults of the command that is about to be parsed."""
     if path is None or ctx.resilient_parsing:
         return
+    from repvgg_deploy.typed_values import parse_toml, read_file
+
+    name = f"--config {path}"
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise click.UsageError(f"--config {path} cannot be read: {error}", ctx) from error
+        values = parse_toml(read_file(path, name, ""), name, "")
+    except FileNotFoundError as error:
+        raise click.UsageError(f"cannot read {name}: {error.strerror}", ctx) from error
+    except DeployError as error:
+        raise click.UsageError(error.message, ctx) from error
     # A file may serve several commands, each with a table of its name.
-    set_defaults(ctx, values.get(str(ctx.info_name), values), f"--config {path}")
+    own = values.get(str(ctx.info_name), values)
+    if not isinstance(own, Mapping):
+        raise click.UsageError(f"{name}: {ctx.info_name} is a value, not a table.", ctx)
+    set_defaults(ctx, own, name)
 
 
 def set_defaults(ctx: click.Context, values: Mapping[str, Any], source: str) -> None:
@@ -89,9 +97,10 @@ def _save_config(ctx: click.Context, _option: click.Parameter, path: Path | None
 
         text = to_toml({str(ctx.info_name): given_options(ctx)})
         try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise click.UsageError(f"--save-config {path} cannot be written: {error.strerror}", ctx) from error
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise click.UsageError(f"--save-config {path} cannot be written: {reason}", ctx) from error
 
     # Callbacks run in the order of the options, before those that follow have their values.
     ctx.meta["repvgg_deploy.before_run"] = write

@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from repvgg_deploy.cli.command import option_group
-from repvgg_deploy.cli.types import ACTIVATION, ARCH, RECIPE, Channels, FiniteRange, Size, Stages, Strides
+from repvgg_deploy.cli.types import ACTIVATION, ARCH, RECIPE, Channels, FilePath, FiniteRange, Size, Stages, Strides
 from repvgg_deploy.errors import DeployError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PATH: Any = click.Path(path_type=Path)
+PATH: Any = FilePath()
 """A path; whether it exists is reported by the code that opens it, as an error with a hint."""
 
 
@@ -318,13 +318,15 @@ def read_labels(path: Path | None) -> tuple[str, ...] | None:
     """
     if path is None:
         return None
+    from repvgg_deploy.typed_values import read_file
+
+    hint = "give a text file with one class per line"
     try:
         # A byte order mark, as some editors write it, is not part of the first name.
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except OSError as error:
-        raise DeployError(
-            f"cannot read --labels {path}: {error.strerror}", "give a text file with one class per line"
-        ) from error
+        text = read_file(path, f"--labels {path}", hint).decode("utf-8-sig")
+        names = [line.strip() for line in text.rstrip().splitlines()]
+    except FileNotFoundError as error:
+        raise DeployError(f"cannot read --labels {path}: {error.strerror}", hint) from error
     except UnicodeDecodeError as error:
         raise DeployError(
             f"--labels {path} is not UTF-8 text", "save the file as UTF-8, with one class per line"

@@ -12,10 +12,14 @@ from typing import Any
 
 from rich.cells import cell_len, chop_cells
 
+from repvgg_deploy.printable import printable
+
 _GAP = "  "
 # A shortened name keeps at least so much of itself.
 _SHORTEST_NAME = 20
 _MISSING = ("", "–")
+# Of a value, in characters: a file may hold text of any length.
+_LONGEST = 20_000
 
 
 def print_table(
@@ -141,7 +145,7 @@ def _wrap(facts: Sequence[str], width: int) -> list[str]:
 
 def print_fields(values: Mapping[str, Any]) -> None:
     """Print one `name  value` per line to stdout; what is None or empty is left out."""
-    shown = {name: value for name, value in values.items() if value not in (None, "", [], {})}
+    shown = {printable(name): value for name, value in values.items() if value not in (None, "", [], {})}
     width = max(map(len, shown), default=0)
     for name, value in shown.items():
         print(f"{name.replace('_', ' '):{width}}  {describe(value)}")
@@ -151,13 +155,13 @@ def describe(value: Any) -> str:
     """A value in one line: `name value, …` of a mapping, without what it does not know; the items of a list."""
     if isinstance(value, Mapping):
         if value.keys() == {"name", "dtype", "shape"}:
-            return f"{value['name']} ({', '.join(map(str, value['shape']))}) {value['dtype']}"
+            return printable(f"{value['name']} ({', '.join(map(str, value['shape']))}) {value['dtype']}", _LONGEST)
         known = {k: v for k, v in value.items() if v not in (None, "", [], {})}
-        return ", ".join(f"{k.replace('_', ' ')} {describe(v)}" for k, v in known.items())
+        return ", ".join(f"{printable(k).replace('_', ' ')} {describe(v)}" for k, v in known.items())
     if isinstance(value, list | tuple):
         if any(isinstance(item, Mapping) for item in value):
             return "; ".join(map(describe, value))
-        return ", ".join(map(str, value))
+        return printable(", ".join(map(str, value)), _LONGEST)
     return format_value(value)
 
 
@@ -171,4 +175,4 @@ def format_value(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 0.01 else f"{value:,.8g}"
-    return str(value)
+    return printable(str(value), _LONGEST)

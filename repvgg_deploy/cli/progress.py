@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, TextIO
 
+from repvgg_deploy.printable import printable
 from repvgg_deploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _HEARTBEAT_S = 30.0
 # Shorter steps would only flicker.
 _SHOWN_AFTER_S = 0.3
+# Of a note, in characters: names in a file may be of any length.
+_LONGEST = 2000
 
 Clock = Callable[[], float]
 
@@ -42,6 +45,7 @@ def show_progress(verbosity: Verbosity = Verbosity.NORMAL) -> Iterator[Progress]
     start, quiet = time.monotonic(), verbosity is Verbosity.QUIET
 
     def words(text: str) -> str | None:
+        text = printable(text, _LONGEST)
         if quiet and not text.startswith("warning:"):
             return None
         return f"[{time.monotonic() - start:7.2f} s] {text}" if verbosity is Verbosity.VERBOSE else text
@@ -118,7 +122,9 @@ class PlainProgress:
         """Print a line."""
         words = self._words(text)
         if words is not None:
-            print(words, file=self._stream, flush=True)
+            # A log that takes no more is no reason to fail.
+            with suppress(OSError):
+                print(words, file=self._stream, flush=True)
             self._last = self._clock()
 
     def step(self, name: str, done: float, total: float, /) -> None:

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from repvgg_deploy.cli.command import Command, Outcome, option_group
 from repvgg_deploy.cli.options import PATH, output_options, path_argument
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.printable import printable
 
 
 @click.command(
@@ -45,4 +46,4 @@ def report(results: tuple[Path, ...], output: Path, plots: Path | None, baseline
         names = ", ".join(sorted(known)) or "none"
         raise DeployError(f"the results have no ratio to {baseline!r}", f"they have ratios to: {names}")
     written = [str(path) for path in write_report(records, output, plots, baseline)]
-    return Outcome({"files": written}, lambda: click.echo("\n".join(written)))
+    return Outcome({"files": written}, lambda: click.echo("\n".join(map(printable, written))))

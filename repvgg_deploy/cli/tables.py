@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from repvgg_deploy.cli.output import print_fields, print_table
+from repvgg_deploy.printable import printable
 
 if TYPE_CHECKING:
     from repvgg_deploy.benchmark.from_files import EndToEnd
@@ -28,7 +29,7 @@ __all__ = [
 
 def print_export(result: CheckpointExportResult, layers: bool, images: str) -> None:
     """What an export wrote, and how every stage compares with the one before on `images`."""
-    print(f"Each stage compared with the one before, on {images}:")
+    print(f"Each stage compared with the one before, on {printable(images)}:")
     rows = [
         [stage, p.images, p.max_abs, p.relative, f"{p.cosine:.8f}", f"{p.top1_agreement:.1f} %"]
         for stage, p in result.parity.items()
@@ -44,10 +45,10 @@ def print_export(result: CheckpointExportResult, layers: bool, images: str) -> N
         if layers:
             print_layers(q.layers)
     size = result.onnx.stat().st_size / 1e6
-    print(f"{result.onnx}  {size:.1f} MB, {result.arch}, {result.seconds:.1f} s")
+    print(f"{printable(str(result.onnx), 5000)}  {size:.1f} MB, {result.arch}, {result.seconds:.1f} s")
     if result.engine is not None and result.plan is not None:
         plan = result.plan
-        print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
+        print(f"{printable(str(plan), 5000)}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
     print()
     _print_choices(result.choices)
 

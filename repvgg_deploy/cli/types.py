@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +26,32 @@ else:
     SizeType = ChannelsType = NameType = ListType = click.ParamType
 
 _LARGEST = 8192
+
+
+class FilePath(click.Path):
+    """A path that the system can look up, whether there is something or not."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """`value` as a path.
+
+        Raises:
+            DeployError: it is too long, has a NUL character, or leads through a folder that may not be entered.
+        """
+        try:
+            os.stat(value)  # noqa: PTH116 (a value that is no path yet)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:
+            # A link to itself is nothing that can be read; whoever replaces it with a file does not follow it.
+            if getattr(error, "errno", None) != errno.ELOOP:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise DeployError(
+                    f"the path {value} cannot be used: {reason}", "check it, and its permissions"
+                ) from error
+        return super().convert(value, param, ctx)
 
 
 class FiniteRange(click.FloatRange):

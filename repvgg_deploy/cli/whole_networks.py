@@ -13,6 +13,7 @@ import click
 from repvgg_deploy.cli.command import Outcome, option_group, show_progress
 from repvgg_deploy.cli.options import PATH, flag, is_given, take_preprocessing
 from repvgg_deploy.cli.startup import prepare_process
+from repvgg_deploy.printable import printable
 
 if TYPE_CHECKING:
     from repvgg_deploy.workflows.export_result import ModuleExportResult
@@ -139,7 +140,8 @@ def print_module_export(result: ModuleExportResult) -> None:
     ]
     print_table(["stage", "output", "max abs", "relative", "cosine", "agreement"], rows)
     print(f"{len(result.blocks)} blocks fused; {sum(len(c.layers) for c in result.chains)} convolutions in INT8")
-    print(f"{result.onnx}  {Path(result.onnx).stat().st_size / 1e6:.1f} MB, {result.module}, {result.seconds:.1f} s")
+    megabytes = Path(result.onnx).stat().st_size / 1e6
+    print(f"{printable(str(result.onnx), 5000)}  {megabytes:.1f} MB, {result.module}, {result.seconds:.1f} s")
     if result.engine is not None and result.plan is not None:
         plan = result.plan
-        print(f"{plan}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")
+        print(f"{printable(str(plan), 5000)}  {plan.stat().st_size / 1e6:.1f} MB, {result.engine.side.label}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -107,11 +108,9 @@ def read_plan(plan: Path) -> bytes:
         DeployError: there is no such file, or it cannot be read.
     """
     try:
-        return plan.read_bytes()
+        return read_file(plan, str(plan), "check the path and its permissions", sys.maxsize - 1)
     except FileNotFoundError as error:
         raise DeployError(f"there is no engine {plan}", "build one: `repvgg-deploy export`") from error
-    except OSError as error:
-        raise DeployError(f"cannot read {plan}: {error.strerror}") from error
 
 
 def require_unchanged(plan: Path, content: bytes, side: Sidecar) -> None:

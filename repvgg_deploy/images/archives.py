@@ -50,7 +50,7 @@ def index_archive(path: Path) -> ArchiveIndex:
         with path.open("rb") as file:
             # What was found before an error stays in the list.
             members.extend(_walk(path, file, "", depth=1))
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         return ArchiveIndex(tuple(members), _explain(error))
     return ArchiveIndex(tuple(members))
 
@@ -61,6 +61,9 @@ def _walk(path: Path, file: BinaryIO, prefix: str, depth: int) -> Iterator[TarMe
         for member in tar:
             if not member.isreg() or member.issparse():
                 continue
+            if member.size < 0:
+                # Python's module reads such a size from a number of 12 bytes.
+                raise tarfile.ReadError("damaged: a member has a negative size")
             name = prefix + member.name
             if depth and member.name.lower().endswith(_NESTED):
                 file.seek(member.offset_data)

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from repvgg_deploy.errors import ImageError
+from repvgg_deploy.errors import DeployError, ImageError
 from repvgg_deploy.images.archives import TarMember, index_archive
 from repvgg_deploy.images.sources import ARCHIVES, SUFFIXES, ImageSource, Unreadable, find_images, walk_folder
+from repvgg_deploy.typed_values import read_file
 
 _LAYOUTS = "expected DIR/<class>/<image>.jpg, tar archives, or a flat folder with a ground-truth file"
 _MAP = "map_clsloc.txt"
+# A line per image, of millions.
+_MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def _sample_key(member: TarMember) -> str:
 def _read_index(member: TarMember) -> int:
     try:
         return int(member.read()[:32])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise ImageError(f"{member} is not the index of a class", "a .cls member holds one number") from error
 
 
@@ -159,8 +162,8 @@ def _with_ground_truth(found: tuple[ImageSource, ...], path: Path) -> LabelledIm
 def _read_rows(path: Path) -> list[list[str]]:
     """The fields of each line, split at commas, tabs or spaces; without a header and empty lines."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(path, f"the ground truth {path}", "a text file", _MOST_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, DeployError) as error:
         raise ImageError(f"{path} cannot be read as a ground truth ({error})", "a text file") from error
     rows = [row for line in text.splitlines() if (row := next(csv.reader([line]), [])) and not line.startswith("#")]
     # Kaggle's: `ImageId,PredictionString`, and boxes after the class.

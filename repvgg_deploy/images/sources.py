@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from repvgg_deploy.errors import ImageError
+from repvgg_deploy.errors import DeployError, ImageError
 from repvgg_deploy.images.archives import TarMember, index_archive
+from repvgg_deploy.typed_values import read_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is decoded, by Pillow's names; other formats run little-reviewed decoders, or other programs."""
@@ -21,6 +22,8 @@ SUFFIXES = frozenset({
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".tga", ".psd", ".eps", ".ico",
 })  # fmt: skip
 ARCHIVES = frozenset({".tar"})
+# A path per line, of millions of images.
+_MOST_BYTES = 1 << 30
 
 _KNOWN = "JPEG, PNG, WebP, TIFF, BMP or GIF files, a folder or a tar archive of them, or a list of their paths"
 
@@ -62,7 +65,7 @@ def read_source(source: ImageSource, max_bytes: int) -> bytes:
         data = source.read() if isinstance(source, TarMember) else source.read_bytes()
     except FileNotFoundError as error:
         raise ImageError(f"there is no image {source}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ImageError(f"{source} cannot be read ({reason})") from error
     if isinstance(source, TarMember) and len(data) < source.size:
@@ -103,7 +106,13 @@ def find_images(sources: Iterable[Path | str]) -> tuple[ImageSource, ...]:
 
 
 def _expand(source: Path) -> Iterator[ImageSource]:
-    if source.is_dir():
+    if "\0" in str(source):
+        raise ImageError("a path has a NUL character, which no file's name has", f"give {_KNOWN}")
+    try:
+        is_folder = source.is_dir()
+    except OSError as error:
+        raise ImageError(f"{source} cannot be read ({error.strerror})", f"give {_KNOWN}") from error
+    if is_folder:
         yield from walk_folder(source)
     elif source.suffix.lower() in ARCHIVES and source.exists():
         yield from list_archive(source)
@@ -160,8 +169,8 @@ def list_archive(path: Path) -> Iterator[ImageSource]:
 
 def _read_list(source: Path) -> Iterator[ImageSource]:
     try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(source, f"the list {source}", "a text file, one path per line", _MOST_BYTES).decode()
+    except (OSError, UnicodeDecodeError, DeployError) as error:
         raise ImageError(f"{source} is not a list of images ({error})", "a text file, one path per line") from error
     yield from list_lines(text.splitlines(), source.parent)
 

@@ -234,7 +234,8 @@ def _classes(signature: _Signature, provenance: Provenance | None) -> int | None
     if provenance is not None and "outputs" in provenance.extra:
         return 0
     if "classes" not in signature.outputs:
-        return next(iter(signature.outputs.values()))[-1]
+        # A scalar has no classes.
+        return next((shape[-1] if shape else None for shape in signature.outputs.values()), None)
     known = provenance.extra.get("classes") if provenance is not None else None
     return known if isinstance(known, int) else None
 

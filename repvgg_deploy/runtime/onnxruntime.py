@@ -14,6 +14,7 @@ import numpy as np
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.graphs.serialization import read_skeleton
+from repvgg_deploy.runtime.failures import first_line, is_graph_failure
 from repvgg_deploy.runtime.saturation import EXACT, find_saturating_layers, has_integers, saturates_here
 
 _CUDA = "CUDAExecutionProvider"
@@ -84,7 +85,7 @@ class OnnxRunner:
         try:
             self._session = runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:
-            if not _is_its_own(error):
+            if not is_graph_failure(error):
                 raise
             raise _explain(error, path, provider) from error
         first = self._session.get_providers()[0]
@@ -167,7 +168,7 @@ class OnnxRunner:
         try:
             yield
         except Exception as error:
-            if not _is_its_own(error) and not isinstance(error, MemoryError | RuntimeError | ValueError):
+            if not is_graph_failure(error):
                 raise
             raise _explain_run(error, self._path, images) from error
 
@@ -213,14 +214,8 @@ class BoundRun:
         return {name: value.numpy() for name, value in self._outputs.items()}
 
 
-def _is_its_own(error: Exception) -> bool:
-    """Whether ONNX Runtime raised it: its exceptions have no common base class except Exception."""
-    return type(error).__module__.split(".")[0] == "onnxruntime"
-
-
 def _explain_run(error: Exception, path: Path, images: Array) -> DeployError:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    said = lines[0].strip() if lines else type(error).__name__
+    said = first_line(error)
     what = f"an input of {'x'.join(map(str, images.shape))} {images.dtype}"
     if isinstance(error, MemoryError) or any(word in str(error) for word in ("bad_alloc", "Failed to allocate memory")):
         return GraphError(f"there is too little memory to run {path} on {what}", "a smaller batch")
@@ -228,7 +223,9 @@ def _explain_run(error: Exception, path: Path, images: Array) -> DeployError:
 
 
 def _explain(error: Exception, path: Path, provider: str) -> DeployError:
-    said = str(error).splitlines()[0]
+    if isinstance(error, UnicodeDecodeError):
+        return GraphError(f"{path} has names that are not UTF-8", "export it again")
+    said = first_line(error)
     if "default CPU EP" in said:
         # A provider whose libraries are missing is left out of the session, which then finds the CPU's alone.
         return DeployError(

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from repvgg_deploy.errors import GraphError
 from repvgg_deploy.files import scratch_folder
+from repvgg_deploy.graphs.reading import read_graph
+from repvgg_deploy.runtime.failures import is_graph_failure
 
 EXACT = ("session.x64quantprecision", "1")
 """ONNX Runtime's session option for kernels that add in 32 bits; about half as fast, without effect on other CPUs."""
@@ -62,8 +64,8 @@ def saturates_here() -> bool:
 def has_integers(path: Path) -> bool:
     """Whether an ONNX graph quantizes anything."""
     try:
-        skeleton = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError):
+        skeleton = read_graph(path)
+    except GraphError:
         # The code that opens the file to run it reports what is wrong with it.
         return False
     return any(node.op_type in _QUANTIZED for node in skeleton.graph.node)
@@ -89,7 +91,7 @@ def find_saturating_layers(path: Path) -> tuple[str, ...]:
         try:
             runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            if type(error).__module__.split(".")[0] != "onnxruntime":
+            if not is_graph_failure(error):
                 raise
             return ()
         model = onnx.load(optimized)

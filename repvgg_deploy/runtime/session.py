@@ -9,6 +9,7 @@ import onnx
 
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import GraphError
+from repvgg_deploy.runtime.failures import first_line, is_graph_failure
 from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 
 
@@ -35,10 +36,9 @@ class GraphSession:
         try:
             self._session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            # ONNX Runtime's exceptions have no common base class except Exception.
-            if type(error).__module__.split(".")[0] != "onnxruntime":
+            if not is_graph_failure(error):
                 raise
-            raise GraphError(f"ONNX Runtime does not load the graph: {str(error).splitlines()[0]}") from error
+            raise GraphError(f"ONNX Runtime does not load the graph: {first_line(error)}") from error
         self.inputs = tuple(item.name for item in self._session.get_inputs())
         self.outputs = tuple(item.name for item in self._session.get_outputs())
 
@@ -51,7 +51,7 @@ class GraphSession:
         try:
             values = self._session.run(None, dict(feeds))
         except Exception as error:
-            if type(error).__module__.split(".")[0] != "onnxruntime":
+            if not is_graph_failure(error):
                 raise
-            raise GraphError(f"the graph does not run: {str(error).splitlines()[0]}") from error
+            raise GraphError(f"the graph does not run: {first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repvgg_deploy.artifacts import PreprocessingOptions
-from repvgg_deploy.errors import DeployError, GraphError
+from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import file_kind, hash_file
 from repvgg_deploy.nets.cards import RepVGGCard, match_card, require_arch
 from repvgg_deploy.nets.cost import count_flops, count_parameters
@@ -111,16 +111,11 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
     import math
 
     import onnx
-    from google.protobuf.message import DecodeError
 
     from repvgg_deploy.graphs.metadata import METADATA_PREFIX, read_metadata
+    from repvgg_deploy.graphs.reading import read_graph
 
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise GraphError(f"{path} is a truncated or damaged ONNX graph", "export it again") from error
-    if not model.graph.node:
-        raise GraphError(f"{path} is not an ONNX graph, or a truncated one: it has no nodes", "export it again")
+    model = read_graph(path)
     properties = {p.key: p.value for p in model.metadata_props}
     require_arch(path, read_metadata(properties), arch)
     ops = [node.op_type for node in model.graph.node]

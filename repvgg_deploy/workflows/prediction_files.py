@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
+from repvgg_deploy.printable import dump_json
 from repvgg_deploy.serving.tables import as_text, import_pyarrow, make_table, prediction_schema
 
 Row = Mapping[str, Any]
@@ -23,7 +24,7 @@ _ROW_GROUP = 4096
 
 def encode_row(row: Row) -> bytes:
     """A row as a line of JSON Lines; a file's name that is not UTF-8 has escapes for what is not."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+    return dump_json(row).encode() + b"\n"
 
 
 class Journal:

@@ -147,3 +147,24 @@ def test_big_endian_file_is_read(state: State, save: Save, tmp_path: Path) -> No
             target.writestr(name, content)
     expected = load_checkpoint(source).tensors
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_checkpoint(path).tensors.items())
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("kind", ["npz", "a checkpoint in an archive"])
+def test_damaged_bytes_are_one_error_wherever_they_are(method: int, kind: str, state: State, tmp_path: Path) -> None:
+    path, inner = tmp_path / "net.npz", io.BytesIO()
+    torch.save(state, inner)
+    with zipfile.ZipFile(path, "w", method) as archive:
+        if kind == "npz":
+            for name, tensor in state.items():
+                array = io.BytesIO()
+                np.save(array, tensor.numpy())
+                archive.writestr(f"{name}.npy", array.getvalue())
+        else:
+            archive.writestr("net.pth", inner.getvalue())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(path)
+    assert raised.value.hint

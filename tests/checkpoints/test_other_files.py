@@ -61,6 +61,19 @@ def test_npz_with_an_array_of_objects_is_refused_without_unpickling(state: State
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "header", ["(" * 5000, "{'descr': ", "[" * 199, "{'descr': (), 'fortran_order': 0, 'shape': 1}"]
+)
+def test_npz_whose_header_is_no_literal_is_refused(header: str, state: State, tmp_path: Path) -> None:
+    np.savez(tmp_path / "net.npz", **arrays(state))
+    raw = header.encode() + b"\n"
+    with zipfile.ZipFile(tmp_path / "net.npz", "a") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\1\0" + len(raw).to_bytes(2, "little") + raw)
+    with pytest.raises(CheckpointError, match=r"x\.npy is damaged") as raised:
+        load_checkpoint(tmp_path / "net.npz")
+    assert raised.value.hint
+
+
 def test_npz_whose_header_claims_gigabytes_is_refused(state: State, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     header = io.BytesIO()

@@ -20,7 +20,7 @@ from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.activations import parse_activation
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.nets.settings import StructureOptions
+from repvgg_deploy.nets.settings import NO_SETTINGS, StructureOptions
 
 CIFAR = (1, 1, 2, 2, 2)
 
@@ -176,6 +176,9 @@ def test_transformers_preprocessor_is_read(save) -> None:
         {"mean": 0.31, "std": 0.02},
         {"mean": [0.1], "std": [0.2]},
         {"strides": [4, 8, 16], "stride": 32, "activation": "softmax"},
+        {"crop_pct": 10**400, "input_size": [3, 10**400, 32], "mean": [10**400], "std": [10**400]},
+        {"activation": {"type": "LeakyReLU", "negative_slope": 10**400}},
+        {"label_names": ["\ud800", "a", "b", "c", "d"]},
     ],
 )
 def test_what_is_of_another_net_or_makes_no_sense_is_not_used(save, config) -> None:
@@ -189,6 +192,12 @@ def test_damaged_json_is_as_none(save) -> None:
     for text in ("{", "[" * 100_000, "\udcff"):
         (path.parent / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         assert preprocessing_of(path).height == 224
+
+
+@pytest.mark.parametrize("value", [0.5, 10**30, True, {"a": 1}, [1.5, None]])
+@pytest.mark.parametrize("key", ["architecture", "architectures", "model_type"])
+def test_names_of_architectures_that_are_no_text_say_nothing(key, value, save) -> None:
+    assert load_checkpoint(timm_folder(save, {key: value})).settings == NO_SETTINGS
 
 
 def test_settings_that_contradict_the_tensors_are_told_and_not_used(save) -> None:

@@ -67,11 +67,15 @@ def test_a_file_may_be_written_by_hand(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('opsett = 17\n', "unknown option 'opsett'. Did you mean opset"),
-        ("opset = \n", "cannot be read"),
+        ("opset = \n", "cannot read"),
+        ("export = 1\n", "export is a value, not a table"),
+        ("export = [[1]]\n", "export is a value, not a table"),
+        ("x = " + "[" * 5000, "cannot read"),
+        ("\0", "cannot read"),
         ('opset = "many"\n', "'many' is not a valid integer"),
         ("[other]\nopset = 17\n", "unknown option 'other'"),
     ],
-    ids=["key", "syntax", "value", "table"],
+    ids=["key", "syntax", "a number", "a list", "deep", "control character", "value", "table"],
 )  # fmt: skip
 def test_a_file_that_cannot_be_meant_is_wrong_usage(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "options.toml"

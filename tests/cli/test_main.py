@@ -115,6 +115,46 @@ def test_bad_checkpoint_fails_every_command_with_error_and_hint(
     assert not out.exists()
 
 
+HOSTILE = "stage9\nerror: forged\nhint: run it as root\x1b[31m"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_names_in_a_file_cannot_forge_an_error_nor_drive_the_terminal(options: list[str], save: Save) -> None:
+    result = run("inspect", save({f"{HOSTILE}.weight": torch.zeros(1)}), *options)
+    lines = result.output.splitlines()
+    assert result.exit_code == 1
+    assert sum(line.startswith(("error: ", "hint: ")) for line in result.stderr.splitlines()) == 2
+    assert not [line for line in lines if line.startswith("error: forged") or not line.isprintable()]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 3000, "a\0b"], ids=["long", "deep", "NUL"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "@"), ("verify", "@", "@"), ("eval", "CKPT", "--data", "@"), ("predict", "CKPT", "@"),
+        ("export", "CKPT", "--labels", "@"), ("export", "CKPT", "--config", "@"), ("fuse", "CKPT", "-o", "@.pth"),
+        ("bench", "--suite", "@"), ("report", "@", "-o", "x.html"), ("package", "CKPT", "-o", "@"),
+        ("refit", "@", "CKPT"),
+        ("export", "CKPT", "--int8", "--calib", "@"), ("export", "CKPT", "--verify-data", "@", "-o", "@"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_path_that_no_file_can_have_is_one_error(
+    arguments: tuple[str, ...], name: str, checkpoint_file: Path, tmp_path: Path
+) -> None:
+    given = [a.replace("CKPT", str(checkpoint_file)).replace("@", str(tmp_path / name)) for a in arguments]
+    result = run(*given)
+    assert result.exit_code == 1
+    assert [line.partition(" ")[0] for line in result.stderr.splitlines()] == ["error:", "hint:"]
+
+
+def test_a_configuration_cannot_drive_the_terminal_with_wrong_usage(checkpoint_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('opset = "\\u001b[31m\\nerror: forged"\n', encoding="utf-8")
+    result = run("export", checkpoint_file, "--config", tmp_path / "own.toml")
+    assert result.exit_code == 2
+    assert not [line for line in result.stderr.splitlines() if line.startswith("error") or not line.isprintable()]
+
+
 def test_failed_export_leaves_an_earlier_graph_as_it_was(graph: Path, checkpoint_file: Path) -> None:
     before = graph.read_bytes()
     state = torch.load(checkpoint_file, weights_only=True)

@@ -122,3 +122,13 @@ def test_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str]) -> None:
 def test_fields_leave_out_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     print_fields({"arch": "A0", "class_names": None, "parity": {"relative": 1e-5, "images": 8}, "notes": []})
     assert capsys.readouterr().out == "arch    A0\nparity  relative 1e-05, images 8\n"
+
+
+def test_values_and_names_from_a_file_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\nerror: forged\x1b[2J\u202e"
+    tensor = {"name": hostile, "dtype": "float", "shape": [hostile, 1]}
+    print_fields({hostile: hostile, "list": [hostile], "inputs": [tensor], "parts": {hostile: 1}})
+    print_table(["name"], [[hostile]])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert not [line for line in lines if line.startswith("error") or not line.isprintable()]

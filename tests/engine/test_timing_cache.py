@@ -15,6 +15,7 @@ from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.backends import Backend, Capabilities
 from repvgg_deploy.engine.network import create_builder
 from repvgg_deploy.engine.timing_cache import cache_path, use_timing_cache
+from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import cache_folder
 from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 from repvgg_deploy.progress import SILENT
@@ -38,6 +39,17 @@ def test_the_cache_is_in_the_users_cache_folder(own_cache: Path, monkeypatch: py
     assert cache_folder() == own_cache / "repvgg-deploy"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder().is_relative_to(Path.home())
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(DeployError, match="no home folder") as raised:
+        cache_folder()
+    assert raised.value.hint == "set XDG_CACHE_HOME"
 
 
 def test_backend_version_and_gpu_each_have_a_cache_of_their_own() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from helpers.pictures import tar_bytes, write_tar
 
+from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images.archives import index_archive
+from repvgg_deploy.images.sources import read_source
 
 FILES = {"a.jpg": b"A" * 700, "folder/b.jpg": b"B" * 10, "empty.jpg": b"", "x" * 200 + ".jpg": b"long"}
 
@@ -57,3 +59,17 @@ def test_compressed_and_missing_archives_say_so(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(tar_bytes(FILES)))
     assert "uncompressed" in str(index_archive(path).problem)
     assert index_archive(tmp_path / "none.tar").problem == "No such file or directory"
+
+
+@pytest.mark.parametrize("size", [b"\x80" + b"\x7f" * 11, b"\xff" * 12, b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7])
+def test_a_size_that_no_file_has_is_damage(size: bytes, tmp_path: Path) -> None:
+    content = bytearray(tar_bytes({"a/1.png": b"x" * 600, "a/2.png": b"y"}))
+    content[124:136] = size
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    (tmp_path / "a.tar").write_bytes(content)
+    index = index_archive(tmp_path / "a.tar")
+    assert index.problem
+    for member in index.members:
+        with pytest.raises(ImageError):
+            read_source(member, 1 << 80)

@@ -124,6 +124,13 @@ def test_images_of_formats_that_are_not_decoded_are_listed_all_the_same(tmp_path
     assert len(find_images([tmp_path])) == 2
 
 
+def test_name_that_no_file_can_have_is_an_error(tmp_path: Path) -> None:
+    for name in ("a\0b", "a\0*", "x" * 300, "y/" * 3000):
+        with pytest.raises(ImageError) as raised:
+            find_images([tmp_path / name])
+        assert raised.value.hint
+
+
 def test_pipe_is_no_image_and_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(ImageError, match="not a regular file"):

@@ -210,6 +210,7 @@ def test_graph_without_the_right_ending_is_told_by_its_first_byte(graph: Callabl
         ([["n", 3, 32, 32]], [["n", 3, 32, 32]]),
         ([["n", 3, 32]], [["n", 3, 32]]),
         ([["n", 3, 32, 32], ["n", 3, 32, 32]], [["n", 3, 32, 32]]),
+        ([["n", 3, 32, 32]], [[]]),
     ],
 )
 def test_graph_that_is_no_image_classifier_is_an_error(

@@ -173,9 +173,10 @@ def test_a_fixed_batch_of_nothing_or_of_more_than_memory_is_an_error(tmp_path: P
     assert raised.value.hint
 
 
-def test_names_that_are_not_utf8_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [b"images", b"Conv"])
+def test_names_that_are_not_utf8_are_an_error(name: bytes, tmp_path: Path) -> None:
     path = conv_graph(tmp_path / "net.onnx")
-    path.write_bytes(path.read_bytes().replace(b"images", b"im\xff\xfees"))
+    path.write_bytes(path.read_bytes().replace(name, name[:-2] + b"\xff\xfe"))
     with pytest.raises(GraphError, match="names that are not UTF-8"):
         OnnxRunner(path)
 

@@ -1,0 +1,148 @@
+"""The fuzzer: its cases come from their seed, its watch sees what it is for, and a share of its cases passes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from fuzzing import checkpoints, graphs, paths, pictures, texts
+from fuzzing.cases import UnreadableError
+from fuzzing.child import CPU_SECONDS, MEMORY, Result
+from fuzzing.mutations import FORGED
+from fuzzing.oracle import compare_logits, compute_logits, read_tensors
+from fuzzing.pickles import split_pickle
+from fuzzing.verdict import judge
+from fuzzing.zips import read_zip, write_zip
+
+from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.fusion.fuse import fuse
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMATS = (*checkpoints.FORMATS, *graphs.FORMATS, *texts.FORMATS, *pictures.FORMATS, *paths.FORMATS)
+CLEAR = Result(1, "", "error: the file is damaged\nhint: copy it again\n", "", (), "", False, 0.1, 0.1, 1 << 20)
+SHARE, SEED = 261, 7
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_cases_come_from_their_seed_and_differ(form) -> None:
+    made = [form.make(Random(f"a/{number}")) for number in range(12)]
+    again = [form.make(Random(f"a/{number}")) for number in range(12)]
+    assert [(c.arguments, c.files, c.mutation) for c in made] == [(c.arguments, c.files, c.mutation) for c in again]
+    assert len({(case.arguments, tuple(case.files.values())) for case in made}) > 6
+
+
+def test_clear_errors_and_successes_are_allowed() -> None:
+    assert judge(CLEAR).outcome == "error"
+    assert judge(replace(CLEAR, status=0, stderr="note: fine\n")).outcome == "success"
+    assert judge(replace(CLEAR, status=2, stderr="Usage: …\nError: no such option\n")).outcome == "usage"
+    assert judge(replace(CLEAR, status=3)).outcome == "limit"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"crash": "Traceback …\nKeyError: 'x'"}, "traceback: KeyError"),
+        ({"stderr": "Traceback (most recent call last):\nerror: x\n"}, "a traceback on standard error"),
+        ({"stderr": ""}, "0 errors and 0 hints"),
+        ({"stderr": f"error: x\nerror: {FORGED}\n"}, "an error is forged"),
+        ({"stdout": f"name\nerror: {FORGED}\n", "status": 0}, "an error is forged"),
+        ({"stderr": "error: \x1b[31mred\n"}, "a control character"),
+        ({"stdout": "a\u202eb"}, "a control character"),
+        ({"status": -11}, "ended by signal 11"),
+        ({"status": 70}, "exit status 70"),
+        ({"status": None}, "it ran too long"),
+        ({"cpu_s": CPU_SECONDS + 1.0}, "s of CPU time"),
+        ({"peak_bytes": MEMORY + 1}, "MiB of memory"),
+        ({"violations": ("os.system ('id',)",)}, "canary: os.system"),
+        ({"wrong": "logits differ", "status": 0}, "wrong output"),
+    ],
+)
+def test_all_else_is_a_failure(change: dict, reason: str) -> None:
+    verdict = judge(replace(CLEAR, **change))
+    assert verdict.outcome == "failed"
+    assert reason in verdict.reason
+
+
+CANARY = """
+import os, pickle, socket, sys
+sys.path.insert(0, {bench!r})
+from pathlib import Path
+from fuzzing.cases import UnreadableError
+from fuzzing.child import Canary
+canary = Canary((Path({inside!r}),))
+canary.is_armed = True
+Path({inside!r}, "kept").write_text("x")
+Path({inside!r}, "folder").mkdir()
+Path({inside!r}, "kept").read_text()
+print(len(canary.seen))
+for attempt in (
+    lambda: os.system("true"), lambda: Path({outside!r}).write_text("x"), lambda: Path({outside!r}).unlink(),
+    lambda: os.mkdir({outside!r}), lambda: os.rename(Path({inside!r}, "kept"), {outside!r}),
+    lambda: socket.create_connection(("127.0.0.1", 9), 0.1), lambda: pickle.loads(b"cos\\ngetcwd\\n."),
+    lambda: os.posix_spawn("/bin/true", ["true"], {{}}), lambda: os.open({outside!r}, os.O_WRONLY | os.O_CREAT),
+):
+    before = len(canary.seen)
+    try:
+        attempt()
+    except OSError:
+        pass
+    print(len(canary.seen) > before)
+"""
+
+
+def test_the_canary_sees_what_a_command_must_not_do(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    values = {"bench": str(ROOT / "bench"), "inside": str(tmp_path / "in"), "outside": str(tmp_path / "outside")}
+    result = subprocess.run([sys.executable, "-c", CANARY.format(**values)], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["0", *["True"] * 9]
+
+
+def test_the_oracle_agrees_with_the_package_on_a_whole_net(tmp_path: Path) -> None:
+    net = build(load_checkpoint(checkpoints.checkpoint_file(tmp_path)))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for form in (net, fuse(net)):
+        with torch.no_grad():
+            assert compare_logits(form(images), compute_logits(checkpoints.make_tensors(), images)) is None
+
+
+def test_the_oracle_sees_one_weight(tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    tensors = read_tensors(checkpoints.checkpoint_file(tmp_path).read_bytes())
+    wanted = compute_logits({key.removeprefix("state_dict."): value for key, value in tensors.items()}, images)
+    tensors["state_dict.stage2.1.rbr_identity.weight"] *= 1.2
+    assert "differ" in str(compare_logits(compute_logits(tensors, images), wanted))
+    with pytest.raises(UnreadableError):
+        compute_logits({}, images)
+
+
+def test_archives_and_pickles_are_put_together_as_they_were(tmp_path: Path) -> None:
+    content = checkpoints.checkpoint_file(tmp_path).read_bytes()
+    (tmp_path / "again.pth").write_bytes(write_zip(read_zip(content)))
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert torch.equal(again["state_dict"]["linear.bias"], checkpoints.make_tensors()["linear.bias"])
+    entry = next(each for each in read_zip(content).entries if each.local.name.endswith(b"data.pkl"))
+    instructions, rest = split_pickle(entry.data)
+    assert b"".join(instructions) + rest == entry.data
+
+
+def test_a_share_of_the_cases_ends_in_clear_errors_or_right_output(tmp_path: Path) -> None:
+    log = tmp_path / "fuzz.jsonl"
+    command = [sys.executable, "bench/fuzz.py", "run", "--cases", str(SHARE), "--seed", str(SEED), "--log", str(log)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    outcomes = Counter(row["outcome"] for row in rows)
+    assert len(rows) == SHARE
+    assert outcomes["error"] > SHARE / 5
+    assert outcomes["success"] > SHARE / 10
+    assert {row["format"] for row in rows} == {form.name for form in FORMATS}
+    assert sum(row["checked"] for row in rows) > 10
