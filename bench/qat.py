@@ -126,14 +126,19 @@ def train(
     some = slice(None, None, max(1, len(images) // 500))
     rows: list[dict[str, Any]] = []
     begin, measured = time.process_time(), 0.0
+    every = -(-arguments.steps // _POINTS)
+    taken: list[dict[str, float]] = []
     while training.done < arguments.steps:
-        values = training.step(data.take, len(data), limits)
+        taken.append(training.step(data.take, len(data), limits))
         cpu = time.process_time() - begin - measured
         over = arguments.minutes is not None and cpu > 60 * arguments.minutes
-        if training.done % max(1, arguments.steps // _POINTS) == 0 or training.done == arguments.steps or over:
+        if training.done % every == 0 or training.done == arguments.steps or over:
             before = time.process_time()
             figures = measure(training.student, images[some], labels[some], exact[some])
             measured += time.process_time() - before
+            # One batch alone says little.
+            values = {name: round(float(np.mean([step[name] for step in taken])), 4) for name in taken[0]}
+            taken.clear()
             rows.append({"step": training.done, **values, "cpu_s": round(cpu, 1), **_followed(figures)})
             print(rows[-1], flush=True)
             _write_rows(rows, curves)

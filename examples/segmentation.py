@@ -1,15 +1,16 @@
 """A segmentation net with a RepVGG backbone, from its training to an INT8 graph and an engine, on two cores.
 
-    python examples/segmentation.py [FOLDER]
+    python examples/segmentation.py [--qat] [FOLDER]
 
 A small PSPNet (dilated last blocks, pooling at three sizes, upsampling) learns to find circles, squares and triangles
 in drawn pictures. It is exported in fp32 and INT8; what both find is scored by mean intersection over union (mIoU), and
-drawn side by side. Needs `pip install 'repvgg-deploy[cpu,modules]'`.
+drawn side by side. With `--qat` the net is then trained for its integers, in its own training loop, and exported with
+the scales it learned. Needs `pip install 'repvgg-deploy[cpu,modules]'`.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from repvgg_deploy import export_module
+from repvgg_deploy import convert_qat, export_module, prepare_qat
+from repvgg_deploy.quantization.qat import QatScales
+from repvgg_deploy.quantization.qat_scales import observe_scales
 
 SIZE, CLASSES, STEPS, BATCH = 64, 4, 500, 16
 COLORS = np.array([[30, 30, 40], [230, 90, 70], [80, 180, 250], [250, 210, 80]], np.uint8)
@@ -94,10 +97,11 @@ def draw(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pictures.clip(0, 1)), torch.from_numpy(masks)
 
 
-def train(net: nn.Module, steps: int = STEPS) -> nn.Module:
-    """`net` itself, trained on fresh pictures in every step."""
-    optimizer = torch.optim.AdamW(net.parameters(), 4e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+def train(net: nn.Module, steps: int = STEPS, rate: float = 1e-2) -> nn.Module:
+    """`net` itself, trained on other pictures in every step."""
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     pictures, masks = draw(1024, seed=1)
     for step in range(steps):
         chosen = torch.randint(len(pictures), (BATCH,), generator=torch.Generator().manual_seed(step))
@@ -109,6 +113,12 @@ def train(net: nn.Module, steps: int = STEPS) -> nn.Module:
         if step % 100 == 99:
             print(f"  step {step + 1} of {steps}: loss {loss.item():.3f}")
     return net.eval()
+
+
+def train_for_int8(net: nn.Module, batches: list[Tensor], steps: int) -> tuple[nn.Module, QatScales]:
+    """A trained `net` after more of the same training, with its blocks in integers, and the scales of the integers."""
+    prepared = prepare_qat(net, observe_scales(net, batches))
+    return convert_qat(train(prepared, steps, rate=1e-3))
 
 
 def find(graph: Path, pictures: Tensor) -> NDArray[np.int64]:
@@ -135,8 +145,8 @@ def compose(path: Path, pictures: Tensor, masks: list[NDArray[np.int64]], scale:
     Image.fromarray(rows).resize((rows.shape[1] * scale, rows.shape[0] * scale), Image.Resampling.NEAREST).save(path)
 
 
-def main(folder: Path, steps: int = STEPS) -> dict[str, float]:
-    """Train, export, score and draw; returned is the mIoU in percent by precision."""
+def main(folder: Path, steps: int = STEPS, qat: bool = False) -> dict[str, float]:
+    """Train, export, score and draw; returned is the mIoU in percent by precision, and of the net trained for INT8."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
     start = time.perf_counter()
@@ -157,12 +167,22 @@ def main(folder: Path, steps: int = STEPS) -> dict[str, float]:
         for stage, outputs in result.parity.items():
             for name, parity in outputs.items():
                 print(f"  {stage}, {name}: relative {parity.relative:.1e}, equal pixels {parity.top1_agreement:.2f} %")
+    if qat:
+        print("training for INT8")
+        trained, scales = train_for_int8(net, calibration, steps // 4)
+        graph = folder / "segmentation.qat.onnx"
+        export_module(trained, pictures[:1], graph, precision="int8", calibration=calibration, scales=scales)
+        scores["qat"] = mean_iou(find(graph, pictures), truth.numpy())
+        print(f"int8, trained for it: mIoU {scores['qat']:.2f} %, {graph}")
     compose(folder / "segmentation.png", pictures[:4], [mask[:4] for mask in masks])
     print(f"{folder / 'segmentation.png'}: the picture, fp32, INT8; {time.perf_counter() - start:.0f} s in all")
     return scores
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "out")
-    target.mkdir(parents=True, exist_ok=True)
-    main(target)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("out"))
+    parser.add_argument("--qat", action="store_true", help="train for INT8 as well")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    main(arguments.folder, qat=arguments.qat)

@@ -22,10 +22,18 @@ from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
 from repvgg_deploy.quantization.dead_inputs import remove_dead_columns
 from repvgg_deploy.quantization.equalize import equalize_pairs
 from repvgg_deploy.quantization.layer_inputs import Streams
+from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import BATCH
+from repvgg_deploy.quantization.qat import LayerScales
 from repvgg_deploy.quantization.recipe import Recipe
-from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction, choose_scale, reconstruct_block
-from repvgg_deploy.quantization.rounding import quantize_activations
+from repvgg_deploy.quantization.reconstruct import (
+    LayerIntegers,
+    Reconstruction,
+    advance,
+    choose_scale,
+    reconstruct_block,
+)
+from repvgg_deploy.quantization.rounding import quantize_activations, round_weights
 from repvgg_deploy.quantization.statistics import PointObserver, PointStatistics
 
 
@@ -213,6 +221,44 @@ def quantize_chain(
     for index, (conv, block) in enumerate(zip(chain.convs, blocks, strict=True)):
         known = scale if index == 0 else None
         layers[conv.name] = reconstruct_block(block, streams, recipe, number + index, known)
+    return _finish(chain, layers, streams, recipe)
+
+
+@torch.no_grad()
+def round_chain(
+    chain: Chain,
+    blocks: Sequence[FusedBlock],
+    streams: Streams,
+    recipe: Recipe,
+    learned: Mapping[str, LayerScales],
+    scale: float | None,
+) -> QuantizedChain:
+    """The integers of `chain` that training learned: its weights over their scales, rounded; nothing else changes.
+
+    The arguments are those of `quantize_chain`, and `learned` are the scales by the names of the weights. Only the
+    scale of the chain's output is chosen by `recipe`.
+
+    Raises:
+        DeployError: a layer has no scales, or scales of another width.
+    """
+    layers: dict[str, LayerIntegers] = {}
+    for index, (conv, block) in enumerate(zip(chain.convs, blocks, strict=True)):
+        found = learned.get(conv.weight)
+        if found is None or len(found.weight) != len(block.conv.weight):
+            raise DeployError(
+                f"there are no scales for {conv.weight}, or scales of another width", "give what convert_qat() returned"
+            )
+        known = scale if index == 0 and scale is not None else found.input
+        rows = round_weights(block.conv.weight.flatten(1), found.weight, count_taps(block.conv.weight))
+        integers = rows.reshape(block.conv.weight.shape).to(torch.int8)
+        assert block.conv.bias is not None
+        layers[conv.name] = LayerIntegers(integers, found.weight, block.conv.bias.clone(), known)
+        streams.rounded = quantize_activations(streams.rounded, known)
+        advance(streams, block, layers[conv.name])
+    return _finish(chain, layers, streams, recipe)
+
+
+def _finish(chain: Chain, layers: dict[str, LayerIntegers], streams: Streams, recipe: Recipe) -> QuantizedChain:
     output_scale = None
     if chain.has_output_scale:
         output_scale = choose_scale(streams, None, recipe)

@@ -122,8 +122,13 @@ def reconstruct_block(
     scale = choose_scale(streams, block.conv, recipe) if scale is None else scale
     streams.rounded = quantize_activations(streams.rounded, scale)
     integers = _quantize_layer(streams, block.conv, scale, recipe, index)
-    _advance(streams, block, integers.dequantized(), integers.bias)
+    advance(streams, block, integers)
     return integers
+
+
+def advance(streams: Streams, block: FusedBlock, integers: LayerIntegers) -> None:
+    """Move both streams past `block`, which has these integers in the quantized net."""
+    _advance(streams, block, integers.dequantized(), integers.bias)
 
 
 def _advance(streams: Streams, block: FusedBlock, weight: Tensor, bias: Tensor) -> None:

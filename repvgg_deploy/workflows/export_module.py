@@ -24,6 +24,7 @@ from repvgg_deploy.graphs.repvgg import DEFAULT_OPSET
 from repvgg_deploy.graphs.torch_export import Dynamic, Signature, as_graph, export_torch, resolve_dynamic, to_half
 from repvgg_deploy.nets.repvgg import FusedBlock
 from repvgg_deploy.progress import SILENT, Progress
+from repvgg_deploy.quantization.qat import QatScales
 from repvgg_deploy.quantization.recipe import load_recipe
 from repvgg_deploy.workflows.engine_backend import choose_backend
 from repvgg_deploy.workflows.export_result import ChainSummary, ModuleExportResult
@@ -62,6 +63,7 @@ def export_module(
     engine: str = "none",
     recipe: str | Path = "accurate",
     int8_layers: Literal["blocks", "convolutions"] = "blocks",
+    scales: QatScales | None = None,
     opset: int = DEFAULT_OPSET,
     progress: Progress = SILENT,
 ) -> ModuleExportResult:
@@ -85,6 +87,8 @@ def export_module(
             a batch from 1 to eight times the example's, and half to twice its other sizes.
         recipe: of the quantization, a name in `calibration/` or a TOML file; what is learned in it is left out.
         int8_layers: the RepVGG blocks' convolutions, or all convolutions.
+        scales: for INT8 of the blocks of a trained module, what `convert_qat` returned with it: its kernels over these
+            scales are the integers then. Scales that other layers need come from `calibration`.
         opset: of the graph.
         progress: told what is going on.
 
@@ -100,7 +104,7 @@ def export_module(
     start = time.perf_counter()
     tensors = as_tuple(example)
     target = _check_target(Path(path))
-    request = _Request(Precision(precision), Path(recipe) if isinstance(recipe, Path) else recipe, int8_layers, opset)
+    request = _Request(Precision(precision), recipe, int8_layers, scales, opset)
     if request.precision is Precision.INT8 and calibration is None:
         raise DeployError("INT8 needs calibration examples", "calibration=batches of typical inputs, never random data")
     backend = choose_backend(engine, progress)
@@ -158,6 +162,7 @@ class _Request:
     precision: Precision
     recipe: str | Path
     int8_layers: str
+    scales: QatScales | None
     opset: int
 
 
@@ -176,6 +181,8 @@ def _make_graph(
     calibration: Iterable[Example] | None,
     progress: Progress,
 ) -> MadeGraph:
+    if request.scales is not None and request.precision is not Precision.INT8:
+        raise DeployError(f"scales are for INT8, not for {request.precision}", 'precision="int8", or leave them out')
     if request.precision is Precision.FP16:
         return MadeGraph(to_half(exported))
     if request.precision is Precision.FP32:
@@ -187,7 +194,10 @@ def _make_graph(
     if request.int8_layers == "blocks":
         parts = stage.fused.named_modules(remove_duplicate=False)
         weights = {f"{name}.conv.weight".lstrip(".") for name, part in parts if isinstance(part, FusedBlock)}
-    quantized = quantize_graph(exported, weights, examples, recipe, progress)
+    learned = None
+    if request.scales is not None:
+        learned = {f"{name}.conv.weight": layer for name, layer in request.scales.layers.items()}
+    quantized = quantize_graph(exported, weights, examples, recipe, progress, learned)
     return MadeGraph(quantized.model, quantized, examples)
 
 
@@ -195,7 +205,7 @@ def _metadata(stage: ModuleStage, request: _Request, quantized: QuantizedGraph |
     extra: dict[str, Any] = {"blocks": list(stage.blocks)}
     if quantized is not None:
         extra["quantization"] = {
-            "recipe": str(request.recipe),
+            "recipe": str(request.recipe) if request.scales is None else "learned scales",
             "images": quantized.examples,
             "images_sha256": quantized.examples_sha256,
             "chains": [[conv.weight for conv in q.chain.convs] for q in quantized.chains],

@@ -15,8 +15,9 @@ from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.progress import Progress
 from repvgg_deploy.quantization.chain_graph import input_scale, insert_chains, prune
-from repvgg_deploy.quantization.chains import QuantizedChain, find_chains, quantize_chain, to_blocks
+from repvgg_deploy.quantization.chains import QuantizedChain, find_chains, quantize_chain, round_chain, to_blocks
 from repvgg_deploy.quantization.layer_inputs import MEMORY_BYTES, Streams
+from repvgg_deploy.quantization.qat import LayerScales
 from repvgg_deploy.quantization.recipe import Recipe
 from repvgg_deploy.runtime.session import GraphSession
 from repvgg_deploy.torch_precision import float32
@@ -42,8 +43,11 @@ def quantize_graph(
     examples: Sequence[Feeds],
     recipe: Recipe,
     progress: Progress,
+    learned: Mapping[str, LayerScales] | None = None,
 ) -> QuantizedGraph:
     """`model`, a float32 graph, with INT8 chains of the convolutions that have these weights (None: of all).
+
+    With `learned`, scales by the names of the weights, the integers are those that were trained for.
 
     Raises:
         DeployError: there is no such convolution, no example, or an activation is not finite.
@@ -62,7 +66,11 @@ def quantize_graph(
         rounded = _capture(insert_chains(model, done), chain.x, examples, recipe) if done else exact
         scale = input_scale(chain.x, done)
         blocks = to_blocks(chain, constants)
-        done.append(quantize_chain(chain, blocks, Streams(exact, rounded), recipe, number, scale))
+        streams = Streams(exact, rounded)
+        if learned is None:
+            done.append(quantize_chain(chain, blocks, streams, recipe, number, scale))
+        else:
+            done.append(round_chain(chain, blocks, streams, recipe, learned, scale))
         number += len(chain.convs)
     progress.step("quantizing", total, total)
     return QuantizedGraph(insert_chains(model, done), tuple(done), count_examples(examples), hash_examples(examples))
