@@ -77,6 +77,15 @@ def find_engine() -> str | None:
     return None
 
 
+def has_base(engine: str, target: str) -> bool:
+    """Whether the image that a target is built on is there, or can be had."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    name = f"{target.upper()}_BASE"
+    base = os.environ.get(name) or re.findall(rf"^ARG {name}=(\S+)", text, flags=re.M)[0]
+    look = ["inspect", "--type", "image"] if engine == "buildah" else ["image", "inspect"]
+    return any(_call([engine, *words, base]).returncode == 0 for words in (look, ["pull"]))
+
+
 def build(engine: str, target: str) -> tuple[Image, float]:
     """The image of a target, and how long its build took in seconds.
 
