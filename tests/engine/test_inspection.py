@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
+from helpers.engine_graphs import rtx_backend
+from helpers.simulated_engine import simulate
 
-from repvgg_deploy.engine.inspection import convolution_precisions, parse_layers
+from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.engine.inspection import convolution_precisions, parse_layers, read_layers
 from repvgg_deploy.errors import DeployError
 
 
@@ -55,3 +59,20 @@ def test_an_engine_without_details_has_names_only() -> None:
 def test_text_that_is_not_understood_is_an_error(text: str) -> None:
     with pytest.raises(DeployError, match="cannot be parsed"):
         parse_layers(text)
+
+
+def test_the_layers_of_a_dynamic_batch_are_those_of_the_best_one(backend: Backend) -> None:
+    class Inspector:
+        execution_context: Any = None
+
+        def get_engine_information(self, layout: Any) -> str:
+            assert layout.name == "JSON"
+            known = self.execution_context is not None and self.execution_context.shape[:1] == (4,)
+            text = "Half" if known else "N/A due to dynamic shapes"
+            return json.dumps({"Layers": [{"Name": "conv", "Inputs": [{"Format/Datatype": text}]}]})
+
+    loaded = simulate(backend)
+    if backend.name == "tensorrt":
+        backend.module.LayerInformationFormat = rtx_backend().module.LayerInformationFormat
+    loaded.engine.create_engine_inspector = Inspector
+    assert [layer.precision for layer in read_layers(loaded)] == ["fp16"]
