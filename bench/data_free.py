@@ -50,8 +50,8 @@ from repvgg_deploy.quantization.net import QuantizedNet
 from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import CLASSIFIER, fused_blocks
 from repvgg_deploy.quantization.recipe import PictureOptions
-from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
+from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction
 
 REAL = (8, 32, 128, 512)
 MIXED = (8, 32)

@@ -5,7 +5,6 @@ The numbers are those of the demo model in models/; nothing is drawn by hand. `b
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization import Recipe
 from repvgg_deploy.quantization.equalize import equalize
+from repvgg_deploy.quantization.state import QuantizationState
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
@@ -166,9 +167,8 @@ def draw_equalization(fused: RepVGG) -> Figure:
     pixels, _ = draw_images(128, 1)
     images = normalize(pixels, find_card("demo").preprocessing)
     before = collect_statistics(fused, [images])
-    equal = copy.deepcopy(fused)
-    equalize(equal, before, 0.5)
-    after = collect_statistics(equal, [images])
+    equal = equalize(QuantizationState(fused, before, Recipe("the figure's", equalize=0.5)))
+    after = collect_statistics(equal.net, [images])
     name = list(before.points)[BLOCK + 1]
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     for axes, statistics, title in zip(

@@ -23,8 +23,9 @@ from repvgg_deploy.quantization.net import QuantizedNet
 from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks, walk
 from repvgg_deploy.quantization.qdq import to_qdq_onnx
-from repvgg_deploy.quantization.reconstruct import Layer, LayerIntegers, Reconstruction
+from repvgg_deploy.quantization.reconstruct import Layer
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
+from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction
 
 _CALIBRATION_IMAGES = 2
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repvgg_deploy.quantization.pair_sums import count_taps, round_in_pairs
 from repvgg_deploy.quantization.points import per_channel
-from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
+from repvgg_deploy.quantization.state import LayerIntegers, QuantizationState, Reconstruction
 
 INT32_ROOM = 2.0**30
 """Most of a bias in units of the sums. The sums themselves stay below it up to 33,000 columns; together they fit int32.
@@ -22,7 +22,12 @@ FP16_ROOM = 6e4
 """The same where the bias is float16: ONNX Runtime casts the quotient to that, of which 65,504 is the largest."""
 
 
-def make_room_for_biases(result: Reconstruction) -> Reconstruction:
+def make_room_for_biases(state: QuantizationState) -> QuantizationState:
+    """Leave room for the biases, see `make_room`. Given: a `result`. Gives: one that every runtime computes alike."""
+    return replace(state, result=make_room(state.integers))
+
+
+def make_room(result: Reconstruction) -> Reconstruction:
     """`result` with larger scales, and integers rounded anew, for those filters whose bias would not fit int32.
 
     A weight moves by half a step of the new scale at most: in units of the bias, 2⁻³¹ for each step of its input.

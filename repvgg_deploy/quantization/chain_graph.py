@@ -18,7 +18,7 @@ from repvgg_deploy.errors import GraphError
 from repvgg_deploy.graphs.torch_export import check
 from repvgg_deploy.quantization.chains import GraphReaders, QuantizedChain
 from repvgg_deploy.quantization.pair_sums import INT16_MAX, largest_pair_sum
-from repvgg_deploy.quantization.reconstruct import LayerIntegers
+from repvgg_deploy.quantization.state import LayerIntegers
 
 # Where every input is at least 0, so is the output.
 _KEEP_SIGN = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import FusedBlock
-from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
+from repvgg_deploy.quantization.bias_headroom import make_room
 from repvgg_deploy.quantization.dead_inputs import remove_dead_columns
 from repvgg_deploy.quantization.equalize import equalize_pairs
 from repvgg_deploy.quantization.layer_inputs import Streams
@@ -26,14 +26,9 @@ from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import BATCH
 from repvgg_deploy.quantization.qat import LayerScales
 from repvgg_deploy.quantization.recipe import Recipe
-from repvgg_deploy.quantization.reconstruct import (
-    LayerIntegers,
-    Reconstruction,
-    advance,
-    choose_scale,
-    reconstruct_block,
-)
+from repvgg_deploy.quantization.reconstruct import advance, choose_scale, reconstruct_block
 from repvgg_deploy.quantization.rounding import quantize_activations, round_weights
+from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.statistics import PointObserver, PointStatistics
 
 
@@ -263,7 +258,7 @@ def _finish(chain: Chain, layers: dict[str, LayerIntegers], streams: Streams, re
     if chain.has_output_scale:
         output_scale = choose_scale(streams, None, recipe)
         streams.rounded = quantize_activations(streams.rounded, output_scale)
-    roomy = make_room_for_biases(Reconstruction(layers, None)).layers
+    roomy = make_room(Reconstruction(layers, None)).layers
     return QuantizedChain(chain, tuple(roomy.values()), output_scale, _ratio_db(streams))
 
 

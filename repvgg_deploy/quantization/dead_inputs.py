@@ -7,42 +7,35 @@ Source: "Make RepVGG Greater Again: A Quantization-Aware Approach", section 3 (h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.points import fused_blocks
-from repvgg_deploy.quantization.statistics import CalibrationStatistics, PointStatistics
-
-
-@dataclass(frozen=True)
-class RemovedInputs:
-    """What was removed from one layer: dead input channels, and kernel columns in which a weight was removed.
-
-    `bound` is the largest change of any output of the layer on the calibration images, in shares of that output's root
-    mean square; it is proved from the channels' ranges, not measured.
-    """
-
-    channels: int
-    columns: int
-    bound: float
+from repvgg_deploy.quantization.state import QuantizationState, RemovedInputs
+from repvgg_deploy.quantization.statistics import PointStatistics
 
 
 @torch.no_grad()
-def remove_dead_inputs(net: RepVGG, statistics: CalibrationStatistics, share: float) -> dict[str, RemovedInputs]:
-    """Set to zero the weights of `net` that cannot matter on the calibration images; changes `net`.
+def remove_dead_inputs(state: QuantizationState) -> QuantizationState:
+    """Set to zero the weights that cannot matter on the calibration images.
+
+    Given: a `net` that computes what `statistics` were taken of. Gives: a `net` that computes the same on those images,
+    within the recipe's share `dead_inputs`, and what was `removed` of each layer; nothing new if that is None.
 
     The weight W[o, i, tap] changes output o by at most |W|·max|xᵢ|. At the kernel's centre, which never sees the
     padding, the middle of xᵢ's range goes into the bias, and what is left is |W|·(max xᵢ − min xᵢ)/2. Weights are
-    removed from the smallest change on, for as long as the sum of these bounds stays below `share` of the output's root
-    mean square, and only where a weight is larger than every kept one: small weights cost nothing.
-
-    Returns:
-        For each layer what was removed.
+    removed from the smallest change on, for as long as the sum of these bounds stays below the share of the output's
+    root mean square, and only where a weight is larger than every kept one: small weights cost nothing.
     """
-    return {name: remove_dead_columns(block.conv, statistics.points[name], share) for name, block in fused_blocks(net)}
+    share = state.recipe.dead_inputs
+    if share is None:
+        return state
+    net, points = copy.deepcopy(state.net), state.statistics.points
+    removed = {name: remove_dead_columns(block.conv, points[name], share) for name, block in fused_blocks(net)}
+    return replace(state, net=net, removed=removed)
 
 
 @torch.no_grad()

@@ -10,22 +10,28 @@ the exponent between activations and weights is that of SmoothQuant (https://arx
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG, SqueezeExciteBlock
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks, per_channel
-from repvgg_deploy.quantization.statistics import CalibrationStatistics
+from repvgg_deploy.quantization.state import QuantizationState
 
 _ROUNDS = 3
 _LIMIT = 1e8
 
 
 @torch.no_grad()
-def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) -> dict[str, Tensor]:
-    """Rescale the channels of every point between two layers; the net's function does not change. Changes `net`.
+def equalize(state: QuantizationState) -> QuantizationState:
+    """Rescale the channels of every point between two layers.
+
+    Given: a `net` that computes what `statistics` were taken of, or nearly so. Gives: a `net` that computes the same
+    with other ranges, and the `factors` (C) by which the activations of each point were divided; nothing new if the
+    recipe's exponent `equalize` is None.
 
     Maps that the net gives are not rescaled; after an activation that is not homogeneous nothing is.
 
@@ -33,17 +39,18 @@ def equalize(net: RepVGG, statistics: CalibrationStatistics, exponent: float) ->
     the largest share that its columns have of a filter's largest weight; their geometric mean over the channels is 1.
     Per-channel weight scales make the rescaled filters free; what is traded is the activation's range against the
     readers' weights.
-
-    Returns:
-        The factors (C) of each point by which its activations were divided.
     """
+    exponent = state.recipe.equalize
+    if exponent is None:
+        return state
+    net, points = copy.deepcopy(state.net), state.statistics.points
     pairs = _pairs(net)
-    largest = [torch.as_tensor(statistics.points[name].usual, device=net.device) for _, name, _ in pairs]
+    largest = [torch.as_tensor(points[name].usual, device=net.device) for _, name, _ in pairs]
     found = equalize_pairs([(block, reader) for block, _, reader in pairs], largest, exponent)
     factors = {name: factor for (_, name, _), factor in zip(pairs, found, strict=True)}
     if POOL in factors:
         factors[CLASSIFIER] = factors[POOL]
-    return factors
+    return replace(state, net=net, factors=factors)
 
 
 @torch.no_grad()

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantization.dead_inputs import RemovedInputs
 from repvgg_deploy.quantization.layer_inputs import run_layer
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks
-from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.rounding import quantize_activations
+from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction, RemovedInputs
 from repvgg_deploy.quantization.target import CLIPPING
 
 

@@ -9,7 +9,7 @@ beside the output.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -21,8 +21,7 @@ from repvgg_deploy.quantization.augmentation import draw_pictures
 from repvgg_deploy.quantization.layer_inputs import run_layer, weights_of_errors
 from repvgg_deploy.quantization.pair_sums import count_taps, round_in_pairs
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, Images, after_conv, fused_blocks, per_channel, rebatch
-from repvgg_deploy.quantization.recipe import Recipe
-from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
+from repvgg_deploy.quantization.state import LayerIntegers, QuantizationState, Reconstruction
 from repvgg_deploy.quantization.target import CLIPPING, LOWEST, UNSIGNED_HIGHEST, highest_integers
 
 # Scales and biases move by a share of what they are, weights by a share of one integer step.
@@ -95,19 +94,19 @@ class _Learnable:
         return LayerIntegers(weight, self.log_scale.detach().exp(), self.bias.detach().clone(), scale)
 
 
-def learn(
-    net: RepVGG,
-    start: Reconstruction,
-    images: Images,
-    recipe: Recipe,
-    progress: Progress = SILENT,
-) -> Reconstruction:
-    """Improve `start` by descent on the distance of logits and stage outputs to those of the float `net`.
+def learn(state: QuantizationState, images: Images, progress: Progress = SILENT) -> QuantizationState:
+    """Improve the integers by descent on the distance of logits and stage outputs to those of the float net.
+
+    Given: the `result` of `reconstruct`. Gives: a `result` of the same layers with other values; the same one if the
+    recipe's `learning` has no steps.
 
     Augmentations are drawn from `images`; the draws depend on the recipe's seed alone. TensorRT and ONNX Runtime
-    saturate at different integers, so the steps take turns. Nothing but the values in `start` changes.
+    saturate at different integers, so the steps take turns.
     """
+    net, start, recipe = state.net, state.integers, state.recipe
     options = recipe.learning
+    if not options.steps:
+        return state
     kept = _keep_images(images, net.device)
     turns = [highest_integers(net, highest) for highest in (CLIPPING, UNSIGNED_HIGHEST)]
     layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
@@ -127,7 +126,8 @@ def learn(
         optimizer.step()
         progress.step("learning", step + 1, options.steps)
     scale = None if pool is None else float(pool.detach().exp())
-    return Reconstruction({name: layer.integers() for name, layer in layers.items()}, scale)
+    result = Reconstruction({name: layer.integers() for name, layer in layers.items()}, scale)
+    return replace(state, result=result)
 
 
 def _keep_images(images: Images, device: torch.device) -> Tensor:

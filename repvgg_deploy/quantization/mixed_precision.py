@@ -14,7 +14,8 @@ from repvgg_deploy.quantization.net import QuantizedNet
 from repvgg_deploy.quantization.points import BATCH, CLASSIFIER, Images
 from repvgg_deploy.quantization.quantize import quantize, quantize_apart
 from repvgg_deploy.quantization.recipe import Recipe
-from repvgg_deploy.quantization.reconstruct import Reconstruction, take_images
+from repvgg_deploy.quantization.reconstruct import take_images
+from repvgg_deploy.quantization.state import Reconstruction
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 from repvgg_deploy.torch_precision import float32
 

@@ -15,7 +15,7 @@ from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.quantization.data_free import PictureSummary
 from repvgg_deploy.quantization.layer_report import LayerRow
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks, geometry, layer_names
-from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
+from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.target import (
     CLIPPING,
     LOWEST,

@@ -16,14 +16,14 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import equivalent_kernel_bias
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.array_files import ArrayFile, save_arrays
-from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
+from repvgg_deploy.quantization.bias_headroom import make_room
 from repvgg_deploy.quantization.layer_inputs import weights_of_energies
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
 from repvgg_deploy.quantization.pair_sums import LEVELS, count_taps
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
 from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, qat_layers
-from repvgg_deploy.quantization.reconstruct import LayerIntegers, Reconstruction
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
+from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction
 from repvgg_deploy.typed_values import Line, Sha256
 
 _KIND = "qat"
@@ -169,7 +169,7 @@ def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary 
         layers[name] = LayerIntegers(integers, found.weight, cast(Tensor, layer.bias).detach().clone(), found.input)
     if scales.pool is None:
         raise DeployError(f"the file has no scale for {POOL}", "give the file that qat wrote")
-    return QuantizedNet(fused, make_room_for_biases(Reconstruction(layers, scales.pool)), summary)
+    return QuantizedNet(fused, make_room(Reconstruction(layers, scales.pool)), summary)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ from repvgg_deploy.fusion.fuse import equivalent_kernel_bias, fuse
 from repvgg_deploy.nets.repvgg import ConvBranch, FusedBlock, RepVGG, TrainingBlock
 from repvgg_deploy.nets.spec import ArchSpec, Branch
 from repvgg_deploy.progress import SILENT, Progress
-from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
-from repvgg_deploy.quantization.equalize import equalize
 from repvgg_deploy.quantization.points import POOL, Images, fused_blocks, point_names, rebatch, walk
 from repvgg_deploy.quantization.qat import LayerScales, QatBlock, QatLinear, QatOptions, QatScales, prepare_qat
 from repvgg_deploy.quantization.qat_scales import observe_scales, scales_of
-from repvgg_deploy.quantization.quantize import quantize
+from repvgg_deploy.quantization.quantize import prepare, quantize
 from repvgg_deploy.quantization.recipe import Recipe
+from repvgg_deploy.quantization.state import QuantizationState
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 
 # A BN that scales by less than this passes nothing on, so its kernel cannot be corrected through it.
@@ -107,13 +106,10 @@ def _fused(net: RepVGG) -> RepVGG:
     return copy.deepcopy(net).float().eval().requires_grad_(False)
 
 
-def _prepare(fused: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> tuple[RepVGG, dict[str, Tensor]]:
+def _prepare(fused: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> tuple[RepVGG, Mapping[str, Tensor]]:
     """The float net without dead inputs and equalized, and the factor of each channel of each point."""
-    net = copy.deepcopy(fused)
-    if recipe.dead_inputs is not None:
-        remove_dead_inputs(net, statistics, recipe.dead_inputs)
-    factors = {} if recipe.equalize is None else equalize(net, statistics, recipe.equalize)
-    return net, factors
+    state = prepare(QuantizationState(copy.deepcopy(fused), statistics, recipe))
+    return state.net, state.factors
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,35 +14,19 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.augmentation import AugmentedImages
 from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
-from repvgg_deploy.quantization.dead_inputs import RemovedInputs, remove_dead_inputs
+from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
 from repvgg_deploy.quantization.equalize import equalize
 from repvgg_deploy.quantization.layer_report import report_layers
 from repvgg_deploy.quantization.learned_rounding import learn
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
 from repvgg_deploy.quantization.points import Images, layer_names, rebatch
 from repvgg_deploy.quantization.recipe import Recipe
-from repvgg_deploy.quantization.reconstruct import Reconstruction, reconstruct, take_images
+from repvgg_deploy.quantization.reconstruct import reconstruct, take_images
+from repvgg_deploy.quantization.state import QuantizationState
 from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 from repvgg_deploy.torch_precision import float32
 
 FEW_IMAGES = 32
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A net whose layers can be rounded one after another.
-
-    Attributes:
-        net: a copy of the fused net, its dead inputs removed and its channels equalized.
-        chosen: the images (N, C, H, W) that rounding sees, with their augmentations.
-        statistics: of the fused net on the calibration images.
-        removed: the dead inputs of each layer.
-    """
-
-    net: RepVGG
-    chosen: Tensor
-    statistics: CalibrationStatistics
-    removed: dict[str, RemovedInputs]
 
 
 # Learned rounding needs gradients, whatever the caller has switched off: this switches them on.
@@ -80,11 +63,11 @@ def quantize(
         >>> int8(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 12])
     """
-    prepared = _prepare(fused, images, recipe, statistics, keep_float, progress)
-    result = reconstruct(prepared.net, prepared.chosen, recipe, keep_float, progress)
-    if recipe.learning.steps:
-        result = learn(prepared.net, result, images, recipe, progress)
-    return _finish(prepared, result, images, recipe)
+    _check_names(fused, keep_float)
+    state = prepare(_start(fused, images, recipe, statistics, progress))
+    state = reconstruct(state, _take_images(state, images), keep_float, progress)
+    state = learn(state, images, progress)
+    return _finish(state, images)
 
 
 @torch.inference_mode(False)
@@ -97,22 +80,15 @@ def quantize_apart(
     keep_float: Collection[str] = (),
 ) -> QuantizedNet:
     """As `quantize`, but no layer makes up for the error of those before: each can be looked at by itself."""
-    prepared = _prepare(fused, images, recipe, statistics, keep_float, SILENT)
-    result = reconstruct(prepared.net, prepared.chosen, recipe, keep_float, chained=False)
-    return _finish(prepared, result, images, recipe)
-
-
-def _prepare(
-    fused: RepVGG,
-    images: Images,
-    recipe: Recipe,
-    statistics: CalibrationStatistics | None,
-    keep_float: Collection[str],
-    progress: Progress,
-) -> _Prepared:
-    if fused.spec.hidden:
-        raise DeployError("INT8 does not cover a head of several layers", "export it with fp16 or fp32")
     _check_names(fused, keep_float)
+    state = prepare(_start(fused, images, recipe, statistics, SILENT))
+    return _finish(reconstruct(state, _take_images(state, images), keep_float, chained=False), images)
+
+
+def _start(
+    fused: RepVGG, images: Images, recipe: Recipe, statistics: CalibrationStatistics | None, progress: Progress
+) -> QuantizationState:
+    """What the first pass is given: a copy of `fused`, and its statistics."""
     net = copy.deepcopy(fused).eval().requires_grad_(False)
     if statistics is None:
         statistics = collect_statistics(net, images, augmentations=recipe.augmentations, progress=progress)
@@ -126,32 +102,31 @@ def _prepare(
         warnings.warn(
             f"{statistics.images} calibration images are few; use at least {FEW_IMAGES}, preferably 512", stacklevel=3
         )
-    removed = prepare(net, statistics, recipe)
-    count = statistics.images * statistics.augmentations
-    chosen = take_images(net, AugmentedImages(images, recipe.augmentations), count, recipe.rounding.images)
-    return _Prepared(net, chosen, statistics, removed)
+    return QuantizationState(net, statistics, recipe)
 
 
-def _finish(prepared: _Prepared, result: Reconstruction, images: Images, recipe: Recipe) -> QuantizedNet:
-    result = make_room_for_biases(result)
-    sample = next(rebatch(images, prepared.net.device))
-    rows = report_layers(prepared.net, result, prepared.removed, sample)
-    about = prepared.statistics
+def prepare(state: QuantizationState) -> QuantizationState:
+    """The passes that leave the net's function (nearly) as it is: dead inputs, equalization."""
+    return equalize(remove_dead_inputs(state))
+
+
+def _take_images(state: QuantizationState, images: Images) -> Tensor:
+    """The images (N, C, H, W) that rounding sees, with their augmentations."""
+    recipe, count = state.recipe, state.statistics.images * state.statistics.augmentations
+    return take_images(state.net, AugmentedImages(images, recipe.augmentations), count, recipe.rounding.images)
+
+
+def _finish(state: QuantizationState, images: Images) -> QuantizedNet:
+    state = make_room_for_biases(state)
+    about, recipe = state.statistics, state.recipe
+    rows = report_layers(state.net, state.integers, state.removed, next(rebatch(images, state.net.device)))
     summary = QuantizationSummary(recipe.name, about.images, about.images_sha256, recipe.seed, rows)
-    return QuantizedNet(prepared.net, result, summary)
-
-
-def prepare(net: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> dict[str, RemovedInputs]:
-    """The steps that leave the net's function (nearly) as it is: dead inputs, equalization. Changes `net`."""
-    removed = {}
-    if recipe.dead_inputs is not None:
-        removed = remove_dead_inputs(net, statistics, recipe.dead_inputs)
-    if recipe.equalize is not None:
-        equalize(net, statistics, recipe.equalize)
-    return removed
+    return QuantizedNet(state.net, state.integers, summary)
 
 
 def _check_names(net: RepVGG, names: Collection[str]) -> None:
+    if net.spec.hidden:
+        raise DeployError("INT8 does not cover a head of several layers", "export it with fp16 or fp32")
     known = layer_names(net)
     for name in names:
         if name not in known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -20,8 +20,6 @@ from repvgg_deploy.quantization.points import (
     Images,
     after_conv,
     fused_blocks,
-    layer_names,
-    per_channel,
     rebatch,
 )
 from repvgg_deploy.quantization.recipe import Recipe
@@ -32,59 +30,32 @@ from repvgg_deploy.quantization.rounding import (
     round_with_feedback,
     scale_by_output,
 )
+from repvgg_deploy.quantization.state import LayerIntegers, QuantizationState, Reconstruction
 
 Layer = nn.Conv2d | nn.Linear
 
 
-@dataclass(frozen=True)
-class LayerIntegers:
-    """What a quantized layer consists of.
-
-    `weight` is int8 of the layer's shape, `weight_scale` (filters) and `bias` (filters) are float32; `input_scale` is
-    that of the point in front.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor
-    input_scale: float
-
-    def dequantized(self) -> Tensor:
-        """The float weights that the integers stand for."""
-        return self.weight.float() * per_channel(self.weight_scale, self.weight)
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """All quantized layers by name, and the scale before the pool (None if the classifier stays float)."""
-
-    layers: dict[str, LayerIntegers]
-    pool_scale: float | None
-
-    def float_layers(self, net: RepVGG) -> tuple[str, ...]:
-        """The names of the layers of `net` that stay float."""
-        return tuple(name for name in layer_names(net) if name not in self.layers)
-
-
 @torch.no_grad()
 def reconstruct(
-    net: RepVGG,
+    state: QuantizationState,
     images: Tensor,
-    recipe: Recipe,
     keep_float: Collection[str] = (),
     progress: Progress = SILENT,
     chained: bool = True,
-) -> Reconstruction:
-    """Quantize the layers of a fused `net` in the order of execution; each makes up for the error of those before.
+) -> QuantizationState:
+    """Quantize the layers in the order of execution; each makes up for the error of those before.
+
+    Given: a `net` whose dead inputs are removed and whose channels are equalized, as far as the recipe says. Gives: the
+    `result`.
 
     Args:
-        net: fused and equalized; it is not changed.
+        state: its recipe's `scales` and `rounding` are used.
         images: those to reconstruct on (N, C, H, W), of `take_images`.
-        recipe: its `scales` and `rounding` are used.
         keep_float: names of layers that are not quantized.
         progress: receives the step `rounding`, in layers.
         chained: without it each layer is quantized as if all the others were float.
     """
+    net, recipe = state.net, state.recipe
     streams = Streams(images, images)
     blocks = fused_blocks(net)
     layers: dict[str, LayerIntegers] = {}
@@ -97,10 +68,10 @@ def reconstruct(
             streams.rounded = streams.exact
         progress.step("rounding", index + 1, len(blocks) + 1)
     if CLASSIFIER in keep_float:
-        return Reconstruction(layers, None)
+        return replace(state, result=Reconstruction(layers, None))
     pool = choose_scale(streams, None if net.spec.maps else nn.Identity(), recipe)
     if not net.has_classifier:
-        return Reconstruction(layers, pool)
+        return replace(state, result=Reconstruction(layers, pool))
     if chained:
         streams.rounded = quantize_activations(streams.rounded, pool)
     streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
@@ -108,7 +79,7 @@ def reconstruct(
     streams.rounded = quantize_activations(streams.rounded, scale)
     layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers))
     progress.step("rounding", len(blocks) + 1, len(blocks) + 1)
-    return Reconstruction(layers, pool)
+    return replace(state, result=Reconstruction(layers, pool))
 
 
 @torch.no_grad()

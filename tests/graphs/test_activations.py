@@ -20,6 +20,7 @@ from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.quantization.equalize import equalize
 from repvgg_deploy.quantization.qdq import to_qdq_onnx
+from repvgg_deploy.quantization.state import QuantizationState
 from repvgg_deploy.quantization.statistics import collect_statistics
 
 QUICK = replace(load_recipe("fast"), augmentations=1)
@@ -71,9 +72,11 @@ def test_int8_is_integer_for_integer_what_is_simulated(name, images, tmp_path) -
 def test_channels_are_rescaled_only_where_that_changes_nothing(name, rescales, images) -> None:
     fused = fuse(make(name), torch.float32).requires_grad_(False)
     before = fused(images)
-    factors = equalize(fused, collect_statistics(fused, [images.numpy()]), 0.5)
-    assert bool(factors) is rescales
-    assert torch.allclose(fused(images), before, rtol=1e-4, atol=1e-4)
+    state = equalize(
+        QuantizationState(fused, collect_statistics(fused, [images.numpy()]), replace(QUICK, equalize=0.5))
+    )
+    assert bool(state.factors) is rescales
+    assert torch.allclose(state.net(images), before, rtol=1e-4, atol=1e-4)
 
 
 def test_names_are_taken_as_libraries_write_them() -> None:
