@@ -1,36 +1,38 @@
-"""Files that appear when all of them are whole: written beside their place, fsynced, then renamed one by one."""
+"""Files that appear when all of them are whole: written beside their place, then published as one set."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import os
-import secrets
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from repvgg_deploy import publishing
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.work_folders import make_work_folder, remove_abandoned
 
-_PREFIX = ".repvgg-deploy-"
-_ABANDONED_S = 24 * 3600
-"""No export takes as long as this without writing a file."""
+_SCRATCH_PREFIX = "repvgg-deploy-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Unfinished:
     """What this process has begun on the disk and would have to undo if it ended now.
 
     `is_renaming`: finished files are taking their places, one after the other. `has_published`: results have.
+    `is_ending`: a signal ends the process.
     """
 
     def __init__(self) -> None:
         self.undo: dict[object, Callable[[], None]] = {}
         self.is_renaming = False
         self.has_published = False
+        self.is_ending = False
 
 
 _unfinished = _Unfinished()
@@ -68,9 +70,11 @@ def undo_unfinished() -> bool:
 
     For the end of the process, from a thread other than the main one.
     """
+    _unfinished.is_ending = True
     while _unfinished.is_renaming:
         time.sleep(0.002)
     if is_past_abort():
+        _unfinished.is_ending = False
         return False
     for undo in reversed(list(_unfinished.undo.values())):
         with suppress(Exception):
@@ -79,25 +83,60 @@ def undo_unfinished() -> bool:
 
 
 @contextmanager
+def _renaming(on_result: Callable[[], None] | None) -> Iterator[None]:
+    """The block is not interrupted by the end of the process; then `on_result` is called, if these are results."""
+    _unfinished.is_renaming = True
+    while _unfinished.is_ending:
+        # Only in a thread that signals do not stop.
+        _unfinished.is_renaming = False
+        time.sleep(0.01)
+        _unfinished.is_renaming = True
+    try:
+        yield
+        if on_result is not None:
+            _unfinished.has_published = True
+            on_result()
+    finally:
+        _unfinished.is_renaming = False
+
+
+@contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder of the system, removed at the end of the block or when a signal ends the process."""
-    folder = Path(tempfile.gettempdir()) / f"repvgg-deploy-{secrets.token_hex(8)}"
-    with undone_on_abort(lambda: _remove_folder(folder)):
-        folder.mkdir(mode=0o700)
+    """A temporary folder of the system, removed at the end of the block or when a signal ends the process.
+
+    What a process that was killed left there is removed first.
+
+    Raises:
+        DeployError: it cannot be made, or the disk is full.
+    """
+    begun: list[Path] = []
+    with undone_on_abort(lambda: _remove_folders(begun)):
         try:
-            yield folder
+            parent = Path(tempfile.gettempdir())
+            remove_abandoned(parent, _SCRATCH_PREFIX)
+            work = make_work_folder(parent, _SCRATCH_PREFIX, begun.append)
+        except OSError as error:
+            raise DeployError(f"there is no place for temporary files: {error.strerror}", "set TMPDIR") from error
+        try:
+            yield work.path
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise DeployError(f"cannot write to {parent}: {error.strerror}", "free some space or set TMPDIR") from error
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            work.remove()
 
 
 @contextmanager
 def stage_files(folder: Path, is_result: bool = True) -> Iterator[Path]:
     """A temporary folder whose files replace those of `folder` when the block ends; after an error, none does.
 
-    A folder in it is moved as a whole, to where there is none of its name.
+    They appear as one set, whatever fails and whenever the process ends; see `publishing`. A folder among them is moved
+    as a whole to where there is none of its name, and else what is in it is moved. Where there is a set of a process
+    that was killed in the middle, it is completed first.
 
     The temporary folder lies inside `folder`, so that the renames stay on one file system. A process that was killed
-    leaves it there; the first call a day later removes it.
+    leaves it there; the next call removes it.
 
     Args:
         folder: made if it does not exist.
@@ -107,24 +146,22 @@ def stage_files(folder: Path, is_result: bool = True) -> Iterator[Path]:
         DeployError: `folder` cannot be made or written to, or the disk is full.
     """
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    staging = folder / f"{_PREFIX}{secrets.token_hex(8)}"
+    begun: list[Path] = []
 
     def undo() -> None:
-        _remove_folder(staging)
+        _remove_folders(path for path in begun if not publishing.is_needed(path))
         _take_back(made)
 
     with undone_on_abort(undo) as forget:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(folder)
-            staging.mkdir(mode=0o700)
+            work, staging = publishing.begin(folder, begun.append)
         except OSError as error:
             _take_back(made)
             raise DeployError(f"cannot write to {folder}: {error.strerror}", "choose another place with -o") from error
         finished = False
         try:
             yield staging
-            _publish(staging, folder, forget if is_result else None)
+            publishing.publish(work, folder, lambda: _renaming(forget if is_result else None))
             finished = True
         except OSError as error:
             if error.strerror is None:
@@ -133,27 +170,19 @@ def stage_files(folder: Path, is_result: bool = True) -> Iterator[Path]:
                 f"cannot write to {folder}: {error.strerror}", "free some space or choose another -o"
             ) from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            work.release() if publishing.is_needed(work.path) else work.remove()
             if not finished:
                 _take_back(made)
 
 
-def _remove_folder(folder: Path) -> None:
-    """Remove a folder that other threads may still be writing to; they get errors that nobody will read."""
-    for _ in range(100):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.01)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    for left in folder.glob(f"{_PREFIX}*"):
-        # Another process may be removing it as well.
-        with suppress(OSError):
-            written = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
-            if left.is_dir() and time.time() - written > _ABANDONED_S:
-                shutil.rmtree(left, ignore_errors=True)
+def _remove_folders(folders: Iterable[Path]) -> None:
+    """Remove folders that other threads may still be writing to; they get errors that nobody will read."""
+    for folder in folders:
+        for _ in range(100):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.01)
 
 
 def _take_back(made: list[Path]) -> None:
@@ -161,23 +190,6 @@ def _take_back(made: list[Path]) -> None:
     for folder in made:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _publish(staging: Path, folder: Path, on_result: Callable[[], None] | None) -> None:
-    flush_files(staging)
-    names = sorted(path.name for path in staging.iterdir())
-    blocked = next((name for name in names if (folder / name).is_dir()), None)
-    if blocked is not None:
-        raise DeployError(f"{folder / blocked} is a directory, so no file can take its place", "choose another -o")
-    _unfinished.is_renaming = True
-    try:
-        for name in names:
-            (staging / name).replace(folder / name)
-        if on_result is not None:
-            _unfinished.has_published = True
-            on_result()
-    finally:
-        _unfinished.is_renaming = False
 
 
 FileKind = Literal["checkpoint", "engine", "onnx"]
@@ -197,14 +209,6 @@ def file_kind(path: Path) -> FileKind:
             return "onnx" if path.is_file() and file.read(1) == b"\x08" else "checkpoint"
     except OSError:
         return "checkpoint"
-
-
-def flush_files(folder: Path) -> None:
-    """Wait until all files below `folder` are on the disk; quick where they are already."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def hash_file(path: Path) -> str:

@@ -25,6 +25,7 @@ from repvgg_deploy.engine.sidecar import (
 )
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.hardware.gpus import find_gpus
+from repvgg_deploy.publishing import finish_interrupted
 from repvgg_deploy.threads import run_cancellable
 
 
@@ -73,6 +74,7 @@ def check_plan(plan: Path, trust: bool = False) -> tuple[bytes, Sidecar | None]:
     Raises:
         DeployError: there is no such plan or no sidecar, or the plan is not what the sidecar was written for.
     """
+    finish_interrupted(plan.parent)
     content = read_plan(plan)
     if trust:
         return content, read_sidecar(plan) if sidecar_path(plan).is_file() else None

@@ -19,6 +19,7 @@ from repvgg_deploy.images.decoding import Pixels, normalize, take_luma
 from repvgg_deploy.nets.cards import require_arch
 from repvgg_deploy.nets.preprocessing import choose_preprocessing, require_channels
 from repvgg_deploy.nets.settings import StructureOptions, recorded_structure
+from repvgg_deploy.publishing import finish_interrupted
 from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchRunner
@@ -143,6 +144,7 @@ def open_model(
         >>> model.run_images(np.zeros((2, 3, 64, 64), np.float32))["logits"].shape
         (2, 12)
     """
+    finish_interrupted(path.parent)
     options, said = preprocessing or PreprocessingOptions(), checkpoint or CheckpointOptions()
     if replace(said, arch=None) != CheckpointOptions() and path.is_file() and (file_kind(path) != "checkpoint"):
         raise DeployError(
