@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -128,7 +129,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def stage_files(folder: Path, is_result: bool = True) -> Iterator[Path]:
+def stage_files(folder: Path, is_result: bool = True, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A temporary folder whose files replace those of `folder` when the block ends; after an error, none does.
 
     They appear as one set, whatever fails and whenever the process ends; see `publishing`. A folder among them is moved
@@ -141,6 +142,7 @@ def stage_files(folder: Path, is_result: bool = True) -> Iterator[Path]:
     Args:
         folder: made if it does not exist.
         is_result: the files are what the process is run for; a cache, or one of several results, is not.
+        check: called right before the first rename, while other processes wait with theirs; what it raises stops all.
 
     Raises:
         DeployError: `folder` cannot be made or written to, or the disk is full.
@@ -161,7 +163,7 @@ def stage_files(folder: Path, is_result: bool = True) -> Iterator[Path]:
         finished = False
         try:
             yield staging
-            publishing.publish(work, folder, lambda: _renaming(forget if is_result else None))
+            publishing.publish(work, folder, check, lambda: _renaming(forget if is_result else None))
             finished = True
         except OSError as error:
             if error.strerror is None:

@@ -74,7 +74,9 @@ def is_needed(work: Path) -> bool:
     return any((work / name).exists() for name in (_JOURNAL, _ROLLBACK))
 
 
-def publish(work: WorkFolder, folder: Path, during: Callable[[], AbstractContextManager[Any]]) -> None:
+def publish(
+    work: WorkFolder, folder: Path, check: Callable[[], None], during: Callable[[], AbstractContextManager[Any]]
+) -> None:
     """Move the files of `work` to their places in `folder`; a folder in it as a whole, or into one of its name.
 
     Everything that is likely to fail is done before the first rename. SIGINT, SIGTERM and SIGHUP that arrive between
@@ -83,6 +85,7 @@ def publish(work: WorkFolder, folder: Path, during: Callable[[], AbstractContext
     Args:
         work: holds all files, which nobody writes to any more.
         folder: the parent of the work folder.
+        check: called before the first rename, while the folder is locked.
         during: gives a context that is entered for the time of the renames.
 
     Raises:
@@ -92,6 +95,7 @@ def publish(work: WorkFolder, folder: Path, during: Callable[[], AbstractContext
     flush_files(work.path / "new")
     with locked(folder):
         _finish_all(folder)
+        check()
         moves = _plan(work.path / "new", folder)
         _keep_old(work.path, folder, moves)
         with during(), _held_signals():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,10 @@ def _create_from(loaded: LoadedEngine, strategy: Any) -> Any:
     if loaded.settings is None:
         found = find_gpus()
         gpu = found.gpus[0] if found.gpus else None
-        path = runtime_cache_path(loaded.backend, gpu, loaded.sha256)
+        path = None
+        # Without a home folder kernels are compiled in each process.
+        with suppress(DeployError):
+            path = runtime_cache_path(loaded.backend, gpu, loaded.sha256)
         loaded.settings = ContextSettings(loaded.backend, loaded.engine, path)
     return loaded.settings.config(strategy)
 

@@ -19,7 +19,7 @@ class ContextSettings:
     both for as long as there are contexts: they are kept here, and this object outlives the contexts.
     """
 
-    def __init__(self, backend: Backend, engine: Any, path: Path) -> None:
+    def __init__(self, backend: Backend, engine: Any, path: Path | None) -> None:
         """Read the kernels that an earlier process left in `path`, if any."""
         self._trt = backend.module
         self._engine = engine
@@ -60,9 +60,9 @@ class ContextSettings:
         if self._cache is None:
             self._cache = cache = config.create_runtime_cache()
             with suppress(OSError):
-                content = self._path.read_bytes()
+                content = self._path.read_bytes() if self._path is not None else b""
                 # The library holds it against itself, the GPU and the driver; if it differs, the cache stays empty.
-                if cache.deserialize(content):
+                if content and cache.deserialize(content):
                     self._stored = content
         config.set_runtime_cache(self._cache)
 
@@ -71,7 +71,7 @@ class ContextSettings:
         cache, self._cache = self._cache, None
         if cache is not None:
             content = bytes(cache.serialize() or b"")
-            if content and content != self._stored:
+            if self._path is not None and content and content != self._stored:
                 with suppress(OSError, DeployError), stage_files(self._path.parent) as staging:
                     (staging / self._path.name).write_bytes(content)
         self._configs.clear()

@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from repvgg_deploy.engine.backends import Backend
-from repvgg_deploy.files import cache_folder, undone_on_abort
+from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files import cache_folder, stage_files
 from repvgg_deploy.hardware.gpus import Gpu
 from repvgg_deploy.progress import Progress
 
@@ -39,10 +40,14 @@ def use_timing_cache(backend: Backend, config: Any, gpu: Gpu | None, progress: P
     Yields whether a stored cache was there. The lock is held for the whole build: two builds on one GPU would also
     disturb each other's measurements. Where the folder cannot be written, the build continues without a cache.
     """
-    path = cache_path(backend, gpu)
     try:
+        path = cache_path(backend, gpu)
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _acquire(path, progress)
+    except DeployError as error:
+        progress.note(f"note: no timing cache: {error.message}")
+        yield False
+        return
     except OSError as error:
         progress.note(f"note: no timing cache in {path.parent}: {error.strerror}")
         yield False
@@ -81,10 +86,8 @@ def _store(config: Any, path: Path, progress: Progress) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         cache = config.get_timing_cache()
         content = bytes(cache.serialize()) if cache is not None else b""
-    beside = path.with_name(path.name + ".new")
     try:
-        with undone_on_abort(lambda: beside.unlink(missing_ok=True)):
-            beside.write_bytes(content)
-            beside.replace(path)
-    except OSError as error:
-        progress.note(f"note: the timing cache was not stored: {error.strerror}")
+        with stage_files(path.parent, is_result=False) as staging:
+            (staging / path.name).write_bytes(content)
+    except DeployError as error:
+        progress.note(f"note: the timing cache was not stored: {error.message}")

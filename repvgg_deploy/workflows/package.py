@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ class _Entry:
 
 
 def package(request: PackageRequest, progress: Progress = SILENT) -> PackageResult:
-    """Write the next version of an entry, each of its folders by one rename, once everything has been checked.
+    """Write the next version of an entry and of what belongs to it, all at once, when everything has been checked.
 
     A `config.pbtxt` that is there already is kept, with what was changed in it by hand.
 
@@ -243,15 +242,19 @@ def _image_entries(
 
 
 def _publish(repository: Path, entries: Sequence[_Entry], progress: Progress) -> int:
-    """Write the folders; the model's appears first, and the ensemble, which needs the others, last."""
+    """Write all folders as one set; an ensemble never stands there without its models."""
     folders = [repository / entry.config.name for entry in entries]
     kept = [_keep_config(folder, entry, progress) for folder, entry in zip(folders, entries, strict=True)]
     version = 1 + max((number for folder in folders for number in _versions(folder)), default=0)
-    with ExitStack() as stages:
-        staged = [stages.enter_context(stage_files(folder)) for folder in reversed(folders)]
-        for entry, is_kept, staging in zip(entries, kept, reversed(staged), strict=True):
-            _write_entry(entry, staging, version, is_kept)
-    with stage_files(repository) as staging:
+
+    def require_unused() -> None:
+        taken = next((folder / str(version) for folder in folders if (folder / str(version)).exists()), None)
+        if taken is not None:
+            raise DeployError(f"another process has written {taken} meanwhile", "run the command again")
+
+    with stage_files(repository, check=require_unused) as staging:
+        for entry, is_kept in zip(entries, kept, strict=True):
+            _write_entry(entry, staging / entry.config.name, version, is_kept)
         shutil.copyfile(Path(self_test.__file__), staging / "self_test.py")
     return version
 
@@ -289,7 +292,7 @@ def _keep_config(folder: Path, entry: _Entry, progress: Progress) -> bool:
 
 def _write_entry(entry: _Entry, staging: Path, version: int, keep_config: bool) -> None:
     folder = staging / str(version)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name, source in entry.files.items():
         shutil.copyfile(source, folder / name)
     if entry.graph is not None:

@@ -158,7 +158,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 def test_commands_end_cleanly_at_random_moments(checkpoint_file: Path, tmp_path: Path) -> None:
-    """A small share of what bench/signals.py does."""
+    """A small share of what `bench/reliability.py kill` does."""
     draw = random.Random(0)
     for number in range(4):
         folder = tmp_path / f"try{number}"

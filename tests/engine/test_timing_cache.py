@@ -140,3 +140,14 @@ def test_the_lock_is_given_back_after_a_failed_build(tmp_path: Path) -> None:
     heard = Heard()
     build_engine(onnx, backend, BuildOptions(), tmp_path, heard)
     assert not heard.notes
+
+
+def test_a_user_without_a_home_folder_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", refuse)
+    heard = Heard()
+    build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(), tmp_path, heard)
+    assert any("no timing cache: there is no home folder" in note for note in heard.notes)
