@@ -268,7 +268,7 @@ def run_together(base: Path, inputs: Sequence[Path], folder: Path) -> list[str]:
 @click.option("--runs", type=click.IntRange(min=2), default=8, show_default=True)
 def concurrent(runs: int) -> None:
     """Export different checkpoints into one folder at once, then the same one, then build with one timing cache."""
-    start, rows = time.monotonic(), []
+    start, rows = time.monotonic(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as base:
         inputs = make_inputs(Path(base) / "inputs")
         different = [inputs / f"net{number}.safetensors" for number in range(runs)]
