@@ -34,14 +34,11 @@ warnings.simplefilter("ignore")
 import onnx, onnxsim, torch
 from torch.nn.functional import pad
 from repvgg_deploy.nets.cards import find_card
-from repvgg_deploy.checkpoints.known_layouts import OFFICIAL
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 
 arch, source, target, exporter = sys.argv[1:]
 net = RepVGG(find_card(arch).spec()).eval()
-state = torch.load(source, map_location="cpu", weights_only=True)
-names = OFFICIAL.name_keys(state).names
-net.load_state_dict({names[key]: value for key, value in state.items()})
+net.load_state_dict(torch.load(source, map_location="cpu", weights_only=True))
 
 def affine(bn):
     t = bn.weight / (bn.running_var + bn.eps).sqrt()
@@ -69,7 +66,7 @@ for stage in converted.stages:
     for i, block in enumerate(stage):
         stage[i] = fuse(block)
 torch.save(converted.state_dict(), target + ".pth")
-del net, state, converted
+del net, converted
 deploy = RepVGG(find_card(arch).spec().fused()).eval()
 deploy.load_state_dict(torch.load(target + ".pth", map_location="cpu", weights_only=True))
 image = torch.randn(1, 3, 224, 224)
@@ -85,15 +82,17 @@ onnx.save(simplified, target)
 """
 
 
-def make_checkpoint(arch: str, path: Path) -> None:
-    """A training-form checkpoint in the official layout, with seeded weights."""
+def make_checkpoints(arch: str, official: Path, own: Path) -> None:
+    """A training form with seeded weights: in the official layout, and under the names of the naive flow's net."""
     import torch
 
     from repvgg_deploy.checkpoints.writing import name_state_dict
     from repvgg_deploy.nets.cards import find_card
     from repvgg_deploy.nets.seeding import seeded_repvgg
 
-    torch.save(name_state_dict(seeded_repvgg(find_card(arch)), "official"), path)
+    net = seeded_repvgg(find_card(arch))
+    torch.save(name_state_dict(net, "official"), official)
+    torch.save(net.state_dict(), own)
 
 
 def run(command: list[str]) -> dict[str, float]:
@@ -119,12 +118,12 @@ NAIVE_FLOWS = {"naive": "default", "naive-torchscript": "torchscript"}
 
 def commands(against: str, arch: str, folder: Path) -> dict[str, list[str]]:
     """What is run in each round, by name: the flows to compare with, and `export`."""
-    checkpoint, script = folder / "net.pth", folder / "naive.py"
-    make_checkpoint(arch, checkpoint)
+    checkpoint, own, script = folder / "net.pth", folder / "own.pth", folder / "naive.py"
+    make_checkpoints(arch, checkpoint, own)
     script.write_text(NAIVE, encoding="utf-8")
     if against == "naive":
         found = {
-            name: [str(script), arch, str(checkpoint), str(folder / f"{name}.onnx"), exporter]
+            name: [str(script), arch, str(own), str(folder / f"{name}.onnx"), exporter]
             for name, exporter in NAIVE_FLOWS.items()
         }
     else:
@@ -151,7 +150,8 @@ def main() -> None:
                 measured = run(command)
                 if number:
                     samples[name].append(measured)
-            print({name: round(runs[-1]["seconds"], 2) for name, runs in samples.items() if runs}, file=sys.stderr)
+            if number:
+                print({name: round(runs[-1]["seconds"], 2) for name, runs in samples.items()}, file=sys.stderr)
     keys = ("seconds", "cpu_seconds", "peak_bytes")
     ratio = {
         name: {

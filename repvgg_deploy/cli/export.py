@@ -117,8 +117,9 @@ def export(
     source = take_checkpoint(options)
     with start_ahead(ckpt, source) as head_start:
         with quick_imports():
+            # Torch with it, and all else that every export needs.
+            import repvgg_deploy.workflows.export  # noqa: F401
             from repvgg_deploy.artifacts import Precision
-            from repvgg_deploy.workflows.export_all import ExportAllRequest
             from repvgg_deploy.workflows.export_request import ExportRequest
 
         records = take_records(options, ckpt, labels)
@@ -134,6 +135,8 @@ def export(
             **options,
         )
         if every:
+            from repvgg_deploy.workflows.export_all import ExportAllRequest
+
             return _export_all(ExportAllRequest(request, validation), layers, records, head_start)
         return _export_one(request, layers, records, head_start)
 

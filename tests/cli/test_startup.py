@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,14 @@ def test_it_may_be_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
     prepare_process()
     prepare_process()
+
+
+def test_a_float_export_imports_nothing_of_quantization_and_benchmarks(checkpoint_file: Path, tmp_path: Path) -> None:
+    found = run(
+        "import sys; from repvgg_deploy.cli.main import main\n"
+        f"main(['export', {str(checkpoint_file)!r}, '-o', {str(tmp_path)!r}, '--engine', 'none', '--size', '32', '-q'],"
+        " standalone_mode=False)\n"
+        "packages = {'repvgg_deploy.quantization', 'repvgg_deploy.benchmark', 'repvgg_deploy.serving', 'onnxsim'}\n"
+        "print('found:', sorted(packages & set(sys.modules)))"
+    )
+    assert found.splitlines()[-1] == "found: []"
