@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
+from helpers.commands import NO_ENGINE
 from helpers.interrupt import interrupt
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -165,3 +167,21 @@ def test_commands_end_cleanly_at_random_moments(checkpoint_file: Path, tmp_path:
         command = ["export", str(checkpoint_file), "-o", str(folder / "out"), "--size", "32", "--engine", "none"]
         found = interrupt(command, folder, draw.choice(NUMBERS), draw.uniform(0.0, 3.0))
         assert found.fault(["out/checkpoint.fp32.onnx"]) is None, found
+
+
+def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path) -> None:
+    """What ends a container: the export is stopped while its graph is being written."""
+    script = (
+        "import time; from repvgg_deploy.workflows import export as pipeline; from repvgg_deploy.__main__ import run; "
+        "pipeline.write_graph = lambda *_: time.sleep(60); run()"
+    )
+    out = tmp_path / "out"
+    options = ["export", str(checkpoint_file), "--size", "32", "-o", str(out), *NO_ENGINE]
+    process = subprocess.Popen([sys.executable, "-c", script, *options], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and any(out.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert not out.exists()
