@@ -350,8 +350,8 @@ def _make(command: str, rng: Random) -> Case:
         return Case(("eval", "IN/net.onnx", "--data", "IN/data", *as_json), {**files, **class_folders()}, mutation)
     if command == "bench":
         few = ("--duration", "0", "--warmup", "0", "--iterations", "2", "--threads", "1")
-        kind = rng.choice((("--batch", "1"), ("--batch", "1,3"), ("--profile",)))
-        return Case(("bench", "IN/net.onnx", *few, *kind, *as_json), files, mutation)
+        kind = rng.choice(((*few, "--batch", "1"), (*few, "--batch", "1,3"), ("--profile", "--duration", "0")))
+        return Case(("bench", "IN/net.onnx", *kind, *as_json), files, mutation)
     if command == "predict":
         more = rng.choice(((), ("--logits",), ("--topk", "1")))
         files |= class_folders()

@@ -51,8 +51,8 @@ _READING: tuple[tuple[str, ...], ...] = (
     ("predict", "@", "IN/data"), ("predict", "IN/net.onnx", "@"), ("predict", "IN/net.onnx", "@", "-o", "OUT/x.csv"),
     ("bench", "@", *_FEW), ("bench", "--suite", "@", "-o", "OUT/x.json"),
     ("bench", "--config", "@", "IN/net.onnx", *_FEW),
-    ("bench", "IN/net.onnx", "--input", "jpeg", "@", *_FEW), ("report", "@", "-o", "OUT/x.html"),
-    ("package", "@", "-o", "OUT"), ("package", "IN/net.onnx", "-o", "OUT", "--data", "@"),
+    ("bench", "IN/net.onnx", "--input", "jpeg", "@"), ("report", "@", "-o", "OUT/x.html"),
+    ("package", "@", "-o", "OUT", "--triton"), ("package", "IN/net.onnx", "-o", "OUT", "--triton", "--data", "@"),
     ("refit", "@", "IN/net.safetensors"), ("refit", "IN/net.plan", "@"),
     ("qat", "@", "--data", "IN/data", "--calib", "IN/data", "-o", "OUT"),
     ("qat", "IN/net.safetensors", "--data", "@", "--calib", "IN/data", "-o", "OUT"),
@@ -64,7 +64,7 @@ _WRITING: tuple[tuple[str, ...], ...] = (
     ("export", "IN/net.safetensors", "--engine", "none", "--size", "32", "-o", "@"), (*_EXPORT, "--save-config", "@"),
     (*_INT8, "--calib-cache", "@"),
     ("fuse", "IN/net.safetensors", "-o", "@"), ("predict", "IN/net.onnx", "IN/data", "-o", "@"),
-    ("bench", "IN/net.onnx", *_FEW, "-o", "@"), ("package", "IN/net.onnx", "-o", "@"),
+    ("bench", "IN/net.onnx", *_FEW, "-o", "@"), ("package", "IN/net.onnx", "--triton", "-o", "@"),
     ("report", "IN/result.json", "-o", "@"), ("report", "IN/result.json", "-o", "OUT/x.html", "--plots", "@"),
 )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from random import Random
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fuzzing.cases import Case, Format
-from fuzzing.checkpoints import make_tensors, whole_safetensors
+from fuzzing.checkpoints import whole_safetensors
 from fuzzing.graphs import class_folders, whole_graph
 from fuzzing.mutations import NAMES, mutate_bytes, mutate_text, mutate_tree, write_json
 from fuzzing.weights import mutate_npy
@@ -176,11 +176,13 @@ def _npy(text: str) -> bytes:
 
 def _about() -> Tree:
     sha256 = hashlib.sha256(whole_safetensors()).hexdigest()
-    return {"kind": "qat", "images": 10, "augmentations": 1, "sha256": sha256, "images_sha256": "0" * 64}
+    return {"kind": "qat", "recipe": "fast", "steps": 10, "seed": 0, "sha256": sha256, "images": 10, "augmentations": 1,
+            "images_sha256": "0" * 64}  # fmt: skip
 
 
-def _layers() -> Mapping[str, int]:
-    return {key.removesuffix(".conv.weight"): len(value) for key, value in make_tensors().items() if value.ndim == 4}
+_CHANNELS = {"stages.0.0": 3, "stages.1.0": 4, "stages.2.0": 4, "stages.2.1": 6, "stages.3.0": 6, "stages.4.0": 6,
+             "pool": 8, "classifier": 8}  # fmt: skip
+"""Of what flows into each layer of the net."""
 
 
 @cache
@@ -199,10 +201,12 @@ def _scales_file() -> bytes:
 
 @cache
 def _statistics_file() -> bytes:
-    arrays: dict[str, Any] = {"about": np.array(json.dumps({**_about(), "kind": "statistics"}))}
-    for point in ("input", "stages.0.0", "pool"):
+    arrays: dict[str, Any] = {
+        "about": np.array(json.dumps({key: value for key, value in _about().items() if key != "kind"}))
+    }
+    for point, channels in _CHANNELS.items():
         for key in ("lowest", "highest", "mean", "mean_square", "usual"):
-            arrays[f"{point}/{key}"] = np.full(4, 0.5)
+            arrays[f"{point}/{key}"] = np.full(channels, 0.5)
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()

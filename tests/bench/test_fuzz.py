@@ -14,6 +14,7 @@ from random import Random
 import pytest
 import torch
 from fuzzing import checkpoints, graphs, paths, pictures, texts
+from fuzzing.campaign import read_log, summarize
 from fuzzing.cases import UnreadableError
 from fuzzing.child import CPU_SECONDS, MEMORY, Result
 from fuzzing.mutations import FORGED
@@ -75,6 +76,7 @@ CANARY = """
 import os, pickle, socket, sys
 sys.path.insert(0, {bench!r})
 from pathlib import Path
+from fuzzing.campaign import read_log, summarize
 from fuzzing.cases import UnreadableError
 from fuzzing.child import Canary
 canary = Canary((Path({inside!r}),))
@@ -146,3 +148,13 @@ def test_a_share_of_the_cases_ends_in_clear_errors_or_right_output(tmp_path: Pat
     assert outcomes["success"] > SHARE / 10
     assert {row["format"] for row in rows} == {form.name for form in FORMATS}
     assert sum(row["checked"] for row in rows) > 10
+    summary = summarize(read_log(log))
+    assert summary["cases"] == SHARE
+    assert sum(sum(each["outcomes"].values()) for each in summary["formats"].values()) == SHARE
+    assert summary["failures"] == []
+
+
+def test_a_log_has_the_last_row_of_each_case_whole_or_not_at_all(tmp_path: Path) -> None:
+    log = tmp_path / "fuzz.jsonl"
+    log.write_text('{"number": 1, "outcome": "failed"}\n{"number": 2}\n{"number": 1, "outcome": "error"}\n{"numb')
+    assert read_log(log) == [{"number": 1, "outcome": "error"}, {"number": 2}]
