@@ -135,6 +135,15 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     return (found.st_ino,) if stat.S_ISDIR(found.st_mode) else (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def _is_special(path: Path) -> bool:
+    """Whether a pipe, a socket or a device is at `path`: root could replace even /dev/null."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+
+
 def _plan(new: Path, folder: Path) -> list[_Move]:
     """The moves, by name; a folder whose name is taken by a folder is not one, but what is in it."""
     moves: list[_Move] = []
@@ -146,6 +155,8 @@ def _plan(new: Path, folder: Path) -> list[_Move]:
             continue
         if was_folder:
             raise DeployError(f"{target} is a directory, so no file can take its place", "choose another -o")
+        if _is_special(target):
+            raise DeployError(f"{target} is a pipe or a device, so no file can take its place", "choose another -o")
         if is_folder and os.path.lexists(target):
             raise DeployError(f"{target} is a file, so no directory can take its place", "choose another -o")
         identity = _identity(path)

@@ -147,3 +147,13 @@ def test_the_hash_is_that_of_the_bytes_on_the_disk(tmp_path: Path) -> None:
     for content in (b"one", b"another"):
         path.write_bytes(content)
         assert hash_file(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "net.onnx")
+    before = (tmp_path / "net.onnx").lstat()
+    with pytest.raises(DeployError, match="is a pipe or a device") as raised:
+        stage(tmp_path, {"net.onnx": "new", "other": "new"})
+    assert raised.value.hint
+    assert (tmp_path / "net.onnx").lstat() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
