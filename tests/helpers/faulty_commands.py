@@ -102,8 +102,8 @@ def judge(folder: Path, before: Mapping[str, str], after: Mapping[str, str]) -> 
 
 
 def has_leftovers(folder: Path, scratch: Path) -> bool:
-    """Whether there is a work folder, or anything in the folder for temporary files."""
-    return any(folder.rglob(f"{_PREFIX}*")) or any(scratch.iterdir())
+    """Whether there is a work folder, or a temporary one; torch keeps an empty folder of its own there."""
+    return any(folder.rglob(f"{_PREFIX}*")) or any(scratch.glob("repvgg-deploy-*"))
 
 
 def begin_next_run(folder: Path, scratch: Path) -> None:
