@@ -207,8 +207,11 @@ def file_kind(path: Path) -> FileKind:
     if path.suffix == ".onnx":
         return "onnx"
     try:
+        # Opening a pipe may never end.
+        if not path.is_file():
+            return "checkpoint"
         with path.open("rb") as file:
-            return "onnx" if path.is_file() and file.read(1) == b"\x08" else "checkpoint"
+            return "onnx" if file.read(1) == b"\x08" else "checkpoint"
     except OSError:
         return "checkpoint"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.files import file_kind, hash_file, stage_files
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -157,3 +157,8 @@ def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
     assert raised.value.hint
     assert (tmp_path / "net.onnx").lstat() == before
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_the_kind_of_a_pipe_is_told_without_opening_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "net")
+    assert file_kind(tmp_path / "net") == "checkpoint"

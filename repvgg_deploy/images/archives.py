@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ def index_archive(path: Path) -> ArchiveIndex:
     """The files in a tar archive, and in the tar archives that are its members, as ImageNet's training set has them."""
     members: list[TarMember] = []
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # Opening a pipe may never end.
+            return ArchiveIndex((), "not a regular file")
         with path.open("rb") as file:
             # What was found before an error stays in the list.
             members.extend(_walk(path, file, "", depth=1))

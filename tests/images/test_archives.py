@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ def test_archive_that_ends_early_says_so_and_gives_what_there_is(keep: int, tmp_
     index = index_archive(path)
     assert index.problem is not None
     assert [member.name for member in index.members] == list(FILES)[: len(index.members)]
+
+
+def test_pipe_is_no_archive_and_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    assert index_archive(tmp_path / "a.tar").problem == "not a regular file"
 
 
 def test_damaged_header_is_not_the_end_of_the_archive(tmp_path: Path) -> None:
