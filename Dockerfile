@@ -1,5 +1,5 @@
 # Two targets; docker/build.sh (`make image`) builds either with docker, podman or buildah.
-#   docker build --target cpu --build-arg TORCH_INDEX=<PyTorch's CPU wheel index> -t repvgg-deploy:cpu .
+#   docker build --target cpu -t repvgg-deploy:cpu .
 #   docker build --target gpu --build-arg GPU_BASE=nvcr.io/nvidia/tensorrt:25.10-py3 -t repvgg-deploy:gpu .
 # CI pipelines run it as one command, on files mounted at /work:
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" repvgg-deploy:cpu export net.pth -o out
@@ -7,28 +7,32 @@
 ARG GPU_BASE=nvcr.io/nvidia/tensorrt:25.10-py3
 ARG CPU_BASE=python:3.12-slim
 
+# What the stages that run pip have in common; both start from it, so that what a builder sets for all stages reaches them.
+FROM ${CPU_BASE} AS pip
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+
 # The wheel is built once, so that neither image holds sources or build tools.
-FROM ${CPU_BASE} AS wheel
+FROM pip AS wheel
 # pip's own settings, for those who build behind a mirror or from a folder of wheels.
-ARG PIP_INDEX_URL=""
-ARG PIP_EXTRA_INDEX_URL=""
-ARG PIP_FIND_LINKS=""
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY repvgg_deploy repvgg_deploy
 COPY models models
 COPY calibration calibration
 COPY docs/schemas docs/schemas
-RUN pip wheel --quiet --no-cache-dir --no-deps -w /wheels .
+RUN pip wheel --quiet --no-deps -w /wheels .
 
 # The CPU image's packages, in an environment that is copied as a whole: nothing of pip's work stays behind.
-FROM ${CPU_BASE} AS packages
-ARG PIP_INDEX_URL=""
-ARG PIP_EXTRA_INDEX_URL=""
-ARG PIP_FIND_LINKS=""
-# Where PyTorch's CPU builds are to be had. Without it, pip's own configuration must know of one: the default build of torch
-# is never taken in its place, since that brings gigabytes of CUDA libraries.
-ARG TORCH_INDEX=""
+FROM pip AS packages
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+# Where PyTorch's CPU builds are to be had, if not where pip's own configuration looks first. The default build of torch is
+# never taken in their place, since that brings gigabytes of CUDA libraries.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH=2.13.0
 # Further extras, of those with a file in requirements/: "rtx", "serve", "rtx serve".
 ARG EXTRAS=""
@@ -70,9 +74,9 @@ CMD ["--help"]
 # The base brings CUDA and TensorRT 10 with its Python bindings (25.10: TensorRT 10.13, the oldest that is supported);
 # torch brings its own CUDA. Engines and ONNX graphs need nothing of each other: ONNX Runtime runs on its CUDA provider.
 FROM ${GPU_BASE} AS gpu
-ARG PIP_INDEX_URL=""
-ARG PIP_EXTRA_INDEX_URL=""
-ARG PIP_FIND_LINKS=""
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
 ARG VERSION=unknown
 ARG REVISION=unknown
 ARG CREATED=1970-01-01T00:00:00Z

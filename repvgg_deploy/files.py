@@ -116,10 +116,13 @@ def scratch_folder() -> Iterator[Path]:
             parent = Path(tempfile.gettempdir())
             remove_abandoned(parent, _SCRATCH_PREFIX)
             work = make_work_folder(parent, _SCRATCH_PREFIX, begun.append)
+            # Not the work folder itself, which is locked: files that are published in it would wait for that for ever.
+            inside = work.path / "files"
+            inside.mkdir()
         except OSError as error:
             raise DeployError(f"there is no place for temporary files: {error.strerror}", "set TMPDIR") from error
         try:
-            yield work.path
+            yield inside
         except OSError as error:
             if error.errno not in _FULL:
                 raise

@@ -202,8 +202,26 @@ def test_a_temporary_folder_of_a_killed_process_is_removed_by_the_next_one(
         assert len(list(tmp_path.iterdir())) == 2
         with scratch_folder():
             pass
-        assert list(tmp_path.iterdir()) == [living]
+        assert list(tmp_path.iterdir()) == [living.parent]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_published_into_a_temporary_folder_of_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own lock must not be what the renames wait for."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def nest() -> None:
+        # Ends a process that waits for ever.
+        signal.alarm(20)
+        with scratch_folder() as folder:
+            for target in (folder, folder / "deeper"):
+                with stage_files(target) as staging, stage_files(staging) as inner:
+                    (inner / "a").write_text("1")
+                assert (target / "a").read_text() == "1"
+
+    assert run_child(nest) == 0
 
 
 def test_sets_of_two_runs_are_published_one_after_the_other(tmp_path: Path) -> None:
