@@ -1,5 +1,5 @@
 # Two targets; docker/build.sh (`make image`) builds either with docker, podman or buildah.
-#   docker build --target cpu -t repvgg-deploy:cpu .
+#   docker build --target cpu --build-arg TORCH_INDEX=<PyTorch's CPU wheel index> -t repvgg-deploy:cpu .
 #   docker build --target gpu --build-arg GPU_BASE=nvcr.io/nvidia/tensorrt:25.10-py3 -t repvgg-deploy:gpu .
 # CI pipelines run it as one command, on files mounted at /work:
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" repvgg-deploy:cpu export net.pth -o out
@@ -30,9 +30,9 @@ FROM pip AS packages
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
-# Where PyTorch's CPU builds are to be had, if not where pip's own configuration looks first. The default build of torch is
-# never taken in their place, since that brings gigabytes of CUDA libraries.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Where PyTorch's CPU builds are to be had, if not where pip's own configuration looks. The default build of torch is never
+# taken in their place, since that brings gigabytes of CUDA libraries.
+ARG TORCH_INDEX=""
 ARG TORCH=2.13.0
 # Further extras, of those with a file in requirements/: "rtx", "serve", "rtx serve".
 ARG EXTRAS=""

@@ -49,7 +49,7 @@ lowest:
 	$(MAKE) demo VENV=$(LOWEST) CONSTRAINTS="-c $(LOWEST)/lowest.txt" \
 		TORCH="$$(sed -n 's/^torch==//p' $(LOWEST)/lowest.txt)"
 
-# The image, with docker, podman or buildah: make image, make image IMAGE=gpu.
+# The image, with docker, podman or buildah: make image TORCH_INDEX=<PyTorch's CPU wheel index>, make image IMAGE=gpu.
 image:
 	docker/build.sh $(or $(IMAGE),cpu)
 

@@ -1,6 +1,6 @@
 """Build an image, try it as a user that it does not know, and record what it is.
 
-    python bench/image.py cpu -o bench/results/image-cpu.json
+    TORCH_INDEX=<PyTorch's CPU wheel index> python bench/image.py cpu -o bench/results/image-cpu.json
     python bench/image.py gpu --no-demo -o bench/results/image-gpu.json
 
 Takes docker, podman or buildah as `docker/build.sh` does, and its settings from the environment.

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the image $1 (cpu or gpu) with docker, podman or buildah: the first that works here, or ENGINE.
 #
-#   docker/build.sh cpu
+#   TORCH_INDEX=<PyTorch's CPU wheel index> docker/build.sh cpu
 #
 # TAG is its name (repvgg-deploy:cpu). The Dockerfile's other build arguments are taken from the environment, those named
 # below; OPTIONS holds more words for the engine's build command, such as "--no-cache".

@@ -10,9 +10,10 @@ install() {
 
 # Its builds differ from index to index, and so do their hashes. What it needs is in cpu.txt.
 torch="torch==$TORCH+cpu"
-install --no-deps "$torch" 2>/dev/null || install --no-deps --index-url "$TORCH_INDEX" "$torch" || {
-    echo "error: there is no CPU build $torch in $TORCH_INDEX, nor in the indexes that pip is configured with" >&2
-    echo "hint: --build-arg TORCH_INDEX=<an index that has it>, or PIP_FIND_LINKS=<a folder that has it>" >&2
+install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch" || {
+    echo "error: there is no CPU build $torch in ${TORCH_INDEX:-the indexes that pip is configured with}" >&2
+    echo "hint: --build-arg TORCH_INDEX=<PyTorch's CPU wheel index>, whose address PyTorch's installation page gives" \
+        "for pip and the CPU" >&2
     exit 1
 }
 for name in cpu $EXTRAS; do

@@ -75,7 +75,12 @@ class Preprocessing:
         Raises:
             DeployError: it is not JSON, or a value is missing, of another type, or out of its bounds.
         """
-        found = convert(parse_json(text.encode("utf-8", "surrogatepass"), _NAME, _HINT), cls, _NAME, _HINT)
+        values = parse_json(text.encode("utf-8", "surrogatepass"), _NAME, _HINT)
+        found = convert(values, cls, _NAME, _HINT)
+        # What decides the pixels is never assumed; the rest is younger than the first graphs.
+        missing = [name for name in ("height", "width", "resize", "mean", "std") if name not in dict(values)]
+        if missing:
+            raise DeployError(f"{_NAME}: {', '.join(missing)} missing", _HINT)
         if len(found.mean) != len(found.std):
             raise DeployError(f"{_NAME}: mean has {len(found.mean)} values and std {len(found.std)}", _HINT)
         return found

@@ -29,7 +29,7 @@ from repvgg_deploy.fusion.fuse import fuse
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = (*checkpoints.FORMATS, *graphs.FORMATS, *texts.FORMATS, *pictures.FORMATS, *paths.FORMATS)
 CLEAR = Result(1, "", "error: the file is damaged\nhint: copy it again\n", "", (), "", False, 0.1, 0.1, 1 << 20)
-SHARE, SEED = 261, 7
+SHARE, SEED = 210, 7
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)

@@ -42,6 +42,7 @@ def run(script, monkeypatch, pictures: Path, output: Path, *arguments: str) -> d
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_everything_that_is_calibrated_on(monkeypatch, pictures, tmp_path) -> None:
     recipe = tmp_path / "quick.toml"
     text = (data_folder("calibration") / "fast.toml").read_text(encoding="utf-8")

@@ -132,6 +132,7 @@ def test_exports_at_once_leave_whole_sets(inputs: Path, tmp_path: Path, monkeypa
     assert run_together(tmp_path / "logs", [*checkpoints, *checkpoints], tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(inputs: Path, tmp_path: Path) -> None:
     runner = OnnxRunner(inputs / "new" / "net.fp32.onnx")
     images = np.zeros((1, 3, 64, 64), np.float32)

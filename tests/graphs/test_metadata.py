@@ -62,10 +62,10 @@ def test_a_field_of_the_preprocessing_cannot_be_wrong(place: Place) -> None:
     for wrong in wrong_for(find(VALUES, place)):
         refused({**PROPERTIES, key: json.dumps(replaced(VALUES, place, wrong))}, "preprocessing")
     changed: Any = without(VALUES, place)
-    if len(place) == 1:
+    if place in (("interpolation",), ("color_order",)):
         assert isinstance(Preprocessing.from_json(json.dumps(changed)), Preprocessing)
     else:
-        with pytest.raises(DeployError, match=r"mean has . values and std ."):
+        with pytest.raises(DeployError, match=r"mean has . values and std .|missing"):
             Preprocessing.from_json(json.dumps(changed))
 
 

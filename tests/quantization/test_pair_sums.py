@@ -236,7 +236,7 @@ def test_the_graphs_to_compare_with_fit_too() -> None:
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 QEMU = shutil.which("qemu-x86_64")
 needs_qemu = pytest.mark.skipif(QEMU is None or sys.platform != "linux", reason="qemu-user is not installed")
-RUNTIMES = ["onnxruntime", pytest.param("openvino", marks=needs_openvino)]
+RUNTIMES = ["onnxruntime", pytest.param("openvino", marks=[needs_openvino, pytest.mark.slow])]
 HASWELL = pytest.param("Haswell", marks=needs_qemu)
 """The last but one generation of Intel's server CPUs without AVX-512 has the kernels of all that have AVX2 alone."""
 

@@ -288,7 +288,7 @@ def test_other_weights_are_beyond_the_tolerance(checkpoint_file: Path, save: Sav
 
 def test_another_number_of_classes_is_an_error(checkpoint_file: Path, save: Save) -> None:
     other = save(name_in_layout(make_net(classes=6), "official"), "other.pth")
-    with pytest.raises(VerificationError, match=r"different shapes: \(8, 5\) and \(8, 6\)"):
+    with pytest.raises(VerificationError, match=r"different shapes: \(16, 5\) and \(16, 6\)"):
         verify_models(checkpoint_file, other, VerifyOptions(preprocessing=SMALL))
 
 

@@ -198,10 +198,7 @@ def test_scales_are_those_of_their_checkpoint(images, tmp_path) -> None:
     qat(DEMO, images, out)
     assert "another checkpoint" in export_with(DEMO, scales, tmp_path / "a", code=1).stderr
     (tmp_path / "no.npz").write_bytes(b"no scales")
-    assert (
-        "does not contain the scales of a qat run"
-        in export_with(out, tmp_path / "no.npz", tmp_path / "a", code=1).stderr
-    )
+    assert "truncated or damaged" in export_with(out, tmp_path / "no.npz", tmp_path / "a", code=1).stderr
     refused = export_with(out, scales, tmp_path / "a", "--keep-float", "stages.1.1", code=1)
     assert "every layer was trained in INT8" in refused.stderr
     assert not (tmp_path / "a").exists()
