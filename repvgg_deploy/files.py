@@ -183,9 +183,14 @@ def stage_files(folder: Path, is_result: bool = True, check: Callable[[], None] 
 def _remove_folders(folders: Iterable[Path]) -> None:
     """Remove folders that other threads may still be writing to; they get errors that nobody will read."""
     for folder in folders:
+        # Under another name nothing is added to it any more; a folder that is written to faster than it is emptied stays.
+        aside = folder.with_name(f"{folder.name}-ended")
+        with suppress(OSError):
+            folder.rename(aside)
         for _ in range(100):
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
+            for path in (aside, folder):
+                shutil.rmtree(path, ignore_errors=True)
+            if not aside.exists() and not folder.exists():
                 break
             time.sleep(0.01)
 
