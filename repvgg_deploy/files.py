@@ -183,7 +183,7 @@ def stage_files(folder: Path, is_result: bool = True, check: Callable[[], None] 
 def _remove_folders(folders: Iterable[Path]) -> None:
     """Remove folders that other threads may still be writing to; they get errors that nobody will read."""
     for folder in folders:
-        # Under another name nothing is added to it any more; a folder that is written to faster than it is emptied stays.
+        # Under another name nothing is added to it; one that is written to faster than it is emptied would stay.
         aside = folder.with_name(f"{folder.name}-ended")
         with suppress(OSError):
             folder.rename(aside)

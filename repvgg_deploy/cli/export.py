@@ -32,13 +32,13 @@ from repvgg_deploy.cli.pull import offline_option, pretrained_option, take_pretr
 from repvgg_deploy.cli.records import describe_records, records_input, records_output, take_records
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
 from repvgg_deploy.cli.whole_networks import export_whole, leave_out_module_options, module_options
+from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.limits import LimitCheck
 
 if TYPE_CHECKING:
     from repvgg_deploy.workflows.export_all import ExportAllRequest
     from repvgg_deploy.workflows.export_request import ExportRequest
     from repvgg_deploy.workflows.export_result import CheckpointExportResult
-    from repvgg_deploy.workflows.head_start import HeadStart
     from repvgg_deploy.workflows.records import RecordsRequest
 
 
@@ -112,10 +112,8 @@ def export(
     every, validation = options.pop("all"), options["val"]
     class_names = read_labels(labels)
     prepare_process()
-    with quick_imports():
-        from repvgg_deploy.workflows.head_start import start_ahead
-    source = take_checkpoint(options)
-    with start_ahead(ckpt, source) as head_start:
+    # It loads on another core while torch is imported on this one.
+    with SimplificationCheck() as simplification:
         with quick_imports():
             # Torch with it, and all else that every export needs.
             import repvgg_deploy.workflows.export  # noqa: F401
@@ -126,7 +124,7 @@ def export(
         request = ExportRequest(
             checkpoint=ckpt,
             output=output,
-            source=source,
+            source=take_checkpoint(options),
             precision=Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,
             int8=take_int8(options, int8 or every, val_alone=every),
             build=take_build(options),
@@ -137,8 +135,8 @@ def export(
         if every:
             from repvgg_deploy.workflows.export_all import ExportAllRequest
 
-            return _export_all(ExportAllRequest(request, validation), layers, records, head_start)
-        return _export_one(request, layers, records, head_start)
+            return _export_all(ExportAllRequest(request, validation), layers, records, simplification)
+        return _export_one(request, layers, records, simplification)
 
 
 def _choose_checkpoint(ckpt: Path | None, options: dict[str, Any]) -> Path:
@@ -155,14 +153,16 @@ def _choose_checkpoint(ckpt: Path | None, options: dict[str, Any]) -> Path:
     return path
 
 
-def _export_one(request: ExportRequest, layers: bool, records: RecordsRequest, head_start: HeadStart) -> Outcome:
+def _export_one(
+    request: ExportRequest, layers: bool, records: RecordsRequest, simplification: SimplificationCheck
+) -> Outcome:
     from repvgg_deploy.cli.tables import print_export
     from repvgg_deploy.workflows.export import export as run_export
     from repvgg_deploy.workflows.records import keep_records
 
     precisions = (request.precision,)
     with show_progress() as progress, keep_records(records, request, precisions, progress) as finish:
-        result = run_export(request, progress, head_start, finish)
+        result = run_export(request, progress, simplification, finish)
     images = "synthetic images" if request.verify_data is None else f"images of {request.verify_data}"
     written = describe_records(records, records.statement_path(request, precisions))
 
@@ -173,7 +173,9 @@ def _export_one(request: ExportRequest, layers: bool, records: RecordsRequest, h
     return Outcome({**result.to_dict(), **written}, show, checks=_list_stages(result))
 
 
-def _export_all(request: ExportAllRequest, layers: bool, records: RecordsRequest, head_start: HeadStart) -> Outcome:
+def _export_all(
+    request: ExportAllRequest, layers: bool, records: RecordsRequest, simplification: SimplificationCheck
+) -> Outcome:
     from repvgg_deploy.artifacts import Precision
     from repvgg_deploy.cli.tables import print_export_all
     from repvgg_deploy.workflows.export_all import export_all
@@ -181,7 +183,7 @@ def _export_all(request: ExportAllRequest, layers: bool, records: RecordsRequest
 
     precisions = tuple(Precision)
     with show_progress() as progress, keep_records(records, request.base, precisions, progress) as finish:
-        result = export_all(request, progress, head_start, finish)
+        result = export_all(request, progress, simplification, finish)
     written = describe_records(records, records.statement_path(request.base, precisions))
     checks = tuple(check for one in result.results for check in _list_stages(one))
 

@@ -16,6 +16,7 @@ from repvgg_deploy.artifacts import Array, Parity, Precision, Preprocessing
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import hash_file, stage_files
 from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.nets.cost import count_parameters
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import Model, softmax
@@ -34,7 +35,6 @@ from repvgg_deploy.workflows.export_stages import (
     make_int8_graph,
     prepare,
 )
-from repvgg_deploy.workflows.head_start import HeadStart, start_ahead
 
 if TYPE_CHECKING:
     from repvgg_deploy.engine import Engine
@@ -46,7 +46,7 @@ Finish = Callable[[Path, Sequence[CheckpointExportResult]], None]
 def export(
     request: ExportRequest,
     progress: Progress = SILENT,
-    head_start: HeadStart | None = None,
+    simplification: SimplificationCheck | None = None,
     finish: Finish | None = None,
 ) -> CheckpointExportResult:
     """Write the verified ONNX graph of a checkpoint to `request.output`, and an engine where one is asked for.
@@ -57,7 +57,7 @@ def export(
     Args:
         request: what to export, and how.
         progress: receives the stages and their notes.
-        head_start: of this request's checkpoint, where it began before torch was imported; by default it begins here.
+        simplification: a check that was started ahead, since it takes a second to load; by default it starts here.
         finish: called once everything has passed; see `Finish`.
 
     Raises:
@@ -69,29 +69,26 @@ def export(
         >>> result.onnx.name
         'net.fp16.onnx'
     """
-    if head_start is not None:
-        return _export(request, progress, head_start, finish)
-    with start_ahead(request.checkpoint, request.source) as started:
-        return _export(request, progress, started, finish)
+    with simplification or SimplificationCheck() as check:
+        return _export(request, progress, check, finish)
 
 
 def _export(
-    request: ExportRequest, progress: Progress, head_start: HeadStart, finish: Finish | None
+    request: ExportRequest, progress: Progress, simplification: SimplificationCheck, finish: Finish | None
 ) -> CheckpointExportResult:
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output}is a file, but a folder is needed", "-o DIR")
     backend = choose_backend(request.engine, progress)
     check_request(request, backend)
-    progress.note(f"reading {request.checkpoint}")
-    prepared, parity = prepare(request, head_start.take_checkpoint(), progress)
+    prepared, parity = prepare(request, progress)
     parities: dict[str, Parity] = {"fused": parity}
     progress.note(f"making the {request.precision} graph")
     if request.precision is Precision.INT8:
         product, parities["quantized"] = make_int8_graph(prepared, backend is not None, progress)
     else:
         product = make_float_graph(prepared)
-    head_start.simplification.submit(product.graph.without_values())
+    simplification.submit(product.graph.without_values())
     result, images, expected = _describe(prepared, product), graph_inputs(prepared), product.expected
     with stage_files(request.output) as staging:
         staged = staging / result.onnx.name
@@ -100,7 +97,7 @@ def _export(
         del prepared, product
         progress.note("running the graph in ONNX Runtime")
         outputs, parities["onnx"] = _verify_graph(staged, images, expected, request, result.preprocessing)
-        head_start.simplification.require()
+        simplification.require()
         engine = None
         if backend is None:
             _note_other_engine(staged, result.onnx.with_suffix(".plan"), progress)

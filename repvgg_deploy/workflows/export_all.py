@@ -10,13 +10,13 @@ from typing import Any
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import open_model
 from repvgg_deploy.workflows.export import Finish, export, peak_bytes
 from repvgg_deploy.workflows.export_request import ExportRequest
 from repvgg_deploy.workflows.export_result import CheckpointExportResult
-from repvgg_deploy.workflows.head_start import HeadStart
 from repvgg_deploy.workflows.model_card import CARD, CardInput, write_card
 from repvgg_deploy.workflows.side_by_side import Agreement, Speed, Speeds, compare_accuracy, measure_speeds
 from repvgg_deploy.workflows.versions import installed_versions
@@ -129,7 +129,7 @@ class ExportAllResult:
 def export_all(
     request: ExportAllRequest,
     progress: Progress = SILENT,
-    head_start: HeadStart | None = None,
+    simplification: SimplificationCheck | None = None,
     finish: Finish | None = None,
 ) -> ExportAllResult:
     """Write the graphs of a checkpoint in FP32, FP16 and INT8, and `MODEL_CARD.md`, as one set.
@@ -153,9 +153,9 @@ def export_all(
     with stage_files(base.output) as staging:
         results = {}
         for precision in Precision:
-            first = head_start if precision is Precision.FP32 else None
+            check = simplification if precision is Precision.FP32 else None
             progress.note(f"{precision}:")
-            results[precision] = export(request.one(precision, staging), progress, first)
+            results[precision] = export(request.one(precision, staging), progress, check)
         models = {precision: open_model(result.onnx) for precision, result in results.items()}
         progress.note("comparing the graphs on the same images")
         agreements = compare_accuracy(models, request.validation, base.verify_data, progress)

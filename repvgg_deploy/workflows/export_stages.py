@@ -76,13 +76,15 @@ class Product:
     quantization: QuantizationSummary | None = None
 
 
-def prepare(request: ExportRequest, checkpoint: Checkpoint, progress: Progress) -> tuple[Prepared, Parity]:
-    """Fuse a checkpoint, of which nothing else is used any more; against the training form in float64, on small inputs.
+def prepare(request: ExportRequest, progress: Progress) -> tuple[Prepared, Parity]:
+    """Read and fuse a checkpoint; the fused net against the training form in float64, on the small inputs.
 
     Raises:
-        DeployError: the request does not fit the checkpoint.
+        DeployError: the checkpoint cannot be read, or not as the request says.
         VerificationError: the two forms differ by more than float32 arithmetic does.
     """
+    progress.note(f"reading {request.checkpoint}")
+    checkpoint = request.source.load(request.checkpoint)
     for note in checkpoint.notes:
         progress.note(f"note: {note}")
     check_classes(request, checkpoint.spec)
