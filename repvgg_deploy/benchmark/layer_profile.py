@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from repvgg_deploy.errors import DeployError
+from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.files import file_kind, scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.graphs.reading import read_graph
 from repvgg_deploy.nets.seeding import seeded_inputs
+from repvgg_deploy.runtime.failures import first_line, is_graph_failure
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, OnnxRunner, import_onnxruntime
 
 _SUFFIX = "_kernel_time"
@@ -153,15 +154,19 @@ def _run_profiled(path: Path, name: str, images: Any, threads: int, seconds: flo
         options.log_severity_level = 4
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "profile")
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        warmup = 2
-        for _ in range(warmup):
-            session.run(None, {name: images})
-        end = time.perf_counter() + seconds
-        runs = 0
-        while runs < 5 or time.perf_counter() < end:
-            session.run(None, {name: images})
-            runs += 1
+        warmup, runs = 2, 0
+        try:
+            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            for _ in range(warmup):
+                session.run(None, {name: images})
+            end = time.perf_counter() + seconds
+            while runs < 5 or time.perf_counter() < end:
+                session.run(None, {name: images})
+                runs += 1
+        except Exception as error:
+            if not is_graph_failure(error):
+                raise
+            raise GraphError(f"{path} does not run: {first_line(error)}", "`inspect` shows what it takes") from error
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX)]
     return nodes[len(nodes) * warmup // (runs + warmup) :]

@@ -10,11 +10,15 @@ import click
 from click.core import ParameterSource
 
 from repvgg_deploy.cli.command import option_group
-from repvgg_deploy.cli.types import FilePath, suggest
+from repvgg_deploy.cli.types import FilePath, Name, suggest
 from repvgg_deploy.errors import DeployError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_OF_ONE_VALUE = (
+    click.types.StringParamType, click.types.IntParamType, click.types.FloatParamType, click.Choice, click.Path,
+    click.IntRange, click.FloatRange, Name,
+)  # fmt: skip
 # What a file is about itself, and what every run decides anew.
 _NOT_SAVED = ("config", "save_config", "from", "as_json", "quiet", "verbose", "help")
 
@@ -71,11 +75,40 @@ def set_defaults(ctx: click.Context, values: Mapping[str, Any], source: str) -> 
         plain = key.replace("_", "-")
         if plain not in known:
             raise click.UsageError(f"{source} has an unknown option {key!r}. {suggest(plain, list(known))}", ctx)
-        if isinstance(value, Mapping):
-            raise click.UsageError(f"{source}: {key} is a table, not a value.", ctx)
         name = known[plain]
-        defaults[name] = [value] if options[name].multiple and not isinstance(value, list) else value
+        option = options[name]
+        wrong = _find_fault(option, value)
+        if wrong is not None:
+            raise click.UsageError(f"{source}: {key} {wrong}.", ctx)
+        # As typed: each type parses text, and not every one tells a number from a name.
+        plain_value = _as_typed(value)
+        defaults[name] = [plain_value] if option.multiple and not isinstance(value, list) else plain_value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _find_fault(option: click.Option, value: Any) -> str | None:
+    """What is wrong with the kind of a value from a file, if anything; its range is for the option's type to say."""
+    if isinstance(value, Mapping):
+        return "is a table, not a value"
+    if isinstance(option.type, click.types.BoolParamType):
+        return None if isinstance(value, bool) else "is true or false"
+    if isinstance(value, bool):
+        return "is a value, not true or false"
+    if not isinstance(value, list):
+        return None
+    of_one_value = isinstance(option.type, _OF_ONE_VALUE)
+    if of_one_value and not option.multiple and option.nargs == 1:
+        return "is one value, not a list"
+    # Of an option that may be repeated, each may be a list if its type reads one.
+    nested = option.multiple and not of_one_value
+    items = [item for part in value for item in (part if nested and isinstance(part, list) else [part])]
+    return "is a list of values" if any(isinstance(item, bool | list | Mapping) for item in items) else None
+
+
+def _as_typed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_typed(item) for item in value]
+    return value if isinstance(value, bool) else str(value)
 
 
 def given_options(ctx: click.Context) -> dict[str, Any]:

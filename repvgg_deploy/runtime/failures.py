@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from repvgg_deploy.errors import GraphError
+
 
 def is_graph_failure(error: Exception) -> bool:
     """Whether ONNX Runtime says with it that a graph cannot be loaded or run.
@@ -11,6 +15,18 @@ def is_graph_failure(error: Exception) -> bool:
     """
     own = type(error).__module__.split(".")[0] == "onnxruntime"
     return own or isinstance(error, MemoryError | RuntimeError | ValueError | OverflowError)
+
+
+def require_readable(path: Path) -> None:
+    """Raise GraphError if ONNX Runtime cannot be given `path`: it takes names in UTF-8 alone.
+
+    Raises:
+        GraphError: a folder or the file itself has another name.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise GraphError(f"ONNX Runtime opens no file whose path is not UTF-8: {path}", "rename it") from error
 
 
 def first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.graphs.serialization import read_skeleton
-from repvgg_deploy.runtime.failures import first_line, is_graph_failure
+from repvgg_deploy.runtime.failures import first_line, is_graph_failure, require_readable
 from repvgg_deploy.runtime.saturation import EXACT, find_saturating_layers, has_integers, saturates_here
 
 _CUDA = "CUDAExecutionProvider"
@@ -57,6 +57,7 @@ class OnnxRunner:
         runtime = import_onnxruntime()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
+        require_readable(path)
         model: str | bytes = str(path)
         if quick_start:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED

@@ -9,7 +9,7 @@ import onnx
 
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.runtime.failures import first_line, is_graph_failure
+from repvgg_deploy.runtime.failures import first_line, is_graph_failure, require_readable
 from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 
 
@@ -28,6 +28,8 @@ class GraphSession:
             GraphError: ONNX Runtime does not load it.
         """
         runtime = import_onnxruntime()
+        if isinstance(graph, Path):
+            require_readable(graph)
         options = runtime.SessionOptions()
         options.log_severity_level = 4
         levels = runtime.GraphOptimizationLevel

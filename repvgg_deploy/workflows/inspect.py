@@ -120,7 +120,6 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
     require_arch(path, read_metadata(properties), arch)
     ops = [node.op_type for node in model.graph.node]
     weights = _find_parameters(model, is_ours="repvgg_deploy.version" in properties)
-    types = onnx.TensorProto.DataType.Name
     return {
         "file": str(path),
         "kind": "onnx",
@@ -131,7 +130,7 @@ def _describe_graph(path: Path, arch: str | None) -> Description:
         "outputs": [_describe_tensor(item) for item in model.graph.output],
         "ops": {op: ops.count(op) for op in sorted(set(ops))},
         "parameters": sum(math.prod(item.dims) for item in weights),
-        "weight_types": sorted({types(item.data_type).lower() for item in weights}),
+        "weight_types": sorted({_type_name(item.data_type) for item in weights}),
         "bytes": path.stat().st_size,
         "external_data": any(item.data_location == onnx.TensorProto.EXTERNAL for item in weights),
         "sha256": hash_file(path),
@@ -183,11 +182,14 @@ def _find_parameters(model: Any, is_ours: bool) -> list[Any]:
 
 
 def _describe_tensor(info: Any) -> Description:
-    import onnx
-
     kind = info.type.tensor_type
     shape = [dimension.dim_param or dimension.dim_value for dimension in kind.shape.dim]
+    return {"name": info.name, "dtype": _type_name(kind.elem_type), "shape": shape}
+
+
+def _type_name(number: int) -> str:
+    """The name of a data type of ONNX; its number if it has none, as one of a later ONNX or of a damaged file."""
+    import onnx
+
     names = dict(zip(onnx.TensorProto.DataType.values(), onnx.TensorProto.DataType.keys(), strict=True))
-    # A type of a later ONNX, or of a damaged file.
-    dtype = names.get(kind.elem_type, f"type {kind.elem_type}").lower()
-    return {"name": info.name, "dtype": dtype, "shape": shape}
+    return str(names.get(number, f"type {number}")).lower()

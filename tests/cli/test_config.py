@@ -124,3 +124,19 @@ def test_the_examples_of_a_command_are_commands(name: str) -> None:
         command = main.commands[words[1]]
         known = {option for p in command.params if isinstance(p, click.Option) for option in p.opts + p.secondary_opts}
         assert all(word in known for word in words if word.startswith("-") and len(word) > 1), line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "opset = [17]", "opset = 1e300", "fp16 = 1", 'fp16 = "yes"', "fp16 = [true]", "batch = true", "batch = [[1]]",
+        "labels = [1]", 'labels = ["a"]', "recipe = [1]", "recipe = 3", "keep-float = [[1]]",
+        "batch-range = 5", "batch-range = [1, true, 3]", "size = [[1, 2]]", "mean = [[0.5]]", "engine = 7",
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_wrong_usage_that_names_the_option(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "options.toml"
+    path.write_text(f"{line}\n", encoding="utf-8")
+    found = CliRunner().invoke(main, ["export", "net.pth", "--config", str(path)])
+    assert (found.exit_code, found.stdout) == (2, ""), found.exception
+    assert line.partition(" ")[0] in found.stderr

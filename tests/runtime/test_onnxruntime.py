@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.runtime import onnxruntime as onnx_runner
 from repvgg_deploy.runtime.model import open_model
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
-from repvgg_deploy.workflows.inspect import _describe_tensor
+from repvgg_deploy.workflows.inspect import _describe_tensor, inspect_file
 
 
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "ROCMExecutionProvider"])
@@ -189,6 +190,25 @@ def test_a_graph_of_an_unknown_type_is_inspected_all_the_same(tmp_path: Path) ->
     assert _describe_tensor(onnx.load(path).graph.input[0])["dtype"] == "type 99"
     with pytest.raises(GraphError, match="ONNX Runtime does not load"):
         OnnxRunner(path)
+
+
+@pytest.mark.parametrize("quick_start", [False, True])
+def test_a_path_that_is_not_utf8_is_an_error(quick_start: bool, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"net\xff")
+    folder.mkdir()
+    path = conv_graph(tmp_path / "net.onnx").rename(folder / "net.onnx")
+    with pytest.raises(GraphError, match="whose path is not UTF-8"):
+        OnnxRunner(path, quick_start=quick_start)
+
+
+def test_weights_of_an_unknown_type_are_described_by_its_number(tmp_path: Path) -> None:
+    path = conv_graph(tmp_path / "net.onnx")
+    model = onnx.load(path)
+    model.metadata_props.add(key="repvgg_deploy.version", value="0.1.0")
+    model.graph.initializer[0].name = "conv.weight"
+    model.graph.initializer[0].data_type = 2**31 - 1
+    path.write_bytes(model.SerializeToString())
+    assert inspect_file(path)["weight_types"] == ["type 2147483647"]
 
 
 def test_a_graph_without_outputs_is_an_error(tmp_path: Path) -> None:
