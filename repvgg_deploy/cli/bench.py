@@ -19,7 +19,16 @@ from repvgg_deploy.cli.options import (
     preprocessing_options,
     take_preprocessing,
 )
-from repvgg_deploy.cli.types import BACKEND, BASELINE, PRECISION, FiniteRange, ListOf, is_model_name, suggest_model
+from repvgg_deploy.cli.types import (
+    BACKEND,
+    BASELINE,
+    PRECISION,
+    FilePath,
+    FiniteRange,
+    ListOf,
+    is_model_name,
+    suggest_model,
+)
 from repvgg_deploy.errors import DeployError, ThresholdError
 from repvgg_deploy.limits import LimitCheck, first_failure
 
@@ -155,7 +164,7 @@ def _check_usage(models: Sequence[str], output: Path | None, options: dict[str, 
 
 
 def _check_model(model: str) -> None:
-    if Path(model).exists() or Path(model).suffix or "/" in model:
+    if FilePath().convert(model, None, None).exists() or Path(model).suffix or "/" in model:
         return
     if model.isdecimal():
         raise click.UsageError(

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from repvgg_deploy.cli.command import option_group
 from repvgg_deploy.cli.types import FilePath, Name, suggest
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files import stage_files
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -130,10 +131,10 @@ def _save_config(ctx: click.Context, _option: click.Parameter, path: Path | None
 
         text = to_toml({str(ctx.info_name): given_options(ctx)})
         try:
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise click.UsageError(f"--save-config {path} cannot be written: {reason}", ctx) from error
+            with stage_files(path.absolute().parent, is_result=False) as staging:
+                (staging / path.name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except (DeployError, ValueError) as error:
+            raise click.UsageError(f"--save-config {path} cannot be written: {error}", ctx) from error
 
     # Callbacks run in the order of the options, before those that follow have their values.
     ctx.meta["repvgg_deploy.before_run"] = write

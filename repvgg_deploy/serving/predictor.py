@@ -159,6 +159,10 @@ class Predictor:
         ranked = rank_classes(outputs, self.options.topk)
         best = _best_scores(outputs, ranked)
         known = self.model.class_names
+        if known is not None and ranked.size and int(ranked.max()) >= len(known):
+            raise GraphError(
+                f"{self.model.path} names {len(known)} classes, and gives class {int(ranked.max())}", "export it again"
+            )
         for classes, scores in zip(ranked.tolist(), best, strict=True):
             names = None if known is None else tuple(known[index] for index in classes)
             yield {"classes": tuple(classes), "names": names, "scores": tuple(float(f"{s:.6g}") for s in scores)}

@@ -78,7 +78,7 @@ def _export(
 ) -> CheckpointExportResult:
     start = time.perf_counter()
     if request.output.exists() and not request.output.is_dir():
-        raise DeployError(f"{request.output}is a file, but a folder is needed", "-o DIR")
+        raise DeployError(f"{request.output} is a file, but a folder is needed", "-o DIR")
     backend = choose_backend(request.engine, progress)
     check_request(request, backend)
     prepared, parity = prepare(request, progress)

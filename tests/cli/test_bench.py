@@ -295,3 +295,10 @@ def test_a_report_of_something_else_is_an_error(content: str, tmp_path: Path) ->
     result = run("report", path, "-o", tmp_path / "report.html")
     assert result.exit_code == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_model_whose_name_no_file_system_takes_is_one_error() -> None:
+    for name in ("x" * 300, "y/" * 3000):
+        found = CliRunner().invoke(main, ["bench", name, "--duration", "0"])
+        assert found.exit_code in (1, 2), found.exception
+        assert found.stderr.count("rror: ") == 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -140,3 +143,10 @@ def test_a_value_of_another_kind_is_wrong_usage_that_names_the_option(line: str,
     found = CliRunner().invoke(main, ["export", "net.pth", "--config", str(path)])
     assert (found.exit_code, found.stdout) == (2, ""), found.exception
     assert line.partition(" ")[0] in found.stderr
+
+
+def test_options_are_not_saved_to_a_pipe_which_nobody_may_ever_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "options.toml")
+    command = [sys.executable, "-m", "repvgg_deploy", "export", "net.pth", "--save-config", "options.toml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, "is a pipe or a device" in done.stderr) == (2, True), done.stderr

@@ -119,6 +119,12 @@ class Stub:
         self.run = outputs
 
 
+def test_fewer_names_than_classes_are_an_error(model: Model) -> None:
+    few = Predictor(replace(model, class_names=NAMES[:1]))
+    with pytest.raises(GraphError, match="names 1 classes, and gives class"):
+        few([np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(16)])
+
+
 def test_features_are_given_without_classes(model: Model) -> None:
     features = np.array([[0.1, -2.5, 3e-7]], np.float32)
     runner = Stub(lambda _: {"features": features})
