@@ -16,7 +16,7 @@ from PIL import Image
 
 from fuzzing.cases import Case, Format
 from fuzzing.checkpoints import make_tensors
-from fuzzing.mutations import NAMES, choose_integer, choose_value, mutate_bytes
+from fuzzing.mutations import NAMES, choose_integer, choose_value, dumps, mutate_bytes
 
 _INVALID = "NOT_UTF8"
 """Becomes bytes that are not UTF-8 once the graph is written."""
@@ -273,7 +273,7 @@ def _metadata(model: Any, rng: Random) -> None:
         values = json.loads(item.value) if item.value[:1] in "[{" else {}
         if isinstance(values, dict) and values:
             values[rng.choice(sorted(values))] = choose_value(rng)
-        item.value = json.dumps(values)
+        item.value = dumps(values)
     elif kind == "drop":
         model.metadata_props.remove(item)
     elif kind == "key":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
@@ -173,12 +174,19 @@ def choose_value(rng: Random, near: Any = None) -> Any:
     ))()  # fmt: skip
 
 
+def dumps(value: object, ensure_ascii: bool = True) -> str:
+    """JSON with integers of any length; the limit of this process, and of the cases forked from it, stays."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii)
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
 def write_json(tree: Any, rng: Random) -> bytes:
     """A tree as JSON, with NaN, Infinity and lone surrogates as Python's parser takes them."""
-    import sys
-
-    sys.set_int_max_str_digits(0)
-    text = json.dumps(tree, ensure_ascii=rng.random() < 0.5)
+    text = dumps(tree, ensure_ascii=rng.random() < 0.5)
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from fuzzing.cases import Case, Format
 from fuzzing.checkpoints import whole_safetensors
 from fuzzing.graphs import class_folders, whole_graph
-from fuzzing.mutations import NAMES, mutate_bytes, mutate_text, mutate_tree, write_json
+from fuzzing.mutations import NAMES, dumps, mutate_bytes, mutate_text, mutate_tree, write_json
 from fuzzing.weights import mutate_npy
 from fuzzing.zips import make_entry, mutate_zip, read_zip, write_zip
 
@@ -77,7 +77,7 @@ def write_toml(tree: Any) -> str:
 
 
 def _key(key: str) -> str:
-    return json.dumps(key)
+    return dumps(key)
 
 
 def _value(value: Any) -> str:
@@ -87,7 +87,7 @@ def _value(value: Any) -> str:
         return "[" + ", ".join(map(_value, value)) + "]"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value)
+    return dumps(value)
 
 
 def _mutate_json(tree: Tree, rng: Random) -> tuple[bytes, str]:
