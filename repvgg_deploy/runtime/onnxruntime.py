@@ -273,4 +273,6 @@ def import_onnxruntime() -> Any:
             "ONNX Runtime is not installed, so no ONNX graph can be verified",
             "pip install onnxruntime, or onnxruntime-gpu for CUDA; never both",
         ) from error
+    # What fails before a session has its options is printed, in colours, and raised all the same.
+    onnxruntime.set_default_logger_severity(4)
     return onnxruntime

@@ -211,6 +211,21 @@ def test_weights_of_an_unknown_type_are_described_by_its_number(tmp_path: Path) 
     assert inspect_file(path)["weight_types"] == ["type 2147483647"]
 
 
+def test_onnx_runtime_prints_nothing_of_a_tensor_larger_than_any_memory(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = conv_graph(tmp_path / "net.onnx")
+    model = onnx.load(path)
+    bias = onnx.numpy_helper.from_array(np.zeros(5, np.float32), "bias")
+    bias.dims[:] = [2**62]
+    model.graph.initializer.append(bias)
+    model.graph.node[-1].input.append("bias")
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(GraphError, match="does not load"):
+        OnnxRunner(path)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_graph_without_outputs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(GraphError):
         OnnxRunner(conv_graph(tmp_path / "net.onnx", outputs=False))
