@@ -113,6 +113,7 @@ def kill_command(name: str, inputs: Path, base: Path, tries: int, draw: random.R
     for which in ("old", "new"):
         if which == "new":
             shutil.copytree(base / "old" / "out", base / "new" / "out")
+        (base / which / "out").mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         ended = run(which, base / which, signal.SIGCONT, 0.0)
         seconds = time.monotonic() - begun
@@ -127,7 +128,7 @@ def kill_command(name: str, inputs: Path, base: Path, tries: int, draw: random.R
         ended = run("new", folder, number, delay)
         state = judge(folder / "out", before, after)
         # A suite writes its record after each case, to go on from.
-        unfinished = ("old", "new") if name == "bench --suite" else ("old",)
+        unfinished = ("old", "none", "new") if name == "bench --suite" else ("old", "none")
         fault = _fault_of(ended, state, unfinished, has_leftovers(folder / "out", folder / "tmp"))
         begin_next_run(folder / "out", folder / "tmp")
         following = judge(folder / "out", before, after)
@@ -152,7 +153,7 @@ def _fault_of(ended: Interrupted, state: str, unfinished: Sequence[str], leftove
         return None
     if leftovers:
         return f"left behind: {', '.join(ended.left)}"
-    if state not in (("new",) if ended.status == 0 else unfinished):
+    if state not in (("new", "none") if ended.status == 0 else unfinished):
         return f"{state} files after status {ended.status}"
     is_aborted = ended.stderr.endswith("\nAborted!\n") and "Traceback" not in ended.stderr
     return None if is_aborted or ended.status == 0 else f"stderr ends with {ended.stderr[-200:]!r}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ def _load(content: bytes) -> Any:
         return torch.load(io.BytesIO(content), "cpu", weights_only=True)
     except pickle.UnpicklingError:
         return _Arrays(io.BytesIO(content)).load()
+    except RuntimeError:
+        inner = _only_file(content)
+        if inner is None:
+            raise
+        return _load(inner)
+
+
+def _only_file(content: bytes) -> bytes | None:
+    """The file that a zip archive holds and nothing else, as people zip a checkpoint that is itself a zip."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return None
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return archive.read(archive.namelist()[0]) if len(archive.namelist()) == 1 else None
 
 
 class _Arrays(pickle.Unpickler):

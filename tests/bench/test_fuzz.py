@@ -21,7 +21,7 @@ from fuzzing.mutations import FORGED
 from fuzzing.oracle import compare_logits, compute_logits, read_tensors
 from fuzzing.pickles import split_pickle
 from fuzzing.verdict import judge
-from fuzzing.zips import read_zip, write_zip
+from fuzzing.zips import Zip, make_entry, read_zip, write_zip
 
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.fusion.fuse import fuse
@@ -123,6 +123,15 @@ def test_the_oracle_sees_one_weight(tmp_path: Path) -> None:
     assert "differ" in str(compare_logits(compute_logits(tensors, images), wanted))
     with pytest.raises(UnreadableError):
         compute_logits({}, images)
+
+
+def test_the_oracle_reads_a_checkpoint_that_is_alone_in_an_archive(tmp_path: Path) -> None:
+    content = checkpoints.checkpoint_file(tmp_path).read_bytes()
+    one, other = (make_entry(name, content, 8) for name in (b"net.pth", b"other.pth"))
+    tensors, wanted = read_tensors(write_zip(Zip((one,)))), read_tensors(content)
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    with pytest.raises(UnreadableError):
+        read_tensors(write_zip(Zip((one, other))))
 
 
 def test_archives_and_pickles_are_put_together_as_they_were(tmp_path: Path) -> None:

@@ -62,10 +62,11 @@ def make_inputs(folder: Path) -> Path:
 
 
 def commands(inputs: Path, run: str, out: Path) -> dict[str, list[str]]:
-    """What is killed, by name; `run` is old or new."""
+    """What is killed, by name; `run` is old or new. The last three write no file."""
     checkpoint, graph, images = inputs / run / "net.safetensors", inputs / run / "net.fp32.onnx", inputs / "images"
     found = {
         "export": ["export", checkpoint, "-o", out, "--engine", "tensorrt-rtx"],
+        "export --engine none": ["export", checkpoint, "-o", out, "--engine", "none"],
         "export --int8": ["export", checkpoint, "-o", out, "--engine", "none", "--int8", "--calib", images,
                           "--recipe", "fast"],
         "fuse": ["fuse", checkpoint, "-o", out / "fused.pth"],
@@ -74,6 +75,9 @@ def commands(inputs: Path, run: str, out: Path) -> dict[str, list[str]]:
         "package": ["package", graph, "--triton", "-o", out],
         "qat": ["qat", checkpoint, "--data", images, "--calib", images, "-o", out / "trained.safetensors",
                 "--recipe", "fast", "--steps", "2", "--batch", "8"],
+        "eval": ["eval", graph, "--data", images],
+        "verify": ["verify", checkpoint, graph],
+        "bench": ["bench", graph, "--baseline", "resnet18", "--duration", "0.2"],
     }  # fmt: skip
     return {name: [str(argument) for argument in arguments] for name, arguments in found.items()}
 
@@ -88,10 +92,13 @@ def snapshot(folder: Path) -> dict[str, str]:
 def judge(folder: Path, before: Mapping[str, str], after: Mapping[str, str]) -> str:
     """`old`, `new` or `mixed`; a plan that is not its sidecar's, or a file of neither run, is mixed as well.
 
+    `none` stands for a command that writes no file, if there is none.
     `after` is from another run of the same command: where figures of time are in a file, its hash is not this run's.
     """
     found = snapshot(folder)
     differing = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    if not differing:
+        return "mixed" if found else "none"
     changed = {found.get(name) != before.get(name) for name in differing}
     others_same = all(found.get(name) == before[name] for name in before.keys() - differing)
     is_known = found.keys() <= before.keys() | after.keys() and (found.keys() >= before.keys())
