@@ -47,7 +47,7 @@ def _check_folder(_context: click.Context, _option: click.Parameter, folder: Pat
     if folder.suffix in (".onnx", ".plan"):
         raise click.BadParameter(
             f"{folder} is the name of a file, and -o takes a folder: the files are named after the checkpoint,"
-            f" net.fp32.onnx of net.pth. Write -o {folder.parent}."
+            f" net.fp32.onnx of net.pth. Write `-o {folder.parent}`."
         )
     return folder
 

@@ -88,7 +88,7 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     A and B are checkpoints, ONNX graphs or engines. Both get the same images, prepared as the metadata of an exported
     graph say, or else as the card of the architecture does.
     """
-    from repvgg_deploy.cli.tables import print_fields
+    from repvgg_deploy.cli.tables import print_comparison
     from repvgg_deploy.verification.models import Tolerance, VerifyOptions, compare_models
 
     if options["count"] is not None and options["data"] is None:
@@ -98,7 +98,7 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     with show_progress() as progress:
         parity, checks = compare_models(a, b, how, progress)
     values = {"a": str(a), "b": str(b), **parity.to_dict()}
-    return Outcome(values, lambda: print_fields(values), first_failure(checks), checks=checks)
+    return Outcome(values, lambda: print_comparison(values), first_failure(checks), checks=checks)
 
 
 @click.command(

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from repvgg_deploy.workflows.export_result import CheckpointExportResult
 
 __all__ = [
-    "print_archs", "print_demo", "print_description", "print_end_to_end", "print_evaluation", "print_export",
-    "print_export_all", "print_fields", "print_parts", "print_profile", "print_record",
+    "print_archs", "print_comparison", "print_demo", "print_description", "print_end_to_end", "print_evaluation",
+    "print_export", "print_export_all", "print_fields", "print_parts", "print_profile", "print_record",
 ]  # fmt: skip
 
 
@@ -74,11 +74,24 @@ def print_export_all(result: ExportAllResult, layers: bool) -> None:
 
 def print_description(description: Mapping[str, Any]) -> None:
     """What a file is."""
+    from repvgg_deploy.workflows.choices import recorded_choices
+
     labels = {"flops": "multiply-adds", "flops_deploy": "multiply-adds deploy", "input_size": "height, width px"}
-    print_fields({labels.get(name, name): value for name, value in description.items() if name != "assumed"})
-    if description.get("assumed"):
+    provenance = description.get("provenance") or {}
+    extra = provenance.get("extra")
+    recorded = {**provenance, **extra, "extra": None} if isinstance(extra, Mapping) else dict(provenance)
+    choices = description.get("assumed") or recorded_choices(recorded.get("assumed"))
+    own = {name: value for name, value in description.items() if name not in ("assumed", "provenance")}
+    print_fields({labels.get(name, name): value for name, value in own.items()})
+    if recorded:
         print()
-        _print_choices(description["assumed"])
+        labels = {"sha256": "checkpoint sha256", "version": "made by repvgg-deploy"}
+        # The choices say all of the preprocessing, and what decided it.
+        hidden = ("assumed", "preprocessing") if choices else ()
+        print_fields({labels.get(name, name): value for name, value in recorded.items() if name not in hidden})
+    if choices:
+        print()
+        _print_choices(choices)
 
 
 def _print_choices(choices: Choices) -> None:
@@ -128,6 +141,13 @@ def print_archs(rows: Sequence[dict[str, Any]]) -> None:
         for row in rows
     ]
     print_table(columns, table)
+
+
+def print_comparison(values: Mapping[str, Any]) -> None:
+    """How two models differ, without what cannot be told of their outputs."""
+    agreement = values.get("top1_agreement")
+    shown = {("top-1 agreement" if name == "top1_agreement" else name): value for name, value in values.items()}
+    print_fields({**shown, "top-1 agreement": None if agreement is None else f"{agreement:.1f} %"})
 
 
 def print_evaluation(result: Evaluation) -> None:

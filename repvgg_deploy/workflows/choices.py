@@ -14,6 +14,8 @@ from repvgg_deploy.nets.settings import ASSUMED
 Choices = dict[str, dict[str, Any]]
 """For each setting, by name, its `value` and its `source`."""
 
+_ORDER = ("strides", "activation", "bn_eps", "size", "resize", "mean", "std", "interpolation", "color_order")
+
 
 def describe_choices(checkpoint: Checkpoint, preprocessing: Preprocessing, options: PreprocessingOptions) -> Choices:
     """All that was chosen for a checkpoint, ready for metadata and JSON."""
@@ -33,6 +35,18 @@ def describe_choices(checkpoint: Checkpoint, preprocessing: Preprocessing, optio
     return {name: {"value": value, "source": origins[name]} for name, value in values.items()}
 
 
+def recorded_choices(value: object) -> Choices:
+    """The choices in the metadata of a graph or an engine; none where they are not what an export records."""
+    if not isinstance(value, dict) or not {"size", "resize"} <= value.keys():
+        return {}
+    if not all(isinstance(choice, dict) and choice.keys() == {"value", "source"} for choice in value.values()):
+        return {}
+    if not isinstance(value["size"]["value"], list):
+        return {}
+    # Metadata are sorted by name.
+    return {name: value[name] for name in (*_ORDER, *value) if name in value}
+
+
 def list_choices(choices: Choices) -> dict[str, str]:
     """The choices as a table's lines: the value, and what decided it."""
     if not choices:
@@ -49,7 +63,9 @@ def list_settings(choices: Choices) -> dict[str, str]:
 
 
 def _show(value: Any) -> str:
-    return ",".join(f"{item:.6g}" for item in value) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ",".join(f"{item:.6g}" if isinstance(item, int | float) else str(item) for item in value)
+    return str(value)
 
 
 def warn_of_choices(

@@ -108,7 +108,7 @@ def test_topk_and_labels_are_checked_against_the_checkpoint_before_anything_is_f
 def test_the_name_of_a_file_is_no_folder_to_write_to(name: str, checkpoint_file: Path) -> None:
     result = run("export", checkpoint_file, "-o", name, *NO_ENGINE)
     assert result.exit_code == 2
-    assert f"Write -o {Path(name).parent}." in " ".join(result.stderr.split())
+    assert f"Write `-o {Path(name).parent}`." in " ".join(result.stderr.split())
     assert not Path(name).exists()
 
 

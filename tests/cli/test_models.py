@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 from helpers.commands import failed, object_of, run
 from helpers.small_nets import make_net, name_in_layout
@@ -40,6 +41,35 @@ def test_inspect_describes_a_graph_with_its_provenance(graph: Path, checkpoint_f
     assert value["provenance"]["sha256"] == hashlib.sha256(checkpoint_file.read_bytes()).hexdigest()
 
 
+def test_inspect_tells_in_lines_what_was_assumed_for_a_graph(graph: Path) -> None:
+    lines = run("inspect", graph).stdout.splitlines()
+    assert any(line.startswith("checkpoint sha256  ") for line in lines)
+    choices = [line.split()[0] for line in lines[-9:]]
+    assert choices == ["strides", "activation", "bn", "size", "resize", "mean", "std", "interpolation", "color"]
+    assert "strides        2,2,2,2,2 (assumed)" in lines
+    assert max(map(len, lines)) < 120
+
+
+@pytest.mark.parametrize(
+    "assumed",
+    [
+        "x",
+        {"size": 3, "resize": {}},
+        {"size": {"value": 3, "source": "a"}, "resize": {"value": 1, "source": "b"}},
+        {"size": {"value": [{}], "source": "a"}, "resize": {"value": ["\u2028"], "source": "\nerror: b"}},
+    ],
+)
+def test_inspect_of_a_graph_with_odd_metadata(graph: Path, assumed: object) -> None:
+    model = onnx.load(graph)
+    for entry in model.metadata_props:
+        if entry.key == "repvgg_deploy.assumed":
+            entry.value = json.dumps(assumed)
+    onnx.save(model, graph)
+    result = run("inspect", graph)
+    assert result.exit_code == 0
+    assert not any(line.startswith("error: ") for line in result.stdout.splitlines())
+
+
 def test_inspect_of_a_damaged_graph_fails(graph: Path) -> None:
     graph.write_bytes(graph.read_bytes()[:300])
     assert "ONNX" in failed(run("inspect", graph))
@@ -62,6 +92,7 @@ def test_ema_option_is_passed_on(state, save: Save) -> None:
 def test_verify_prints_the_differences(graph: Path, checkpoint_file: Path) -> None:
     value = object_of(run("verify", checkpoint_file, graph, "--json"))
     assert value["relative"] < 1e-5
+    assert "top-1 agreement  100.0 %" in run("verify", checkpoint_file, graph).stdout
     assert value.keys() == {"schema", "version", "a", "b", "max_abs", "relative", "cosine", "top1_agreement", "images"}
 
 

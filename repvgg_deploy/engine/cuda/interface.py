@@ -120,8 +120,9 @@ def open_cuda(library: str | None = None) -> Cuda:
             reasons.append(f"{candidate}: {error.message}")
     found = find_gpus()
     if not found.gpus:
+        others = "; ".join(reason for reason in reasons if found.reason not in reason)
         raise DeployError(
-            f"engines cannot run here: {found.reason} ({'; '.join(reasons)})",
+            f"engines cannot run here: {found.reason}" + (f" ({others})" if others else ""),
             "run them on a machine with an NVIDIA GPU",
         )
     raise DeployError(
