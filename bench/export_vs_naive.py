@@ -26,6 +26,8 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 NAIVE = """
@@ -119,7 +121,9 @@ NAIVE_FLOWS = {"naive": "default", "naive-torchscript": "torchscript"}
 def commands(against: str, arch: str, folder: Path) -> dict[str, list[str]]:
     """What is run in each round, by name: the flows to compare with, and `export`."""
     checkpoint, own, script = folder / "net.pth", folder / "own.pth", folder / "naive.py"
-    make_checkpoints(arch, checkpoint, own)
+    # Not in this process: the peak memory of a child is at least what its parent holds as it starts it.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(make_checkpoints, arch, checkpoint, own).result()
     script.write_text(NAIVE, encoding="utf-8")
     if against == "naive":
         found = {

@@ -29,4 +29,6 @@ def test_every_flow_is_run_and_compared_with_the_export(against: str, tmp_path: 
     assert record["samples"].keys() == FLOWS[against] | {"repvgg-deploy"}
     assert {len(runs) for runs in record["samples"].values()} == {1}
     assert record["ratio"].keys() == FLOWS[against]
+    # Python alone takes 10 MB, a process with torch 200: a child does not begin with what its parent holds.
+    assert against == "naive" or record["samples"]["inspect"][0]["peak_bytes"] < 120e6
     assert all(value > 0 for ratio in record["ratio"].values() for value in ratio.values())
