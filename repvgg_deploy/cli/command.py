@@ -88,17 +88,37 @@ class Command(click.Command):
         super().__init__(*arguments, **attributes)
         self.examples = tuple(examples)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line; wrong usage is reported to `--junit` too, if that option can be found."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            path = self._find_junit(ctx, given)
+            if path is not None:
+                _write_junit_of_failure(path, JUnitSuite(str(ctx.info_name), 0.0, _explain_usage(error, ctx)))
+            raise
+
+    def _find_junit(self, ctx: click.Context, args: list[str]) -> Path | None:
+        """The value of `--junit` in a command line that has some other fault, or in the environment."""
+        option = next((option for option in self.get_params(ctx) if option.name == "junit"), None)
+        if option is None:
+            return None
+        parser = self.make_parser(ctx)
+        parser.ignore_unknown_options = True
+        resilient, ctx.resilient_parsing = ctx.resilient_parsing, True
+        try:
+            # In this mode the parser stops at a fault, and gives what it has read before.
+            values, _, _ = parser.parse_args(args)
+            path, _ = option.consume_value(ctx, values)
+        finally:
+            ctx.resilient_parsing = resilient
+        return Path(path) if isinstance(path, str) and path else None
+
     def invoke(self, ctx: click.Context) -> None:
         """Run the command, print what it returns, and raise the failure that it returns."""
         session = ctx.ensure_object(Session)
         session.as_json = bool(ctx.params.pop("as_json", False))
-        quiet, verbose = ctx.params.pop("quiet", False), ctx.params.pop("verbose", False)
-        if quiet and verbose:
-            raise click.UsageError("--quiet and --verbose exclude each other.", ctx)
-        session.verbosity = Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL
-        before_run = ctx.meta.get("repvgg_deploy.before_run")
-        if before_run is not None:
-            before_run()
         outcome = self._run(ctx, ctx.params.pop("junit", None))
         if not session.as_json:
             outcome.show()
@@ -116,17 +136,30 @@ class Command(click.Command):
         """What the command returns; whether it does, or fails on the way, `junit` is written."""
         start = time.perf_counter()
         try:
+            self._prepare(ctx)
             outcome = super().invoke(ctx)
             if not isinstance(outcome, Outcome):
                 raise TypeError(f"the command {ctx.info_name} returns {type(outcome).__name__}, not an Outcome")
         except Exception as error:
             if junit is not None:
-                write_junit(junit, JUnitSuite(str(ctx.info_name), time.perf_counter() - start, error))
+                failure = _explain_usage(error, ctx) if isinstance(error, click.UsageError) else error
+                suite = JUnitSuite(str(ctx.info_name), time.perf_counter() - start, failure)
+                _write_junit_of_failure(junit, suite)
             raise
         if junit is not None:
             suite = JUnitSuite(str(ctx.info_name), time.perf_counter() - start, outcome.failure, outcome.checks)
             write_junit(junit, suite)
         return outcome
+
+    def _prepare(self, ctx: click.Context) -> None:
+        quiet, verbose = ctx.params.pop("quiet", False), ctx.params.pop("verbose", False)
+        if quiet and verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other.", ctx)
+        session = ctx.ensure_object(Session)
+        session.verbosity = Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL
+        before_run = ctx.meta.get("repvgg_deploy.before_run")
+        if before_run is not None:
+            before_run()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, one section per group."""
@@ -147,6 +180,18 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for line in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def _explain_usage(error: click.UsageError, ctx: click.Context) -> DeployError:
+    return DeployError(error.format_message(), f"{ctx.command_path} --help")
+
+
+def _write_junit_of_failure(path: Path, suite: JUnitSuite) -> None:
+    """Write the report of a command that has failed: why it did is raised after this, and must not be hidden."""
+    try:
+        write_junit(path, suite)
+    except DeployError as error:
+        _report(error)
 
 
 def show_progress() -> AbstractContextManager[Progress]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from repvgg_deploy.workflows.export_stages import (
 )
 
 if TYPE_CHECKING:
-    from repvgg_deploy.engine import Engine
+    from repvgg_deploy.engine import Backend, Engine
 
 Finish = Callable[[Path, Sequence[CheckpointExportResult]], None]
 """Called on the finished files in their staging folder, before they take their places: adds files, or raises."""
@@ -69,20 +70,44 @@ def export(
         >>> result.onnx.name
         'net.fp16.onnx'
     """
-    with simplification or SimplificationCheck() as check:
-        return _export(request, progress, check, finish)
-
-
-def _export(
-    request: ExportRequest, progress: Progress, simplification: SimplificationCheck, finish: Finish | None
-) -> CheckpointExportResult:
     start = time.perf_counter()
+    with simplification or SimplificationCheck() as check:
+        backend = check_possible(request, progress)
+        result = export_prepared(partial(prepare, request, progress), backend, progress, check, finish)
+    return replace(result, seconds=time.perf_counter() - start)
+
+
+def check_possible(request: ExportRequest, progress: Progress) -> Backend | None:
+    """The backend that builds the engine, if any; called before a checkpoint is read.
+
+    Raises:
+        DeployError: the request cannot be met, whatever is in the checkpoint.
+    """
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output} is a file, but a folder is needed", "-o DIR")
     backend = choose_backend(request.engine, progress)
     check_request(request, backend)
-    prepared, parity = prepare(request, progress)
-    parities: dict[str, Parity] = {"fused": parity}
+    return backend
+
+
+def export_prepared(
+    prepare: Callable[[], tuple[Prepared, Parity]],
+    backend: Backend | None,
+    progress: Progress,
+    simplification: SimplificationCheck,
+    finish: Finish | None = None,
+) -> CheckpointExportResult:
+    """The steps of `export` from a fused net on.
+
+    `prepare` gives the net and how its fusing was verified. It is called here, so that the net can be freed here, once
+    it is written: an engine's build needs the memory.
+
+    Raises:
+        DeployError: as `export`.
+    """
+    start = time.perf_counter()
+    prepared, parity = prepare()
+    request, parities = prepared.request, {"fused": parity}
     progress.note(f"making the {request.precision} graph")
     if request.precision is Precision.INT8:
         product, parities["quantized"] = make_int8_graph(prepared, backend is not None, progress)

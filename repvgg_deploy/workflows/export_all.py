@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.errors import DeployError
@@ -14,12 +14,16 @@ from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import open_model
-from repvgg_deploy.workflows.export import Finish, export, peak_bytes
+from repvgg_deploy.workflows.export import Finish, check_possible, export_prepared, peak_bytes
 from repvgg_deploy.workflows.export_request import ExportRequest
 from repvgg_deploy.workflows.export_result import CheckpointExportResult
+from repvgg_deploy.workflows.export_stages import prepare
 from repvgg_deploy.workflows.model_card import CARD, CardInput, write_card
 from repvgg_deploy.workflows.side_by_side import Agreement, Speed, Speeds, compare_accuracy, measure_speeds
 from repvgg_deploy.workflows.versions import installed_versions
+
+if TYPE_CHECKING:
+    from repvgg_deploy.engine import Backend
 
 
 @dataclass(frozen=True)
@@ -148,14 +152,9 @@ def export_all(
         raise DeployError("--all compares classes, and --features has none", "export each precision by itself")
     if request.validation is not None:
         list_labelled_images(request.validation)
-    if base.output.exists() and not base.output.is_dir():
-        raise DeployError(f"{base.output} is a file, but a folder is needed", "-o DIR")
+    backend = check_possible(request.one(Precision.INT8, base.output), progress)
     with stage_files(base.output) as staging:
-        results = {}
-        for precision in Precision:
-            check = simplification if precision is Precision.FP32 else None
-            progress.note(f"{precision}:")
-            results[precision] = export(request.one(precision, staging), progress, check)
+        results = _export_each(request, staging, backend, progress, simplification)
         models = {precision: open_model(result.onnx) for precision, result in results.items()}
         progress.note("comparing the graphs on the same images")
         agreements = compare_accuracy(models, request.validation, base.verify_data, progress)
@@ -185,6 +184,28 @@ def export_all(
         if finish is not None:
             finish(staging, result.results)
     return replace(result, seconds=time.perf_counter() - start)
+
+
+def _export_each(
+    request: ExportAllRequest,
+    staging: Path,
+    backend: Backend | None,
+    progress: Progress,
+    simplification: SimplificationCheck | None,
+) -> dict[Precision, CheckpointExportResult]:
+    """The graph in each precision, of a checkpoint that is read and fused once."""
+    # INT8 needs the most of a net: it may synthesize its images from the training form.
+    prepared, parity = prepare(request.one(Precision.INT8, staging), progress)
+    if prepared.fused.spec.output_names != ("logits",):
+        raise DeployError("--all compares classes, and this checkpoint has none", "export each precision by itself")
+
+    def export_one(precision: Precision) -> CheckpointExportResult:
+        check = simplification if precision is Precision.FP32 else None
+        one = replace(prepared, request=request.one(precision, staging))
+        with check or SimplificationCheck() as started:
+            return export_prepared(lambda: (one, parity), backend, progress, started)
+
+    return {precision: export_one(precision) for precision in Precision}
 
 
 def _name_images(request: ExportAllRequest, count: int) -> str:

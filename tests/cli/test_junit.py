@@ -116,6 +116,57 @@ def test_wrong_usage_that_the_command_finds_is_in_the_report(tmp_path: Path) -> 
     assert cases(report) == {"verify": "error"}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--no-such-option", 3], "No such option"),
+        (["--batch", "many"], "'many' is not a valid integer"),
+        (["--quiet", "--verbose"], "exclude each other"),
+        (["--min-top1"], "requires an argument"),
+        (["--config", "missing.toml"], "cannot read"),
+        ([], "Missing option '--data'"),
+    ],
+)
+def test_wrong_usage_that_the_parser_finds_is_in_the_report(wrong: list[object], message: str, tmp_path: Path) -> None:
+    report = tmp_path / "eval.xml"
+    data = [] if not wrong else ["--data", tmp_path]
+    result = run("eval", tmp_path / "net.pth", *data, "--junit", report, *wrong)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert cases(report) == {"eval": "error"}
+    error = ElementTree.parse(report).getroot().find(".//error")
+    assert error is not None
+    assert message in error.get("message", "")
+    assert "eval --help" in (error.text or "")
+
+
+def test_wrong_usage_is_in_the_report_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "eval.xml"
+    monkeypatch.setenv("REPVGG_DEPLOY_EVAL_JUNIT", str(report))
+    assert run("eval", "--no-such-option").exit_code == 2
+    assert cases(report) == {"eval": "error"}
+
+
+def test_wrong_usage_without_a_report_to_write_stays_wrong_usage(tmp_path: Path) -> None:
+    for junit in ([], ["--junit"], ["--junit", ""]):
+        assert run("eval", "--no-such-option", *junit).exit_code == 2
+    assert run("inspect", "--junit", tmp_path / "report.xml").exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_why_the_command_failed(tmp_path: Path) -> None:
+    wrong = run("eval", "--no-such-option", "--junit", tmp_path)
+    assert wrong.exit_code == 2
+    assert "is a folder" in wrong.stderr
+    assert "No such option" in wrong.stderr
+    failed = run("eval", tmp_path / "none.pth", "--data", tmp_path, "--junit", tmp_path)
+    assert failed.exit_code == 1
+    assert "is a folder" in failed.stderr
+    assert "there is no file" in failed.stderr
+
+
 def test_a_report_that_cannot_be_written_is_an_error_and_an_earlier_one_stays(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="is a folder"):
         write_junit(tmp_path, JUnitSuite("eval", 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,6 +56,39 @@ def test_a_small_difference_agrees_and_nan_does_not(program: Path, tmp_path: Pat
     assert check(program, tmp_path, plan, images, logits * np.float32(1.001))[0] == 0
     logits[0, 0] = np.nan
     assert check(program, tmp_path, plan, images, logits)[0] == 1
+
+
+def make_toolkits(folder: Path, compiler: str) -> list[str]:
+    """CUDA and TensorRT as they are installed, with the stub's headers and empty libraries; CMake's options for them."""
+    cuda, tensorrt = folder / "cuda", folder / "tensorrt"
+    for root, headers, library in (
+        (cuda, ("cuda_runtime_api.h",), "libcudart.so"),
+        (tensorrt, ("NvInfer.h",), "libnvinfer.so"),
+    ):
+        for name in ("include", "lib"):
+            (root / name).mkdir(parents=True)
+        for header in headers:
+            shutil.copy(STUB / header, root / "include")
+        (folder / "empty.cpp").touch()
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", root / "lib" / library, folder / "empty.cpp"], check=True)
+    # By these CMake knows CUDA's folder and release.
+    (cuda / "include" / "cuda_runtime.h").write_text("#include <cuda_runtime_api.h>\n")
+    (cuda / "version.json").write_text('{"cuda": {"name": "CUDA SDK", "version": "13.0.0"}}')
+    return [f"-DTENSORRT_ROOT={tensorrt}", f"-DCUDAToolkit_ROOT={cuda}"]
+
+
+def test_cmake_finds_both_libraries_and_builds_the_program(tmp_path: Path) -> None:
+    cmake, compiler = shutil.which("cmake"), shutil.which("g++") or shutil.which("clang++")
+    if cmake is None or compiler is None:
+        pytest.skip("no cmake or no C++ compiler is installed")
+    build, options = tmp_path / "build", make_toolkits(tmp_path, compiler)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CXXFLAGS": "-Wall -Wextra -Werror"}
+    for step in ([cmake, "-S", SOURCE.parent, "-B", build, *options], [cmake, "--build", build]):
+        done = subprocess.run(step, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    images = np.random.default_rng(0).standard_normal((2, 3, 2, 2)).astype(np.float32)
+    logits = images.reshape(2, 12)[:, :5].copy()
+    assert check(build / "check_golden", tmp_path, PLAN.format("float"), images, logits)[0] == 0
 
 
 def test_what_cannot_be_run_is_an_error(program: Path, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import pytest
 from helpers.small_nets import make_net, name_in_layout
 
 from repvgg_deploy.artifacts import Precision, PreprocessingOptions
+from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.progress import SILENT
 from repvgg_deploy.runtime.model import open_model
 from repvgg_deploy.workflows import export_all as module
 from repvgg_deploy.workflows.evaluate import evaluate
+from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_all import ExportAllRequest, ExportAllResult, export_all
 from repvgg_deploy.workflows.export_request import ExportRequest, GraphRequest, Int8Request
 from repvgg_deploy.workflows.model_card import CardInput, write_card
@@ -90,6 +92,33 @@ def test_a_failure_of_the_last_step_leaves_the_files_of_before(request_: ExportA
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_the_checkpoint_is_read_once_and_the_graphs_are_those_of_single_exports(
+    request_: ExportAllRequest, tmp_path: Path, monkeypatch
+) -> None:
+    read = []
+
+    def load(source: CheckpointOptions, path: Path) -> Checkpoint:
+        read.append(path)
+        return load_as(source, path)
+
+    load_as = CheckpointOptions.load
+    monkeypatch.setattr(CheckpointOptions, "load", load)
+    result = export_all(request_)
+    assert read == [request_.base.checkpoint]
+    for precision, row in result.rows.items():
+        alone = export(request_.one(precision, tmp_path / "alone"))
+        assert alone.onnx.read_bytes() == row.result.onnx.read_bytes()
+
+
+def test_a_checkpoint_without_classes_is_refused(request_: ExportAllRequest, save) -> None:
+    net = make_net()
+    state = {name: value for name, value in name_in_layout(net, "official").items() if not name.startswith("linear")}
+    base = replace(request_.base, checkpoint=save(state, "backbone.pth"))
+    with pytest.raises(DeployError, match="this checkpoint has none"):
+        export_all(ExportAllRequest(base))
+    assert not base.output.exists()
+
+
 def without_calibration(request: ExportAllRequest) -> ExportAllRequest:
     return replace(request, base=replace(request.base, int8=None))
 
@@ -116,7 +145,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_exported(
     def never(*_: object) -> ExportAllResult:
         raise AssertionError("an export has begun")
 
-    monkeypatch.setattr(module, "export", never)
+    monkeypatch.setattr(module, "prepare", never)
     with pytest.raises(DeployError, match=message):
         export_all(change(request_))
     assert not request_.base.output.exists()
