@@ -123,7 +123,6 @@ def test_wrong_usage_that_the_command_finds_is_in_the_report(tmp_path: Path) -> 
         (["--batch", "many"], "'many' is not a valid integer"),
         (["--quiet", "--verbose"], "exclude each other"),
         (["--min-top1"], "requires an argument"),
-        (["--config", "missing.toml"], "cannot read"),
         ([], "Missing option '--data'"),
     ],
 )
@@ -147,6 +146,13 @@ def test_wrong_usage_is_in_the_report_that_the_environment_names(
     monkeypatch.setenv("REPVGG_DEPLOY_EVAL_JUNIT", str(report))
     assert run("eval", "--no-such-option").exit_code == 2
     assert cases(report) == {"eval": "error"}
+
+
+def test_a_file_of_options_that_cannot_be_read_is_in_the_report(tmp_path: Path) -> None:
+    report = tmp_path / "export.xml"
+    assert run("export", "net.pth", "--config", tmp_path / "none.toml", "--junit", report).exit_code == 2
+    assert cases(report) == {"export": "error"}
+    assert "cannot read --config" in report.read_text()
 
 
 def test_wrong_usage_without_a_report_to_write_stays_wrong_usage(tmp_path: Path) -> None:

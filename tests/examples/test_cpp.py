@@ -59,17 +59,16 @@ def test_a_small_difference_agrees_and_nan_does_not(program: Path, tmp_path: Pat
 
 
 def make_toolkits(folder: Path, compiler: str) -> list[str]:
-    """CUDA and TensorRT as they are installed, with the stub's headers and empty libraries; CMake's options for them."""
+    """CUDA and TensorRT as they are installed, of the stub's headers and empty libraries; CMake's options for them."""
     cuda, tensorrt = folder / "cuda", folder / "tensorrt"
-    for root, headers, library in (
-        (cuda, ("cuda_runtime_api.h",), "libcudart.so"),
-        (tensorrt, ("NvInfer.h",), "libnvinfer.so"),
+    (folder / "empty.cpp").touch()
+    for root, header, library in (
+        (cuda, "cuda_runtime_api.h", "libcudart.so"),
+        (tensorrt, "NvInfer.h", "libnvinfer.so"),
     ):
         for name in ("include", "lib"):
             (root / name).mkdir(parents=True)
-        for header in headers:
-            shutil.copy(STUB / header, root / "include")
-        (folder / "empty.cpp").touch()
+        shutil.copy(STUB / header, root / "include")
         subprocess.run([compiler, "-shared", "-fPIC", "-o", root / "lib" / library, folder / "empty.cpp"], check=True)
     # By these CMake knows CUDA's folder and release.
     (cuda / "include" / "cuda_runtime.h").write_text("#include <cuda_runtime_api.h>\n")
