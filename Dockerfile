@@ -34,7 +34,7 @@ ARG PIP_FIND_LINKS
 # taken in their place, since that brings gigabytes of CUDA libraries.
 ARG TORCH_INDEX=""
 ARG TORCH=2.13.0
-# Further extras, of those with a file in requirements/: "rtx", "serve", "rtx serve".
+# Further extras, of those with a file in requirements/: "pull", "rtx", "serve", "rtx serve".
 ARG EXTRAS=""
 COPY requirements /requirements
 COPY docker/install_packages.sh docker/make_sbom.sh /usr/local/bin/

@@ -18,7 +18,7 @@ install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch" || {
 }
 for name in cpu $EXTRAS; do
     [ -f "/requirements/$name.txt" ] || {
-        echo "error: there is no extra '$name' for the image; hint: EXTRAS takes rtx and serve" >&2
+        echo "error: there is no extra '$name' for the image; hint: EXTRAS takes pull, rtx and serve" >&2
         exit 1
     }
     install --require-hashes -r "/requirements/$name.txt"

@@ -5,7 +5,7 @@
 | file | what |
 | --- | --- |
 | `cpu.txt` | `.[cpu]` less torch, whose CPU builds have other hashes in each index; what torch needs is there |
-| `rtx.txt`, `serve.txt` | what these extras add to that |
+| `pull.txt`, `rtx.txt`, `serve.txt` | what these extras add to that |
 | `gpu.txt` | `.[gpu]` and CUDA for Python, with the default build of torch and its CUDA libraries |
 | `sbom.txt` | the tool that lists an image's packages; it stays out of the image |
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "requirements"
 HEADER = "# Made by `make requirements`: {what}, for Linux, macOS and Windows.\n"
 OF_CUDA = ("nvidia-", "cuda-", "triton")
-EXTRAS = ("rtx", "serve")
+EXTRAS = ("pull", "rtx", "serve")
 
 
 def main(torch: str) -> None:

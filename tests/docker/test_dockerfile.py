@@ -120,7 +120,7 @@ def test_one_version_of_torch_everywhere() -> None:
 
 
 def test_the_cpu_image_s_requirements_bring_no_cuda() -> None:
-    for name in ("cpu", "serve"):
+    for name in ("cpu", "pull", "serve"):
         text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
         assert not re.search(r"^(torch|triton|cuda-|nvidia-(?!ml-py))", text, flags=re.M)
 
