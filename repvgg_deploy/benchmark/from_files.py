@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Array, PreprocessingOptions
 from repvgg_deploy.errors import ImageError
+from repvgg_deploy.hardware.cpu import usable_cores
 from repvgg_deploy.images.decoding import Pixels, crop_image, decode_image, normalize
 from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import ImageSource, list_images
@@ -84,7 +84,7 @@ def _time_stages(model: Model, sample: list[ImageSource], batch: int, seconds: f
         return stacked if model.takes_pixels else normalize(stacked, model.preprocessing)
 
     inputs = prepare()
-    with start_workers(os.cpu_count() or 1) as pool:
+    with start_workers(usable_cores()) as pool:
         stages = {
             "decode": _rate(lambda: list(pool.map(decode_image, sample)), len(sample), seconds),
             "resize": _rate(

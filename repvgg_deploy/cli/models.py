@@ -19,6 +19,7 @@ from repvgg_deploy.cli.options import (
     take_decoding,
     take_ray,
 )
+from repvgg_deploy.cli.startup import share_cores
 from repvgg_deploy.errors import ThresholdError
 from repvgg_deploy.limits import LimitCheck, first_failure
 
@@ -88,6 +89,7 @@ def verify(a: Path, b: Path, **options: Any) -> Any:
     A and B are checkpoints, ONNX graphs or engines. Both get the same images, prepared as the metadata of an exported
     graph say, or else as the card of the architecture does.
     """
+    share_cores()
     from repvgg_deploy.cli.tables import print_comparison
     from repvgg_deploy.verification.models import Tolerance, VerifyOptions, compare_models
 
@@ -129,6 +131,7 @@ def eval_(model: Path, data: Path, batch: int, strict: bool, min_top1: float | N
     or one archive per class, or WebDataset shards with .cls members. A flat folder or archive, such as ImageNet's
     validation set, needs --ground-truth.
     """
+    share_cores()
     from repvgg_deploy.cli.tables import print_evaluation
     from repvgg_deploy.runtime.model import open_model
     from repvgg_deploy.workflows.evaluate import EvaluationOptions, evaluate

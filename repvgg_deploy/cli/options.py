@@ -147,7 +147,8 @@ ray_options = option_group(
     click.option("--ray", is_flag=False, flag_value="auto", metavar="[ADDRESS]",
                  help="Ray cluster to run on: this machine's, or that at ADDRESS; `local` starts one."),
     click.option("--ray-actors", type=click.IntRange(min=1), default=1, metavar="N", help="Processes with a model."),
-    click.option("--ray-cpus", type=FiniteRange(min=0), default=1.0, metavar="N", help="Cores per process."),
+    click.option("--ray-cpus", type=FiniteRange(min=0), default=1.0, metavar="N",
+                 help="Cores per process, and its threads."),
     click.option("--ray-gpus", type=FiniteRange(min=0), default=0.0, metavar="N", help="GPUs per process, or a share."),
 )  # fmt: skip
 """Where a command runs, if not here."""

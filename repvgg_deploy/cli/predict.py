@@ -11,6 +11,7 @@ import click
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.model_options import image_run_options, model_options, take_model
 from repvgg_deploy.cli.options import output_options, path_argument, take_decoding, take_ray
+from repvgg_deploy.cli.startup import share_cores
 
 if TYPE_CHECKING:
     from repvgg_deploy.progress import Progress
@@ -58,6 +59,7 @@ def predict(
     FILE appears when all rows are there; until then FILE.partial keeps the finished ones for --resume. With --ray it
     is a folder of Parquet files.
     """
+    share_cores()
     from repvgg_deploy.workflows.predict import PredictRequest, print_predictions
 
     session_json = click.get_current_context().find_root().obj.as_json
@@ -71,7 +73,8 @@ def predict(
         summary = None if output == "-" else _run(request, cluster, progress)
         broken = print_predictions(request, sys.stdout.write, progress) if summary is None else summary.broken
         if broken:
-            progress.note(f"warning: {broken:,} images could not be read; their rows contain the error")
+            rows = "image could not be read; its row" if broken == 1 else "images could not be read; each of their rows"
+            progress.note(f"warning: {broken:,} {rows} contains the error")
     if summary is None:
         return Outcome({}, lambda: None)
     return Outcome(summary.to_dict(), lambda: _show(summary))

@@ -10,22 +10,37 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from repvgg_deploy.hardware.cpu import core_limit
+
 # malloc.h of glibc: parameters of mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_INT = 2**31 - 1
+
+
+def share_cores() -> None:
+    """Settings of torch's threads beside others that work; to be called before torch is loaded.
+
+    They sleep when they have nothing to do, where they would spin and take a core from the threads that decode images,
+    or from the stage that runs beside them; in a container there are no more than its share of the CPU is worth. What
+    the user has set in the environment stays.
+    """
+    # Read when torch is loaded, by its OpenMP runtime.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if (cores := core_limit()) is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def prepare_process() -> None:
     """Settings for a process that does one thing after another to large weights; to be called before torch is loaded.
 
     It keeps the memory that it frees, and takes large tensors in huge pages: the system hands out memory page by page
-    and zeroes each, which on a virtual machine takes longer than the fusing that fills it. And torch's threads sleep
-    when they have nothing to do, where they would spin and take a core from the stage that runs beside them. What the
-    user has set in the environment stays; where the C library is not glibc its part is left out.
+    and zeroes each, which on a virtual machine takes longer than the fusing that fills it. Its threads are those of
+    `share_cores`. What the user has set in the environment stays; where the C library is not glibc its part is left
+    out.
     """
-    # Read when torch is loaded: c10/core/impl/alloc_cpu.cpp, and the OpenMP runtime.
+    share_cores()
+    # Read when torch is loaded: c10/core/impl/alloc_cpu.cpp.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -61,6 +61,36 @@ def read_cpu(path: Path = Path("/proc/cpuinfo")) -> Cpu:
     )
 
 
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_cores(cgroups: Path = _CGROUPS) -> int:
+    """The cores that this process may use: those that it is bound to, or fewer if its container's share is less."""
+    return core_limit(cgroups) or _bound_cores()
+
+
+def core_limit(cgroups: Path = _CGROUPS) -> int | None:
+    """A container's share of the CPU in cores, rounded up (`docker run --cpus`); None if it is not the limit.
+
+    Libraries start as many threads as there are cores all the same, which the kernel then stops in turn.
+    """
+    # Version 2 of cgroups has both figures in one file, version 1 each in its own.
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((cgroups / name).read_text(encoding="ascii") for name in names).split()
+            quota, period = int(words[0]), int(words[1])
+        except (OSError, ValueError, IndexError):
+            # No such file, or `max`.
+            continue
+        share = -(-quota // period) if quota > 0 and period > 0 else 0
+        return share if 0 < share < _bound_cores() else None
+    return None
+
+
+def _bound_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def memory_bytes() -> int | None:
     """The memory of this machine; None if the system does not tell."""
     try:

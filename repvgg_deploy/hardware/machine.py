@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import repvgg_deploy
-from repvgg_deploy.hardware.cpu import memory_bytes, read_cpu
+from repvgg_deploy.hardware.cpu import memory_bytes, read_cpu, usable_cores
 from repvgg_deploy.hardware.gpus import ask_nvml, find_gpus, open_nvml
 
 # What decides how fast a CPU multiplies; the whole list is a page long and says no more.
@@ -131,12 +131,11 @@ def _summarize(states: Sequence[GpuState]) -> dict[str, Any]:
 
 def _describe_cpu() -> dict[str, Any]:
     cpu = read_cpu()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": cpu.model,
         "family_model_stepping": list(cpu.family_model_stepping),
         "cores": os.cpu_count(),
-        "usable_cores": usable,
+        "usable_cores": usable_cores(),
         "flags": [flag for flag in _TELLING_FLAGS if flag in cpu.flags],
         "integer_instructions": cpu.integer_instructions,
         "governor": _first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),

@@ -25,7 +25,7 @@ class DecodingOptions:
     """How images are decoded.
 
     Attributes:
-        workers: threads that decode; by default one per core, at most 16.
+        workers: threads that decode; by default one per core that may be used, at most 16.
         max_bytes: the most that one image may take in memory, decoded (four bytes per pixel, as Pillow stores RGB, or
             what its own format takes); no larger file is read either.
         decoder: `auto` takes simplejpeg for JPEG files where it is installed, `pillow` never does.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
+from repvgg_deploy.hardware.cpu import usable_cores
 from repvgg_deploy.images.decoding import DecodingOptions, ImageData, Pixels, read_pixels
 from repvgg_deploy.images.sources import ImageSource
 from repvgg_deploy.threads import start_workers
@@ -75,7 +75,7 @@ def decode_ahead(
 
     # The filters of warnings are shared by all threads, so they are set once, out here. Pillow warns about the size of
     # large images and about damaged EXIF data; neither matters to the consumer of the pixels.
-    with warnings.catch_warnings(), start_workers(options.workers or min(16, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), start_workers(options.workers or min(16, usable_cores())) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         waiting: deque[Future[Pixels | ImageError]] = deque()
         try:

@@ -127,6 +127,7 @@ def open_model(
     checkpoint: CheckpointOptions | None = None,
     trust: bool = False,
     exact_integers: bool = True,
+    threads: int = 0,
 ) -> Model:
     """The model in a checkpoint (run in torch), an ONNX graph (in ONNX Runtime), or an engine (on the GPU).
 
@@ -134,6 +135,7 @@ def open_model(
     `checkpoint` says how a checkpoint is read; of a graph or an engine its `arch` is the one expected.
     `exact_integers`: an INT8 graph whose sums may saturate on this CPU is run with slower kernels that add exactly, so
     that its outputs are those of every other machine; a note says so.
+    `threads` run a graph on the CPU; by default one per core.
 
     Raises:
         DeployError: there is no such file, it is none of these, it cannot be run here, or the options contradict it.
@@ -153,7 +155,7 @@ def open_model(
     if path.is_file() and file_kind(path) == "engine":
         return _open_engine(path, options, said.arch, trust)
     if path.is_file() and file_kind(path) == "onnx":
-        runner = OnnxRunner(path, exact_integers=exact_integers)
+        runner = OnnxRunner(path, threads=threads, exact_integers=exact_integers)
         dtype = runner.input_type.removeprefix("tensor(").removesuffix(")")
         outputs = dict(zip(runner.output_names, runner.output_shapes, strict=True))
         signature = _Signature(runner.input_shape, dtype, outputs)

@@ -206,6 +206,7 @@ class PredictorSpec:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     trust: bool = False
     exact_integers: bool = True
+    threads: int = 0
     options: PredictOptions = field(default_factory=PredictOptions)
 
     def open(self) -> Predictor:
@@ -214,7 +215,8 @@ class PredictorSpec:
         Raises:
             DeployError: as `open_model`.
         """
-        model = open_model(self.model, self.preprocessing, self.checkpoint, self.trust, self.exact_integers)
+        how = (self.preprocessing, self.checkpoint, self.trust, self.exact_integers, self.threads)
+        model = open_model(self.model, *how)
         return Predictor(model, self.options)
 
     def identity(self, predictor: Predictor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class RayOptions:
         address: of the cluster; `auto` finds the one that runs on this machine, `local` starts one that ends with the
             command.
         actors: how many predictors.
-        cpus: cores of each actor.
+        cpus: cores of each actor, which decodes and infers with as many threads.
         gpus: GPUs of each actor; a fraction shares one.
     """
 
@@ -164,6 +164,7 @@ def predict_dataset(ray: Any, spec: PredictorSpec, sources: Sequence[ImageSource
 
     The files must have the same paths on all nodes. Ray starts an actor that died anew and runs its batch again.
     """
+    spec = _within_cores(spec, options)
     size = _part_size(len(sources), spec.options.batch, options.actors)
     parts = [encode_sources(sources[start : start + size], start) for start in range(0, len(sources), size)]
     context = ray.data.DataContext.get_current()
@@ -178,6 +179,14 @@ def predict_dataset(ray: Any, spec: PredictorSpec, sources: Sequence[ImageSource
         num_cpus=options.cpus,
         num_gpus=options.gpus or None,
     )
+
+
+def _within_cores(spec: PredictorSpec, options: RayOptions) -> PredictorSpec:
+    """`spec` with threads for the cores of one actor: a node may have many actors, each of which sees all its cores."""
+    cores = max(1, ceil(options.cpus))
+    decoding = spec.options.decoding
+    decoding = replace(decoding, workers=decoding.workers or cores)
+    return replace(spec, threads=spec.threads or cores, options=replace(spec.options, decoding=decoding))
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 from dataclasses import asdict, dataclass
 
 from repvgg_deploy.engine.backends import LABELS, MODULES, Backend, BackendName, import_backend, unsupported_gpu
 from repvgg_deploy.engine.network import create_builder
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.hardware.cpu import read_cpu
+from repvgg_deploy.hardware.cpu import read_cpu, usable_cores
 from repvgg_deploy.hardware.gpus import FoundGpus, find_gpus
 from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 
@@ -76,9 +75,8 @@ def require_parts(rows: list[Row], wanted: tuple[str, ...]) -> None:
 
 
 def _probe_host() -> Row:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     detail = (
-        f"{platform.system()} {platform.machine()}, {cores} CPU cores, {read_cpu().integer_instructions}, "
+        f"{platform.system()} {platform.machine()}, {usable_cores()} CPU cores, {read_cpu().integer_instructions}, "
         f"Python {platform.python_version()}"
     )
     return Row("machine", "", detail)

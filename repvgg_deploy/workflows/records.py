@@ -86,6 +86,7 @@ def keep_records(
             require_settings(settings, expected, records.expected)
             for graph in graphs:
                 require_artifact(graph, expected, records.expected, tools)
+            progress.note(f"the graphs are those of {records.expected}, byte for byte")
         files = sorted(path for path in staging.iterdir() if path.is_file())
         statement = records.statement_path(request, precisions)
         if statement is not None:

@@ -130,7 +130,9 @@ def measure_speeds(graphs: Mapping[Precision, Path], batch: int, progress: Progr
     """The throughput of the graphs, which take turns; FP16 is left out where the CPU would compute it in FP32."""
     measured = [precision for precision in graphs if precision is not Precision.FP16 or _MEASURES_FP16]
     cases = tuple(Case(str(graphs[precision]), backend=BACKEND) for precision in measured)
-    record = run_benchmark(BenchRequest("export", (Group(f"batch {batch}", cases, batch),), _MEASURE), progress)
+    progress.note(f"measuring the speed of {' and '.join(map(str, measured))}")
+    # Without the notes of `bench`, which would name files that are about to take their places elsewhere.
+    record = run_benchmark(BenchRequest("export", (Group(f"batch {batch}", cases, batch),), _MEASURE))
     speeds = {precision: Speed(note=NOT_MEASURED) for precision in graphs}
     for precision, result in zip(measured, record["results"], strict=True):
         speed = Speed(result["images_per_sec"], result["latency_ms"]["p50"], result["unstable"])

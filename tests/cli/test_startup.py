@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_deploy.cli.startup import prepare_process, quick_imports
+from repvgg_deploy.cli import startup
+from repvgg_deploy.cli.startup import prepare_process, quick_imports, share_cores
 
 
 def run(code: str, **environment: str) -> str:
@@ -26,6 +27,20 @@ PRINT = "import os; from repvgg_deploy.cli.startup import *; prepare_process(); 
 def test_threads_sleep_unless_the_user_wants_otherwise() -> None:
     assert run(PRINT).strip() == "passive"
     assert run(PRINT, OMP_WAIT_POLICY="active").strip() == "active"
+
+
+def test_torch_has_as_many_threads_as_a_container_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(startup, "core_limit", lambda: 3)
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setattr(startup, "core_limit", lambda: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    share_cores()
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

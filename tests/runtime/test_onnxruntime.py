@@ -40,6 +40,31 @@ def test_a_provider_that_takes_nothing_of_the_graph_is_named_not_the_graph(tmp_p
     assert "install what that provider needs" in raised.value.hint
 
 
+def test_threads_sleep_while_they_wait_unless_speed_alone_is_measured(tmp_path: Path) -> None:
+    graph = small_onnx(tmp_path)
+    for runner, expected in (
+        (OnnxRunner(graph), "0"),
+        (open_model(graph).runner, "0"),
+        (OnnxRunner(graph, spinning=True), "1"),
+    ):
+        options = runner._session.get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == expected
+
+
+def test_threads_are_those_asked_for_or_as_many_as_a_container_has_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = small_onnx(tmp_path)
+
+    def threads(runner: OnnxRunner) -> int:
+        return int(runner._session.get_session_options().intra_op_num_threads)
+
+    assert threads(OnnxRunner(graph)) == 0
+    monkeypatch.setattr(onnx_runner, "core_limit", lambda: 3)
+    assert threads(OnnxRunner(graph)) == 3
+    assert threads(OnnxRunner(graph, threads=2)) == 2
+
+
 class Runtime:
     """An ONNX Runtime with the provider of a GPU."""
 

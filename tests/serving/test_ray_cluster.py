@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.images.archives import TarMember
+from repvgg_deploy.images.decoding import DecodingOptions
 from repvgg_deploy.images.sources import Unreadable
 from repvgg_deploy.serving import PredictOptions, PredictorSpec
-from repvgg_deploy.serving.ray_cluster import PredictorActor, _decode_source, _part_size, encode_sources
+from repvgg_deploy.serving.ray_cluster import (
+    PredictorActor,
+    RayOptions,
+    _decode_source,
+    _part_size,
+    _within_cores,
+    encode_sources,
+)
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
@@ -42,6 +50,14 @@ def test_actor_predicts_what_a_predictor_does(checkpoint_file: Path, image_folde
     assert table["index"].to_pylist() == list(range(3, 18))
     assert table["path"].to_pylist() == [row.path for row in expected]
     assert [tuple(row) for row in table["classes"].to_pylist()] == [row.classes for row in expected]
+
+
+@pytest.mark.parametrize(("cpus", "cores"), [(0, 1), (0.5, 1), (4, 4)])
+def test_an_actor_has_threads_for_its_own_cores(cpus: float, cores: int) -> None:
+    spec = _within_cores(PredictorSpec(Path("net.onnx")), RayOptions(cpus=cpus))
+    assert (spec.threads, spec.options.decoding.workers) == (cores, cores)
+    wanted = PredictorSpec(Path("net.onnx"), threads=7, options=PredictOptions(decoding=DecodingOptions(workers=9)))
+    assert _within_cores(wanted, RayOptions(cpus=cpus)) == wanted
 
 
 def test_features_and_errors_are_columns_of_their_own(checkpoint_file: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_an_int8_export_is_made_again_byte_for_byte_and_refused_where_an_input_d
     assert result.exit_code == 0, result.output
     assert (again / graph).read_bytes() == (tmp_path / "first" / graph).read_bytes()
     assert [path.name for path in again.iterdir()] == [graph]
+    assert f"the graphs are those of {locked}, byte for byte" in result.stderr
     assert json.loads(result.stdout)["quantization"]["kept_float"] == ["classifier"]
 
     image = image_folder / "class1" / "0.png"
