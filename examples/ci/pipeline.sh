@@ -66,19 +66,25 @@ step_package() {
     model=$(graph) && repvgg-deploy package "$model" -o "$OUT/models" --triton --json >"$REPORTS/package.json"
 }
 
+# A step that fails early must not leave the reports of an earlier run, which a CI server would show.
+step() {
+    rm -f "$REPORTS/$1".*
+    "step_$1"
+}
+
 all() {
     local status=0 gate
-    step_export || return
+    step export || return
     for gate in eval verify bench; do
-        "step_$gate" || status=$(( status == 0 ? $? : status ))
+        step "$gate" || status=$(( status == 0 ? $? : status ))
     done
     [ "$status" -eq 0 ] || return "$status"
-    step_package
+    step package
 }
 
 case ${1:-all} in
     all) all ;;
-    export | eval | verify | bench | package) "step_$1" ;;
+    export | eval | verify | bench | package) step "$1" ;;
     *)
         echo "usage: $0 [export|eval|verify|bench|package]" >&2
         exit 2

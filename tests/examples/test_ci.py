@@ -93,8 +93,12 @@ def test_the_steps_in_order_on_the_demo_model_and_every_gate_when_it_is_missed(w
 
 
 def test_a_step_before_its_time_and_one_that_is_none_say_so(work: Path) -> None:
+    stale = work / "out" / "reports" / "eval.xml"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier run")
     early = run(work, "eval")
     assert (early.returncode, "there is no int8 graph in out" in early.stderr) == (1, True)
+    assert not stale.exists()
     wrong = run(work, "deploy")
     assert (wrong.returncode, "usage: " in wrong.stderr) == (2, True)
 
