@@ -33,7 +33,7 @@ def test_json_is_a_summary_and_broken_images_are_counted(
     stdout, stderr = run(checkpoint_file, image_folder, "--size", 32, "-o", output, "--json")
     summary = json.loads(stdout)
     assert (summary["images"], summary["broken"], summary["file"]) == (15, 1, str(output))
-    assert "warning: 1 images could not be read" in stderr
+    assert "warning: 1 image could not be read; its row contains the error" in stderr
     _, stderr = run(checkpoint_file, image_folder, "--size", 32, "-o", tmp_path / "b.csv", "--strict", status=1)
     assert "0.png is not an image" in stderr
 
