@@ -26,11 +26,12 @@ class _Unfinished:
     """What this process has begun on the disk and would have to undo if it ended now.
 
     `is_renaming`: finished files are taking their places, one after the other. `has_published`: results have.
-    `is_ending`: a signal ends the process.
+    `is_ending`: a signal ends the process. `last_words` is what the user should know then.
     """
 
     def __init__(self) -> None:
-        self.undo: dict[object, Callable[[], None]] = {}
+        self.undo: dict[object, Callable[[], str | None]] = {}
+        self.last_words: list[str] = []
         self.is_renaming = False
         self.has_published = False
         self.is_ending = False
@@ -40,8 +41,10 @@ _unfinished = _Unfinished()
 
 
 @contextmanager
-def undone_on_abort(undo: Callable[[], None]) -> Iterator[Callable[[], None]]:
+def undone_on_abort(undo: Callable[[], str | None]) -> Iterator[Callable[[], None]]:
     """During the block, a signal that ends the process runs `undo` first; an exception or the block's end does not.
+
+    What `undo` returns is printed, for the user to know what is left.
 
     Yields a function to call once there is nothing to undo any more, for a block that goes on after that.
 
@@ -79,8 +82,14 @@ def undo_unfinished() -> bool:
         return False
     for undo in reversed(list(_unfinished.undo.values())):
         with suppress(Exception):
-            undo()
+            if (words := undo()) is not None:
+                _unfinished.last_words.append(words)
     return True
+
+
+def last_words() -> tuple[str, ...]:
+    """What the user should know of what `undo_unfinished` left on the disk."""
+    return tuple(_unfinished.last_words)
 
 
 @contextmanager

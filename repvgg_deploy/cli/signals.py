@@ -17,7 +17,8 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from repvgg_deploy.files import is_past_abort, undo_unfinished
+from repvgg_deploy.files import is_past_abort, last_words, undo_unfinished
+from repvgg_deploy.printable import printable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
@@ -55,5 +56,7 @@ def _end_process_on(pipe: int) -> NoReturn:
     while True:
         number = os.read(pipe, 1)[0]
         if undo_unfinished():
-            os.write(2, _MESSAGE)
+            # Without the progress display, for whose lock the main thread may be standing still.
+            lines = (f"{printable(words)}\n".encode() for words in last_words())
+            os.write(2, b"".join((_MESSAGE, *lines)))
             os._exit(128 + number)

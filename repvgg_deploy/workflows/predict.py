@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.errors import ImageError, VerificationError
-from repvgg_deploy.files import hash_file
+from repvgg_deploy.files import hash_file, undone_on_abort
 from repvgg_deploy.images.sources import ImageSource, find_images, list_lines
 from repvgg_deploy.progress import SILENT, Progress, count_steps
 from repvgg_deploy.runtime.model import Model
@@ -117,18 +117,16 @@ def predict_to_file(request: PredictRequest, progress: Progress = SILENT) -> Pre
     before = sum(name in journal for name in names)
     try:
         start = time.perf_counter()
-        for rows in _run_missing(predictor, images, journal, progress):
-            _check_rows(rows, request.strict)
-            journal.append(row.to_dict() for row in rows)
+        with undone_on_abort(journal.leave):
+            for rows in _run_missing(predictor, images, journal, progress):
+                _check_rows(rows, request.strict)
+                journal.append(row.to_dict() for row in rows)
         seconds = time.perf_counter() - start
         broken = _require_answers(journal.lines(names), predictor)
         write_predictions(request.output, lambda: journal.lines(names))
     except BaseException:
-        if journal.done:
-            progress.note(f"note: {journal.path} keeps {journal.done:,} finished images; --resume continues after them")
-            journal.close()
-        else:
-            journal.remove()
+        if (words := journal.leave()) is not None:
+            progress.note(words)
         raise
     journal.remove()
     return _summarize(request, predictor, len(names), broken, before, seconds)

@@ -42,6 +42,7 @@ class Journal:
         """
         self.path = output.with_name(f"{output.name}.partial")
         self._places: dict[str, tuple[int, int]] = {}
+        self._written = 0
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -83,11 +84,7 @@ class Journal:
                 self._places.setdefault(name, (end, len(line)))
                 end += len(line)
         self._file.truncate(end)
-
-    @property
-    def done(self) -> int:
-        """How many rows there are."""
-        return len(self._places)
+        self._written = len(self._places)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -107,6 +104,7 @@ class Journal:
             place += len(line)
             parts.append(line)
         self._write(b"".join(parts))
+        self._written = len(self._places)
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -129,6 +127,14 @@ class Journal:
     def close(self) -> None:
         """Release the journal, for another run to go on from."""
         self._file.close()
+
+    def leave(self) -> str | None:
+        """Close it for a run that ends early: what to tell the user. Without rows it is removed."""
+        if not self._written:
+            self.remove()
+            return None
+        self.close()
+        return f"note: {self.path} keeps {self._written:,} finished images; --resume continues after them"
 
     def remove(self) -> None:
         """Delete the journal: its rows are in the output."""

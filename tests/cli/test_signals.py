@@ -125,6 +125,17 @@ def test_what_was_begun_on_the_disk_is_undone_even_while_threads_write_to_it(
     assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
 
 
+def test_the_user_is_told_what_an_ended_command_left(tmp_path: Path) -> None:
+    script = """
+        from repvgg_deploy.files import undone_on_abort
+        with undone_on_abort(lambda: "note: \\033half of it is kept"), undone_on_abort(lambda: None):
+            kill()
+            time.sleep(30)
+    """
+    done = run(script, signal.SIGTERM, tmp_path)
+    assert (done.returncode, done.stderr) == (143, "\nAborted!\nnote: \\x1bhalf of it is kept\n")
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_that_comes_after_the_results_is_too_late(number: signal.Signals, tmp_path: Path) -> None:
     script = """

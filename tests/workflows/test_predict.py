@@ -250,11 +250,13 @@ def test_process_that_is_killed_loses_and_doubles_nothing(
     assert b"--resume" in full.stderr
     for number in (signal.SIGKILL, signal.SIGTERM):
         before = journal.read_bytes().count(b"\n") if journal.exists() else 0
-        process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < before + 20):
             time.sleep(0.002)
         process.send_signal(number)
-        assert process.wait() == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143}[number]
+        said = process.communicate()[1]
+        assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143}[number]
+        assert (b"finished images; --resume continues after them" in said) == (number == signal.SIGTERM)
         assert not output.exists()
     resumed = subprocess.run([*command, str(output), "--json"], capture_output=True, check=True)
     assert json.loads(resumed.stdout)["resumed"] >= 38
