@@ -150,13 +150,16 @@ def run_wide(arguments: argparse.Namespace) -> None:
 
 
 def run_plot(arguments: argparse.Namespace) -> None:
-    """Some of the made pictures."""
+    """The first pictures that are made by default."""
     net, _ = load_both(arguments.checkpoint)
-    draw(make_pictures(net, PREPROCESSING), arguments.output)
+    default = PictureOptions()
+    # Batches are made one after another, so the first is the same whatever their number.
+    made = make_pictures(net, PREPROCESSING, replace(default, count=default.batch))
+    draw(made, default.count, arguments.output)
 
 
-def draw(made: MadePictures, target: Path) -> None:
-    """A sheet of the first pictures."""
+def draw(made: MadePictures, count: int, target: Path) -> None:
+    """A sheet of the first of `count` pictures."""
     from matplotlib.figure import Figure
 
     pixels = to_pixels(made, PREPROCESSING)[:32]
@@ -164,7 +167,7 @@ def draw(made: MadePictures, target: Path) -> None:
     for axis, picture in zip(figure.subplots(4, 8).flat, pixels, strict=True):
         axis.imshow(picture)
         axis.axis("off")
-    figure.suptitle(f"{len(pixels)} of {made.summary.pictures} pictures made from BN statistics", fontsize=10)
+    figure.suptitle(f"{len(pixels)} of {count} images synthesized from BN statistics", fontsize=10)
     figure.tight_layout(pad=0.3)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=80)

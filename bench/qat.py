@@ -5,9 +5,9 @@
 Cases: `int8` (8 bits, one scale per filter, from the recipe's export), `per-tensor` (8 bits, one weight scale per
 layer), `6-bit` (weights and activations), `6-bit per-tensor`, `4-bit per-tensor`. Three states are measured: the
 plainest post-training quantization, of the fused net with the ranges of the largest values, rounded to nearest; the
-start of the training, which for all but `int8` is the export's preparation with the scales of least square error,
-weights rounded to nearest and the means of the channels corrected; and the end. What is learned are the float net's
-answers on the calibration images, without labels. A record and the learning curves are written per case. Figures are of
+start of the training, which is the export by the recipe to the integers of the case; and the end, the best state by the
+images that are held out of the training. What is learned are the float net's answers on the calibration images, without
+labels. A record and the learning curves are written per case. Figures are of
 the simulated net, integer for integer what ONNX Runtime computes at 8 bits. `docs/figures/qat_curves.png` is the curve
 of `6-bit`.
 """
@@ -36,11 +36,12 @@ from repvgg_deploy.quantization import load_recipe
 from repvgg_deploy.quantization.calibration_images import choose_images
 from repvgg_deploy.quantization.points import POOL, Images, layer_names
 from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, prepare_qat
+from repvgg_deploy.quantization.qat_best import BestState
 from repvgg_deploy.quantization.qat_start import start_training
 from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions, set_saturation
 from repvgg_deploy.quantization.statistics import collect_statistics
 from repvgg_deploy.quantization.target import UNSIGNED_HIGHEST
-from repvgg_deploy.workflows.qat_images import image_limits, read_training_images
+from repvgg_deploy.workflows.qat_images import hold_out, image_limits, read_training_images
 
 CASES = {
     "int8": QatOptions(),
@@ -121,35 +122,36 @@ def train(
 ) -> dict[str, Any]:
     """Take the steps, writing the curves as they grow; the figures at the end."""
     images, labels, exact = validation
-    data = read_training_images(arguments.calib, PREPROCESSING, None, labelled=False)
-    limits = image_limits(PREPROCESSING)
+    data = hold_out(read_training_images(arguments.calib, PREPROCESSING, None, labelled=False))
+    best, limits = BestState(data.held_out), image_limits(PREPROCESSING)
     some = slice(None, None, max(1, len(images) // 500))
     rows: list[dict[str, Any]] = []
     begin, measured = time.process_time(), 0.0
     every = -(-arguments.steps // _POINTS)
-    taken: list[dict[str, float]] = []
-    while training.done < arguments.steps:
-        taken.append(training.step(data.take, len(data), limits))
+    over = False
+    while not over:
+        if rows:
+            training.step(data.take, len(data), limits)
         cpu = time.process_time() - begin - measured
-        over = arguments.minutes is not None and cpu > 60 * arguments.minutes
-        if training.done % every == 0 or training.done == arguments.steps or over:
+        over = training.done >= arguments.steps or (arguments.minutes is not None and cpu > 60 * arguments.minutes)
+        if training.done % every == 0 or over:
+            values = {**(training.means() if training.done else {}), **best.offer(training)}
             before = time.process_time()
-            figures = measure(training.student, images[some], labels[some], exact[some])
+            followed = _followed(measure(training.student, images[some], labels[some], exact[some]))
             measured += time.process_time() - before
-            # One batch alone says little.
-            values = {name: round(float(np.mean([step[name] for step in taken])), 4) for name in taken[0]}
-            taken.clear()
-            rows.append({"step": training.done, **values, "cpu_s": round(cpu, 1), **_followed(figures)})
+            values = {name: round(value, 4) for name, value in values.items()}
+            rows.append({"step": training.done, **values, "cpu_s": round(cpu, 1), **followed})
             print(rows[-1], flush=True)
             _write_rows(rows, curves)
-        if over:
-            break
+    best.put_into(training)
     figures = measure(training.student, images, labels, exact)
     return {
         "when": "after training",
         "steps": training.done,
-        "cpu_s": round(cpu, 1),
+        "best_step": best.step,
+        "cpu_s": round(time.process_time() - begin - measured, 1),
         "images_seen": len(data),
+        "images_held_out": len(data.held_out),
         **figures,
     }
 
@@ -195,7 +197,7 @@ def _followed(figures: dict[str, Any]) -> dict[str, Any]:
 def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

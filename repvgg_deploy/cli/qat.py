@@ -72,7 +72,8 @@ from repvgg_deploy.cli.types import RECIPE, FiniteRange
 def qat(ckpt: Path, output: Path, **options: Any) -> Any:
     """Train a checkpoint for INT8, on the kernel that all branches of a block are together.
 
-    The float net's own answers are what it learns, so unlabelled images do. FILE is a checkpoint in training form again
+    The float net's own answers are what it learns, so unlabelled images do. The best state on images that are held out
+    of the training is written, which may be the start. FILE is a checkpoint in training form again
     (in deploy form with --from-deploy), and NAME.scales.npz beside it what `export --int8 --calib-cache` takes. Run it
     again with the same options after a stop: it goes on, and ends as it would have ended.
     """
@@ -114,7 +115,7 @@ def qat(ckpt: Path, output: Path, **options: Any) -> Any:
             click.get_current_context().exit(0)
         picture = _draw_curves(result.curves, progress.note)
     values = {**result.to_dict(), "picture": picture}
-    fields = {name: value for name, value in values.items() if name != "rows"}
+    fields = {name: value for name, value in values.items() if name not in ("start", "rows")}
     return Outcome(values, lambda: print_fields(fields))
 
 

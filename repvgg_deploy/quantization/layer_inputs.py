@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy.quantization.points import BATCH, geometry
+from repvgg_deploy.quantization.target import CLIPPING
 
 MEMORY_BYTES = 1 << 29
 """What the kept activations may take, of the widest point and both streams together."""
@@ -21,10 +22,14 @@ _USUAL = 4.0
 
 @dataclass
 class Streams:
-    """The same images at the same place of both nets: `exact` in the float net, `rounded` in the quantized one."""
+    """The same images at the same place of both nets: `exact` in the float net, `rounded` in the quantized one.
+
+    `highest` is the integer of the clipping threshold at this place.
+    """
 
     exact: Tensor
     rounded: Tensor
+    highest: int = CLIPPING
 
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
         """Both in step, `size` images at a time."""
@@ -41,7 +46,7 @@ class Streams:
     def thinned(self, count: int) -> Streams:
         """About `count` images of them, evenly spaced."""
         step = max(1, len(self.exact) // count)
-        return Streams(self.exact[::step], self.rounded[::step])
+        return Streams(self.exact[::step], self.rounded[::step], self.highest)
 
 
 def weights_of_energies(energy: Tensor) -> Tensor:

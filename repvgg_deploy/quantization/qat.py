@@ -24,13 +24,14 @@ from repvgg_deploy.fusion.algebra import Affine, Convolved, Input, Normalized, S
 from repvgg_deploy.fusion.blocks import BlockParts
 from repvgg_deploy.fusion.fuse import find_blocks
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.grid import Grid
 from repvgg_deploy.quantization.pair_sums import LEVELS, count_taps, round_in_pairs
 from repvgg_deploy.quantization.points import CLASSIFIER, geometry, per_channel
 
 
 @dataclass(frozen=True)
-class QatOptions:
-    """What a net is trained for.
+class QatOptions(Grid):
+    """What a net is trained for: the integers of a `Grid`, and how its BNs behave.
 
     Attributes:
         weight_bits: of weights, 2 to 8. An INT8 graph has 8.
@@ -39,9 +40,6 @@ class QatOptions:
         moving_statistics: the running statistics of the BNs follow the quantized activations; by default they stay.
     """
 
-    weight_bits: int = 8
-    activation_bits: int = 8
-    per_tensor: bool = False
     moving_statistics: bool = False
 
 

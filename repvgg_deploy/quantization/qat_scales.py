@@ -17,9 +17,10 @@ from repvgg_deploy.fusion.fuse import equivalent_kernel_bias
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.array_files import ArrayFile, save_arrays
 from repvgg_deploy.quantization.bias_headroom import make_room
+from repvgg_deploy.quantization.grid import Grid
 from repvgg_deploy.quantization.layer_inputs import weights_of_energies
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
-from repvgg_deploy.quantization.pair_sums import LEVELS, count_taps
+from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
 from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, qat_layers
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
@@ -54,27 +55,13 @@ def observe_scales(model: nn.Module, batches: Iterable[Any], options: QatOptions
     for name in names:
         layer = model.get_submodule(name)
         weight = layer.weight if isinstance(layer, nn.Linear) else equivalent_kernel_bias(layer, torch.float32)[0]
-        layers[name] = LayerScales(weight_scales(weight, options), seen[name].scale(options.activation_bits))
-    pool = seen[POOL].scale(options.activation_bits) if POOL in seen else None
+        layers[name] = LayerScales(_weight_scales(weight, options), seen[name].scale(options))
+    pool = seen[POOL].scale(options) if POOL in seen else None
     return QatScales(layers, pool)
 
 
-def weight_scales(weight: Tensor, options: QatOptions) -> Tensor:
-    """The scale of each filter (filters) of `weight` (filters, …) with the least square error."""
-    rows, levels = weight.detach().flatten(1), int(2 ** (options.weight_bits - 1)) - 1
-    if levels == LEVELS and not options.per_tensor:
-        return choose_weight_scales(rows, count_taps(weight))
-    peak = rows.abs().amax().expand(len(rows)) if options.per_tensor else rows.abs().amax(1)
-    peak = peak.clamp_min(1e-30)
-    best, scales = torch.full_like(peak, torch.inf), peak / levels
-    # Where one scale serves all filters, the best may be far below the largest weight of the one with outliers.
-    for share in torch.logspace(0, -1.5, 60).tolist():
-        scale = (peak * share / levels)[:, None]
-        error = ((rows / scale).round().clamp(-levels, levels) * scale - rows).square().sum(1)
-        cost = error.sum().expand(len(rows)) if options.per_tensor else error
-        better = cost < best
-        best, scales = torch.where(better, cost, best), torch.where(better, scale[:, 0], scales)
-    return scales.clone()
+def _weight_scales(weight: Tensor, grid: Grid) -> Tensor:
+    return choose_weight_scales(weight.detach().flatten(1), count_taps(weight), grid=grid)
 
 
 @dataclass
@@ -96,12 +83,12 @@ class _Seen:
         self.largest.append(rows.abs().amax(1).cpu())
         self.smallest.append(rows.amin(1).cpu())
 
-    def scale(self, bits: int) -> float:
+    def scale(self, grid: Grid) -> float:
         """The scale of least square error, in which images with unusually strong activations count less."""
         weights = weights_of_energies(torch.cat(self.energies))
         largest = float(torch.cat(self.largest)[weights >= 1].max())
         signed = float(torch.cat(self.smallest).min()) < 0
-        clipping = int(2 ** (bits - 1) - 1 if signed or bits == 8 else 2**bits - 1)
+        clipping = grid.highest(unsigned=not signed)
         if largest == 0.0:
             return 1.0 / clipping
         values = torch.cat(self.values)

@@ -21,17 +21,12 @@ from repvgg_deploy.nets.repvgg import ConvBranch, FusedBlock, RepVGG, TrainingBl
 from repvgg_deploy.nets.spec import ArchSpec, Branch
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.points import POOL, Images, fused_blocks, point_names, rebatch, walk
-from repvgg_deploy.quantization.qat import LayerScales, QatBlock, QatLinear, QatOptions, QatScales, prepare_qat
-from repvgg_deploy.quantization.qat_scales import observe_scales, scales_of
-from repvgg_deploy.quantization.quantize import prepare, quantize
+from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, prepare_qat
+from repvgg_deploy.quantization.quantize import begin_quantization, find_integers, prepare
 from repvgg_deploy.quantization.recipe import Recipe
-from repvgg_deploy.quantization.state import QuantizationState
-from repvgg_deploy.quantization.statistics import CalibrationStatistics, collect_statistics
 
 # A BN that scales by less than this passes nothing on, so its kernel cannot be corrected through it.
 _SMALLEST = 1e-6
-# Number of images whose means correct the biases.
-_CORRECTION = 128
 
 
 @dataclass(frozen=True)
@@ -50,32 +45,17 @@ def start_training(
 ) -> StartingPoint:
     """The student and the teacher for `net`, in training or deploy form, calibrated on `images`.
 
-    With 8 bits and one scale per filter the student computes what an INT8 export by `recipe` computes; for anything
-    else its scales are those of least error and its weights the float ones.
+    The student computes what an export by `recipe` to these integers computes; `QatOptions()` are those of INT8.
     """
-    fused = _fused(net)
-    statistics = collect_statistics(fused, images, augmentations=recipe.augmentations, progress=progress)
-    teacher, factors = _prepare(fused, statistics, recipe)
+    state = prepare(begin_quantization(_fused(net), images, recipe, grid=options, progress=progress))
+    teacher = state.net
     student = copy.deepcopy(net) if net.spec.form == "train" else _add_norms(teacher, images)
     if net.spec.form == "train":
-        _rescale(student, factors)
-    plain = options.weight_bits == 8 and options.activation_bits == 8 and not options.per_tensor
-    if plain:
-        exported = quantize(fused, images, recipe, statistics, progress=progress)
-        integers = exported.integers()
-        targets = {name: (layer.dequantized(), layer.bias) for name, layer in integers.items()}
-        scales = scales_of(exported)
-    else:
-        targets = {n: (b.conv.weight, cast(Tensor, b.conv.bias)) for n, b in fused_blocks(teacher)}
-        targets["classifier"] = (teacher.classifier.weight, teacher.classifier.bias)
-        scales = QatScales({})
-    _set_kernels(student, teacher, targets)
-    if not plain:
-        scales = observe_scales(student, rebatch(images, torch.device("cpu")), options)
-    prepared = cast(RepVGG, prepare_qat(student, scales, options))
-    if not plain:
-        _correct_biases(prepared, teacher, images)
-    return StartingPoint(prepared, teacher)
+        _rescale(student, state.factors)
+    result = find_integers(state, images, progress=progress).integers
+    _set_kernels(student, teacher, {name: (layer.dequantized(), layer.bias) for name, layer in result.layers.items()})
+    scales = {name: LayerScales(layer.weight_scale, layer.input_scale) for name, layer in result.layers.items()}
+    return StartingPoint(prepare_qat(student, QatScales(scales, result.pool_scale), options), teacher)
 
 
 def empty_start(net: RepVGG, options: QatOptions) -> StartingPoint:
@@ -104,12 +84,6 @@ def _fused(net: RepVGG) -> RepVGG:
     if net.spec.form == "train":
         net = fuse(net, torch.float32)
     return copy.deepcopy(net).float().eval().requires_grad_(False)
-
-
-def _prepare(fused: RepVGG, statistics: CalibrationStatistics, recipe: Recipe) -> tuple[RepVGG, Mapping[str, Tensor]]:
-    """The float net without dead inputs and equalized, and the factor of each channel of each point."""
-    state = prepare(QuantizationState(copy.deepcopy(fused), statistics, recipe))
-    return state.net, state.factors
 
 
 @torch.no_grad()
@@ -160,22 +134,6 @@ def _set_kernels(student: RepVGG, teacher: RepVGG, targets: Mapping[str, tuple[T
     weight, bias = targets["classifier"]
     student.classifier.weight.copy_(weight)
     student.classifier.bias.copy_(bias)
-
-
-@torch.no_grad()
-def _correct_biases(student: RepVGG, teacher: RepVGG, images: Images) -> None:
-    """Make the mean of each channel of each layer that of the float net, one layer after another."""
-    exact = rounded = next(rebatch(images, teacher.classifier.weight.device, _CORRECTION))
-    for (_, fused), layer in zip(fused_blocks(teacher), student.blocks(), strict=True):
-        block = cast(QatBlock, layer)
-        trained = cast(TrainingBlock, block.block)
-        last = trained.bn if isinstance(trained.bn, _BatchNorm) else _branch_norms(trained)[0]
-        missing = (fused.conv(exact) - block.total(rounded)).mean((0, 2, 3))
-        last.bias.add_(missing)
-        exact, rounded = fused(exact), block(rounded)
-    exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
-    classifier = cast(QatLinear, student.classifier)
-    classifier.linear.bias.add_((teacher.classifier(exact) - classifier(rounded)).mean(0))
 
 
 def _drop_removed_identities(block: TrainingBlock, weight: Tensor) -> None:

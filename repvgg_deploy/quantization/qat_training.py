@@ -87,6 +87,7 @@ class QatTraining:
         self.optimizer = _optimizer(student, options.rate)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.done = 0
+        self._since: dict[str, float] = {}
         wrapped: nn.Module = _WithStages(cast(RepVGG, student))
         if dist.is_initialized():
             wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
@@ -98,7 +99,7 @@ class QatTraining:
         return self.teacher.net.classifier.weight.device
 
     def step(self, take: Take, count: int, limits: tuple[Tensor, Tensor]) -> dict[str, float]:
-        """One step on augmentations of `count` images; the loss and the share of images with the teacher's class.
+        """One step on augmentations of `count` images; the loss, and the percentage with the teacher's class.
 
         Args:
             take: see `Take`.
@@ -131,7 +132,17 @@ class QatTraining:
         if dist.is_initialized():
             dist.all_reduce(values)
             values /= dist.get_world_size()
-        return {"loss": float(values[0]), "agreement": 100 * float(values[1])}
+        taken = {"loss": float(values[0]), "agreement": 100 * float(values[1])}
+        for name, value in {"steps": 1.0, **taken}.items():
+            self._since[name] = self._since.get(name, 0.0) + value
+        return taken
+
+    def means(self) -> dict[str, float]:
+        """The means of what the steps since the last call returned: one batch alone says little."""
+        steps = self._since.pop("steps")
+        means = {name: total / steps for name, total in self._since.items()}
+        self._since = {}
+        return means
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs to continue."""
@@ -141,6 +152,7 @@ class QatTraining:
             # They come from the initial scales.
             "rates": self._rates,
             "done": self.done,
+            "since": dict(self._since),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -149,6 +161,7 @@ class QatTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self._rates = list(state["rates"])
         self.done = state["done"]
+        self._since = dict(state["since"])
 
     def _set_rate(self) -> None:
         decay = 0.5 * (1 + math.cos(math.pi * self.done / self.options.steps)) * min(1.0, (self.done + 1) / _WARM_UP)

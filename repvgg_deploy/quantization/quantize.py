@@ -16,6 +16,7 @@ from repvgg_deploy.quantization.augmentation import AugmentedImages
 from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
 from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
 from repvgg_deploy.quantization.equalize import equalize
+from repvgg_deploy.quantization.grid import INT8, Grid
 from repvgg_deploy.quantization.layer_report import report_layers
 from repvgg_deploy.quantization.learned_rounding import learn
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
@@ -64,10 +65,21 @@ def quantize(
         torch.Size([1, 12])
     """
     _check_names(fused, keep_float)
-    state = prepare(_start(fused, images, recipe, statistics, progress))
+    state = prepare(begin_quantization(fused, images, recipe, statistics, progress=progress))
+    return _finish(find_integers(state, images, keep_float, progress), images)
+
+
+@torch.inference_mode(False)
+@float32(deterministic=True)
+def find_integers(
+    state: QuantizationState, images: Images, keep_float: Collection[str] = (), progress: Progress = SILENT
+) -> QuantizationState:
+    """The passes after `prepare`: the state with its `result`.
+
+    Rounding is learned, and room is made for biases, for the integers of an INT8 graph only.
+    """
     state = reconstruct(state, _take_images(state, images), keep_float, progress)
-    state = learn(state, images, progress)
-    return _finish(state, images)
+    return make_room_for_biases(learn(state, images, progress)) if state.grid.is_int8 else state
 
 
 @torch.inference_mode(False)
@@ -81,14 +93,24 @@ def quantize_apart(
 ) -> QuantizedNet:
     """As `quantize`, but no layer makes up for the error of those before: each can be looked at by itself."""
     _check_names(fused, keep_float)
-    state = prepare(_start(fused, images, recipe, statistics, SILENT))
-    return _finish(reconstruct(state, _take_images(state, images), keep_float, chained=False), images)
+    state = prepare(begin_quantization(fused, images, recipe, statistics))
+    state = reconstruct(state, _take_images(state, images), keep_float, chained=False)
+    return _finish(make_room_for_biases(state), images)
 
 
-def _start(
-    fused: RepVGG, images: Images, recipe: Recipe, statistics: CalibrationStatistics | None, progress: Progress
+def begin_quantization(
+    fused: RepVGG,
+    images: Images,
+    recipe: Recipe,
+    statistics: CalibrationStatistics | None = None,
+    grid: Grid = INT8,
+    progress: Progress = SILENT,
 ) -> QuantizationState:
-    """What the first pass is given: a copy of `fused`, and its statistics."""
+    """What the first pass is given: a copy of `fused`, and its statistics.
+
+    Raises:
+        DeployError: `statistics` are of other augmentations than the recipe's.
+    """
     net = copy.deepcopy(fused).eval().requires_grad_(False)
     if statistics is None:
         statistics = collect_statistics(net, images, augmentations=recipe.augmentations, progress=progress)
@@ -102,7 +124,7 @@ def _start(
         warnings.warn(
             f"{statistics.images} calibration images are few; use at least {FEW_IMAGES}, preferably 512", stacklevel=3
         )
-    return QuantizationState(net, statistics, recipe)
+    return QuantizationState(net, statistics, recipe, grid)
 
 
 def prepare(state: QuantizationState) -> QuantizationState:
@@ -117,7 +139,6 @@ def _take_images(state: QuantizationState, images: Images) -> Tensor:
 
 
 def _finish(state: QuantizationState, images: Images) -> QuantizedNet:
-    state = make_room_for_biases(state)
     about, recipe = state.statistics, state.recipe
     rows = report_layers(state.net, state.integers, state.removed, next(rebatch(images, state.net.device)))
     summary = QuantizationSummary(recipe.name, about.images, about.images_sha256, recipe.seed, rows)

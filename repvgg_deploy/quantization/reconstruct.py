@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from repvgg_deploy.nets.repvgg import FusedBlock, RepVGG
 from repvgg_deploy.progress import SILENT, Progress
+from repvgg_deploy.quantization.grid import INT8, Grid
 from repvgg_deploy.quantization.layer_inputs import MEMORY_BYTES, Moments, Streams, input_moments, run_layer
 from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import (
     BATCH,
     CLASSIFIER,
+    POOL,
     Images,
     after_conv,
     fused_blocks,
@@ -55,44 +57,53 @@ def reconstruct(
         progress: receives the step `rounding`, in layers.
         chained: without it each layer is quantized as if all the others were float.
     """
-    net, recipe = state.net, state.recipe
+    net, recipe, grid = state.net, state.recipe, state.grid
+    highest = grid.highest_of_points(net)
     streams = Streams(images, images)
     blocks = fused_blocks(net)
     layers: dict[str, LayerIntegers] = {}
     for index, (name, block) in enumerate(blocks):
+        streams.highest = highest[name]
         if name in keep_float:
             _advance(streams, block, block.conv.weight, cast(Tensor, block.conv.bias))
         else:
-            layers[name] = reconstruct_block(block, streams, recipe, index)
+            layers[name] = reconstruct_block(block, streams, recipe, index, grid=grid)
         if not chained:
             streams.rounded = streams.exact
         progress.step("rounding", index + 1, len(blocks) + 1)
     if CLASSIFIER in keep_float:
         return replace(state, result=Reconstruction(layers, None))
+    streams.highest = highest[POOL]
     pool = choose_scale(streams, None if net.spec.maps else nn.Identity(), recipe)
     if not net.has_classifier:
         return replace(state, result=Reconstruction(layers, pool))
     if chained:
-        streams.rounded = quantize_activations(streams.rounded, pool)
-    streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)))
+        streams.rounded = quantize_activations(streams.rounded, pool, streams.highest)
+    streams = Streams(streams.exact.mean((2, 3)), streams.rounded.mean((2, 3)), highest[CLASSIFIER])
     scale = choose_scale(streams, net.classifier, recipe)
-    streams.rounded = quantize_activations(streams.rounded, scale)
-    layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers))
+    streams.rounded = quantize_activations(streams.rounded, scale, streams.highest)
+    layers[CLASSIFIER] = _quantize_layer(streams, net.classifier, scale, recipe, len(layers), grid)
     progress.step("rounding", len(blocks) + 1, len(blocks) + 1)
     return replace(state, result=Reconstruction(layers, pool))
 
 
 @torch.no_grad()
 def reconstruct_block(
-    block: FusedBlock, streams: Streams, recipe: Recipe, index: int, scale: float | None = None
+    block: FusedBlock,
+    streams: Streams,
+    recipe: Recipe,
+    index: int,
+    scale: float | None = None,
+    grid: Grid = INT8,
 ) -> LayerIntegers:
     """Quantize one block on the `streams` at its input, and move them to its output.
 
-    `index` chooses the sampled pixels; `scale` is that of the block's input, where it is known already.
+    `index` chooses the sampled pixels; `scale` is that of the block's input, where it is known already; `grid` has the
+    integers of the weights.
     """
     scale = choose_scale(streams, block.conv, recipe) if scale is None else scale
-    streams.rounded = quantize_activations(streams.rounded, scale)
-    integers = _quantize_layer(streams, block.conv, scale, recipe, index)
+    streams.rounded = quantize_activations(streams.rounded, scale, streams.highest)
+    integers = _quantize_layer(streams, block.conv, scale, recipe, index, grid)
     advance(streams, block, integers)
     return integers
 
@@ -158,37 +169,70 @@ def choose_scale(streams: Streams, layer: nn.Module | None, recipe: Recipe) -> f
     return float(torch.tensor(scale, dtype=torch.float32))
 
 
-def _quantize_layer(streams: Streams, layer: Layer, scale: float, recipe: Recipe, index: int) -> LayerIntegers:
+def _quantize_layer(
+    streams: Streams, layer: Layer, scale: float, recipe: Recipe, index: int, grid: Grid
+) -> LayerIntegers:
     options = recipe.rounding
     groups = input_moments(streams, layer, options.samples, recipe.seed + index)
-    rows, scales, biases = [], [], []
     assert layer.bias is not None
-    for weight, bias, moments in zip(
-        layer.weight.flatten(1).chunk(len(groups)), layer.bias.chunk(len(groups)), groups, strict=True
-    ):
-        integers, filter_scales = _round(weight, moments, options.damping, count_taps(layer.weight))
-        rounded = integers * filter_scales[:, None]
+    weights, biases = layer.weight.flatten(1).chunk(len(groups)), layer.bias.chunk(len(groups))
+    fits = [_refit(weight, moments, options.damping) for weight, moments in zip(weights, groups, strict=True)]
+    taps = count_taps(layer.weight)
+    scales = _choose_weight_scales(fits, taps, grid)
+    rows, shifted = [], []
+    for group, (fit, chosen) in enumerate(zip(fits, scales.chunk(len(groups)), strict=True)):
+        integers = fit.round(chosen, taps, grid)
         # The mean of every output channel becomes that of the float net.
-        bias = bias + weight @ moments.exact_mean - rounded @ moments.rounded_mean
+        exact, rounded = (
+            weights[group] @ groups[group].exact_mean,
+            integers * chosen[:, None] @ groups[group].rounded_mean,
+        )
+        shifted.append(biases[group] + exact - rounded)
         rows.append(integers)
-        scales.append(filter_scales)
-        biases.append(bias)
     integers = torch.cat(rows).reshape(layer.weight.shape).to(torch.int8)
-    return LayerIntegers(integers, torch.cat(scales), torch.cat(biases), scale)
+    return LayerIntegers(integers, scales, torch.cat(shifted), scale)
 
 
-def _round(weight: Tensor, moments: Moments, damping: float, taps: int) -> tuple[Tensor, Tensor]:
-    """Integers (filters, columns) and scales (filters) of one group."""
+@dataclass(frozen=True)
+class _Fit:
+    """The weights of one group refitted to the float net's output, and the damped covariance of its inputs.
+
+    `covariance` is None where no input varies.
+    """
+
+    weight: Tensor
+    covariance: Tensor | None
+
+    @property
+    def importance(self) -> Tensor:
+        """What the error of each weight (filters, columns) counts."""
+        if self.covariance is None:
+            return torch.ones_like(self.weight)
+        return self.covariance.diagonal().expand_as(self.weight)
+
+    def round(self, scales: Tensor, taps: int, grid: Grid) -> Tensor:
+        """Integers (filters, columns) for these scales (filters)."""
+        if self.covariance is None:
+            return round_weights(self.weight, scales, taps, grid=grid)
+        return round_with_feedback(self.weight, scales, self.covariance, taps, grid)
+
+
+def _refit(weight: Tensor, moments: Moments, damping: float) -> _Fit:
     strength = moments.covariance.diagonal()
     mean_strength = float(strength.mean())
     if mean_strength <= 0.0:
-        scales = choose_weight_scales(weight, taps)
-        return round_weights(weight, scales, taps), scales
+        return _Fit(weight, None)
     # As many samples as unknowns determine nothing: the fewer there are, the closer the answer stays to `weight`.
     damping = damping * weight.shape[1] / moments.samples * mean_strength
     identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     covariance = moments.covariance + max(damping, 1e-4 * mean_strength) * identity
     # Least squares of ‖W x − W′ x̂‖² + damping · ‖W′ − W‖², which is W + drift · (covariance + damping)⁻¹.
-    target = weight + torch.linalg.solve(covariance, moments.drift.t()).t()
-    scales = choose_weight_scales(target, taps, covariance.diagonal())
-    return round_with_feedback(target, scales, covariance, taps), scales
+    return _Fit(weight + torch.linalg.solve(covariance, moments.drift.t()).t(), covariance)
+
+
+def _choose_weight_scales(fits: list[_Fit], taps: int, grid: Grid) -> Tensor:
+    """The scales (filters) of all groups together."""
+    if len(fits) == 1:
+        return choose_weight_scales(fits[0].weight, taps, fits[0].importance, grid)
+    weight, importance = torch.cat([fit.weight for fit in fits]), torch.cat([fit.importance for fit in fits])
+    return choose_weight_scales(weight, taps, importance, grid)

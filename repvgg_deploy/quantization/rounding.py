@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from repvgg_deploy.quantization.grid import INT8, Grid
 from repvgg_deploy.quantization.layer_inputs import Streams, run_layer
 from repvgg_deploy.quantization.pair_sums import LEVELS, MOST, excess, neighbours, round_in_pairs
-from repvgg_deploy.quantization.target import CLIPPING, LOWEST
+from repvgg_deploy.quantization.target import CLIPPING
 
 # Columns that are rounded before the rest is updated in one matrix product.
 _BLOCK = 128
@@ -20,21 +21,22 @@ _BLOCK = 128
 _IMAGES = 64
 
 
-def round_with_feedback(weight: Tensor, scales: Tensor, covariance: Tensor, taps: int) -> Tensor:
+def round_with_feedback(weight: Tensor, scales: Tensor, covariance: Tensor, taps: int, grid: Grid = INT8) -> Tensor:
     """Integers (filters, columns) whose product with `scales` gives nearly the output of `weight`.
 
-    No pair of them can saturate; see `repvgg_deploy.quantization.pair_sums`.
+    With 8 bits no pair of them can saturate; see `repvgg_deploy.quantization.pair_sums`.
 
     Args:
         weight: (filters, columns), float32.
         scales: (filters).
         covariance: (columns, columns), positive definite.
         taps: see `count_taps`.
+        grid: the integers to choose from.
     """
     # The columns with the strongest inputs first: the most columns are then left to make up for them.
     order = covariance.diagonal().argsort(descending=True)
     factor = _inverse_factor(covariance[order][:, order].double()).to(weight.dtype)
-    partners = _partners(weight.shape[1], taps, order)
+    partners = _partners(weight.shape[1], taps, order) if grid.in_pairs else []
     variance = factor.diagonal().square().tolist()
     # Transposed, so that one column of the weights is contiguous.
     rest = weight[:, order].t().contiguous()
@@ -43,7 +45,10 @@ def round_with_feedback(weight: Tensor, scales: Tensor, covariance: Tensor, taps
         end = min(start + _BLOCK, len(rest))
         errors = torch.empty_like(rest[start:end])
         for k in range(start, end):
-            rounded[k] = _round_column(k, rest, rounded, scales, partners[k], variance)
+            if partners:
+                rounded[k] = _round_column(k, rest, rounded, scales, partners[k], variance)
+            else:
+                rounded[k] = (rest[k] / scales).round_().clamp_(-grid.levels, grid.levels)
             torch.div(rest[k] - rounded[k] * scales, factor[k, k], out=errors[k - start])
             rest[k + 1 : end] -= factor[k, k + 1 : end, None] * errors[k - start]
         rest[end:] -= factor[start:end, end:].t() @ errors
@@ -90,40 +95,58 @@ def _round_column(
     return value
 
 
-def choose_weight_scales(weight: Tensor, taps: int, importance: Tensor | None = None) -> Tensor:
+def choose_weight_scales(weight: Tensor, taps: int, importance: Tensor | None = None, grid: Grid = INT8) -> Tensor:
     """The scale (filters) of each row of `weight` (filters, columns) with the least error of rounding.
 
     Args:
         weight: one row per filter.
         taps: see `count_taps`.
         importance: of each column (filters, columns) or (columns), the mean square of its input; by default the same.
+        grid: the integers to choose from.
     """
-    # Above 1, the largest weight is not 127 steps: where two large ones are neighbours that costs less than clipping.
-    shares = torch.cat([torch.linspace(2.0, 1.1, 10), torch.linspace(1.0, 0.4, 25)]).tolist()
-    peak = weight.abs().amax(1).clamp_min(1e-30)
+    peak = weight.abs().amax(1)
+    if grid.per_tensor:
+        peak = peak.amax().expand(len(weight))
+    peak = peak.clamp_min(1e-30)
     best = torch.full_like(peak, torch.inf)
-    scales = peak / LEVELS
-    for share in shares:
-        scale = peak * (share / LEVELS)
-        error = (round_weights(weight, scale, taps, importance) * scale[:, None] - weight).square()
+    scales = peak / grid.levels
+    for share in _shares(grid):
+        scale = peak * (share / grid.levels)
+        error = (round_weights(weight, scale, taps, importance, grid) * scale[:, None] - weight).square()
         cost = (error if importance is None else error * importance).sum(1)
+        if grid.per_tensor:
+            cost = cost.sum().expand(len(weight))
         better = cost < best
         best = torch.where(better, cost, best)
         scales = torch.where(better, scale, scales)
     return scales
 
 
-def round_weights(weight: Tensor, scales: Tensor, taps: int, importance: Tensor | None = None) -> Tensor:
+def _shares(grid: Grid) -> list[float]:
+    """The shares of the largest weight that are tried as the largest integer."""
+    if grid.is_int8:
+        # Above 1, the largest weight is not 127 steps: where two large ones are neighbours that costs less than
+        # clipping.
+        return torch.cat([torch.linspace(2.0, 1.1, 10), torch.linspace(1.0, 0.4, 25)]).tolist()
+    # Where one scale serves all filters, the best may be far below the largest weight of the one with outliers.
+    return torch.logspace(0, -1.5, 60).tolist()
+
+
+def round_weights(
+    weight: Tensor, scales: Tensor, taps: int, importance: Tensor | None = None, grid: Grid = INT8
+) -> Tensor:
     """The nearest allowed integers of `weight` (filters, columns) divided by `scales` (filters), as floats.
 
-    See `round_in_pairs` for what is allowed and for the other arguments.
+    See `round_in_pairs` for what is allowed with 8 bits and for the other arguments.
     """
-    return round_in_pairs(weight / scales[:, None], taps, importance)
+    if grid.in_pairs:
+        return round_in_pairs(weight / scales[:, None], taps, importance)
+    return (weight / scales[:, None]).round_().clamp_(-grid.levels, grid.levels)
 
 
-def quantize_activations(x: Tensor, scale: float) -> Tensor:
+def quantize_activations(x: Tensor, scale: float, highest: int = CLIPPING) -> Tensor:
     """`x` rounded (half to even) and saturated with this scale, as floats that integer · scale gives."""
-    return (x / scale).round_().clamp_(LOWEST, CLIPPING).mul_(scale)
+    return (x / scale).round_().clamp_(-highest - 1, highest).mul_(scale)
 
 
 def output_error(streams: Streams, layer: nn.Module | None, scale: float) -> float:
@@ -132,7 +155,7 @@ def output_error(streams: Streams, layer: nn.Module | None, scale: float) -> flo
     `layer` is a convolution or linear layer, None for the values themselves, or anything else for the mean over height
     and width.
     """
-    exact, rounded = streams.exact, quantize_activations(streams.rounded, scale)
+    exact, rounded = streams.exact, quantize_activations(streams.rounded, scale, streams.highest)
     if isinstance(layer, nn.Conv2d | nn.Linear):
         difference = run_layer(layer, rounded - exact, layer.weight, None)
     else:
@@ -154,9 +177,9 @@ def scale_by_output(streams: Streams, layer: nn.Module | None, thresholds: tuple
     usual = streams.image_weights() >= 1.0
     largest = float(streams.rounded[usual].abs().amax())
     if largest == 0.0:
-        return 1.0 / CLIPPING
+        return 1.0 / streams.highest
     if float(streams.rounded.amin()) < 0:
-        return largest / CLIPPING
+        return largest / streams.highest
     sample = streams.thinned(_IMAGES)
-    scales = [largest * share / CLIPPING for share in sorted(thresholds, reverse=True)]
+    scales = [largest * share / streams.highest for share in sorted(thresholds, reverse=True)]
     return min(scales, key=lambda scale: output_error(sample, layer, scale))

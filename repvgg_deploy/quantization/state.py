@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.grid import INT8, Grid
 from repvgg_deploy.quantization.points import layer_names, per_channel
 from repvgg_deploy.quantization.recipe import Recipe
 from repvgg_deploy.quantization.statistics import CalibrationStatistics
@@ -64,6 +65,7 @@ class QuantizationState:
         net: in deploy form and float; some passes rewrite it, and the integers stand for what it computes.
         statistics: of the net before the first pass, on the calibration images.
         recipe: what every pass takes its options from.
+        grid: the integers that weights and activations are rounded to.
         removed: the dead inputs of each layer, from `remove_dead_inputs`.
         factors: by which the channels of each point were divided, from `equalize`.
         result: the integers, from `reconstruct` on.
@@ -72,6 +74,7 @@ class QuantizationState:
     net: RepVGG
     statistics: CalibrationStatistics
     recipe: Recipe
+    grid: Grid = INT8
     removed: Mapping[str, RemovedInputs] = field(default_factory=dict)
     factors: Mapping[str, Tensor] = field(default_factory=dict)
     result: Reconstruction | None = None

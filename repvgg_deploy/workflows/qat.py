@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import pickle
@@ -33,18 +32,22 @@ from repvgg_deploy.quantization.calibration_images import choose_images
 from repvgg_deploy.quantization.data_free import make_pictures
 from repvgg_deploy.quantization.points import Images
 from repvgg_deploy.quantization.qat import convert_qat
+from repvgg_deploy.quantization.qat_best import BestState
 from repvgg_deploy.quantization.qat_scales import ScalesOrigin, apply_scales, save_scales
 from repvgg_deploy.quantization.qat_start import empty_start, start_training
 from repvgg_deploy.quantization.qat_training import QatTraining, set_saturation
 from repvgg_deploy.quantization.recipe import load_recipe
 from repvgg_deploy.quantization.target import UNSIGNED_HIGHEST
 from repvgg_deploy.verification.parity import compare, require_parity
-from repvgg_deploy.workflows.qat_images import TrainingImages, image_limits, made_images, read_training_images
+from repvgg_deploy.workflows.qat_images import TrainingImages, hold_out, image_limits, made_images, read_training_images
 from repvgg_deploy.workflows.qat_request import QatRequest, QatResult, curves_path, scales_path, state_path
+from repvgg_deploy.workflows.qat_rows import describe_row, measure_row, to_csv
 
 _MAX_RELATIVE = 1e-1
 _VALIDATION = 2000
 _SEEN = 64
+# Of the saved state: raised when what it contains changes.
+_FORMAT = "2"
 
 
 def run_qat(request: QatRequest, progress: Progress = SILENT) -> QatResult | None:
@@ -64,39 +67,58 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
     checkpoint = _load(request)
     preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing, checkpoint.settings)
     net = build(checkpoint).float()
-    images = _training_images(request, net, preprocessing, progress)
+    images = hold_out(_training_images(request, net, preprocessing, progress))
     request = _with_steps(request, len(images))
     validation = None
     if request.validation is not None and rank == 0:
         validation = read_training_images(request.validation, preprocessing, _VALIDATION, labelled=True)
-    run = _begin(request, checkpoint, net, preprocessing, progress)
+    kept = _read_state(request, checkpoint, progress)
+    if kept is None:
+        run = _Run(_begin(request, net, preprocessing, progress), BestState(images.held_out), [])
+    else:
+        run = _Run(_continue(request, net, kept), BestState(images.held_out), kept["rows"])
+        run.best.restore(kept["best"])
     resumed = run.training.done
     limits = image_limits(preprocessing)
-    saved = time.perf_counter()
     steps = request.training.steps
     every = max(1, steps // 10)
+    if rank == 0 and not run.rows:
+        _look(run, validation, progress)
+        _save(run, request, checkpoint)
+    saved = time.perf_counter()
     while run.training.done < steps:
-        values = run.training.step(images.take, len(images), limits)
+        run.training.step(images.take, len(images), limits)
         done = run.training.done
         progress.step("training", done, steps)
+        if rank != 0:
+            continue
         if done % every == 0 or done == steps:
-            run.rows.append({"step": done, **values, **_validate(run.training, validation)})
-            progress.note(_describe(run.rows[-1]))
-        if rank == 0 and (done == steps or time.perf_counter() - saved >= request.interval_s):
+            _look(run, validation, progress)
+        if done == steps or time.perf_counter() - saved >= request.interval_s:
             _save(run, request, checkpoint)
             saved = time.perf_counter()
     if rank != 0:
         return None
-    parity = _write(request, checkpoint, run, images)
+    run.best.put_into(run.training)
+    if run.best.step != steps:
+        progress.note(f"the best state, that of step {run.best.step}, is kept")
+    parity = _write(request, checkpoint, run, images.images)
     state_path(request.output).unlink(missing_ok=True)
     paths = (request.output, scales_path(request.output), curves_path(request.output))
-    return QatResult(*paths, steps, resumed, tuple(run.rows), parity, round(time.perf_counter() - start, 1))
+    seconds = round(time.perf_counter() - start, 1)
+    return QatResult(*paths, steps, run.best.step, resumed, tuple(run.rows), parity, seconds)
 
 
 @dataclass
 class _Run:
     training: QatTraining
+    best: BestState
     rows: list[dict[str, float]]
+
+
+def _look(run: _Run, validation: TrainingImages | None, progress: Progress) -> None:
+    run.rows.append(measure_row(run.training, run.best, validation))
+    progress.note(describe_row(run.rows[-1]))
 
 
 @contextmanager
@@ -164,26 +186,9 @@ def _with_steps(request: QatRequest, count: int) -> QatRequest:
     return replace(request, training=replace(request.training, steps=steps))
 
 
-def _begin(
-    request: QatRequest, checkpoint: Checkpoint, net: RepVGG, preprocessing: Preprocessing, progress: Progress
-) -> _Run:
-    """The saved run, or a new one."""
+def _begin(request: QatRequest, net: RepVGG, preprocessing: Preprocessing, progress: Progress) -> QatTraining:
+    """A new run."""
     recipe = load_recipe(request.recipe)
-    path = state_path(request.output)
-    identity = _identity(request, checkpoint)
-    if path.exists():
-        saved = _read_state(path)
-        if saved["identity"] != identity:
-            raise DeployError(
-                f"{path} belongs to another run, with other settings or another checkpoint",
-                "delete it to start over, or give another -o",
-            )
-        progress.note(f"continuing after step {saved['training']['done']}")
-        begun = empty_start(net, request.options)
-        begun.teacher.load_state_dict(saved["teacher"])
-        training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
-        training.restore(saved["training"])
-        return _Run(training, saved["rows"])
     calibration: Images
     if request.calibration is None:
         progress.note("no calibration images: synthesizing images from the BN statistics")
@@ -195,28 +200,42 @@ def _begin(
         begun = start_training(net, calibration, recipe, request.options, progress)
     for warning in caught:
         progress.note(f"warning: {warning.message}")
+    return QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
+
+
+def _continue(request: QatRequest, net: RepVGG, kept: Mapping[str, Any]) -> QatTraining:
+    """The run whose state was saved."""
+    begun = empty_start(net, request.options)
+    begun.teacher.load_state_dict(kept["teacher"])
     training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
-    run = _Run(training, [])
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        _save(run, request, checkpoint)
-    return run
+    training.restore(kept["training"])
+    return training
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """The state of a run, read without executing code that it may contain."""
+def _read_state(request: QatRequest, checkpoint: Checkpoint, progress: Progress) -> dict[str, Any] | None:
+    """The saved state, if there is one, read without executing code that it may contain."""
+    path = state_path(request.output)
+    if not path.exists():
+        return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DeployError(
             f"{path} is not the saved state of a run", "delete it to start over, or give another -o"
         ) from error
+    if state["identity"] != _identity(request, checkpoint):
+        raise DeployError(
+            f"{path} belongs to another run, with other settings or another checkpoint",
+            "delete it to start over, or give another -o",
+        )
+    progress.note(f"continuing after step {state['training']['done']}")
     return state
 
 
 def _identity(request: QatRequest, checkpoint: Checkpoint) -> dict[str, str]:
     """What must be the same for a run to continue."""
     values = asdict(replace(request, output=Path(), interval_s=0.0, validation=None))
-    return {"sha256": checkpoint.sha256, **{name: str(value) for name, value in values.items()}}
+    return {"format": _FORMAT, "sha256": checkpoint.sha256, **{name: str(value) for name, value in values.items()}}
 
 
 def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
@@ -224,6 +243,7 @@ def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
         "identity": _identity(request, checkpoint),
         "teacher": run.training.teacher.net.state_dict(),
         "training": run.training.state(),
+        "best": run.best.state(),
         "rows": run.rows,
     }
     content = io.BytesIO()
@@ -231,31 +251,6 @@ def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
     path = state_path(request.output).absolute()
     with stage_files(path.parent) as staging:
         (staging / path.name).write_bytes(content.getbuffer())
-
-
-@torch.no_grad()
-def _validate(training: QatTraining, images: TrainingImages | None) -> dict[str, float]:
-    """Top-1 and the agreement with the float net, as ONNX Runtime computes it."""
-    if images is None:
-        return {}
-    set_saturation(training.student, UNSIGNED_HIGHEST)
-    training.student.eval()
-    hits = same = 0
-    for start in range(0, len(images), _SEEN):
-        pictures, labels = images.take(torch.arange(start, min(start + _SEEN, len(images))))
-        pictures = pictures.to(training.device)
-        best = training.student(pictures).argmax(1)
-        same += int((best == training.teacher.net(pictures).argmax(1)).sum())
-        hits += int((best.cpu() == labels).sum())
-    training.student.train()
-    return {"val_top1": 100 * hits / len(images), "val_agreement": 100 * same / len(images)}
-
-
-def _describe(row: Mapping[str, float]) -> str:
-    words = [f"step {row['step']:.0f}: loss {row['loss']:.4f}, agreement {row['agreement']:.1f} %"]
-    if "val_top1" in row:
-        words.append(f"validation top-1 {row['val_top1']:.2f} %, agreement {row['val_agreement']:.2f} %")
-    return "; ".join(words)
 
 
 def _write(request: QatRequest, checkpoint: Checkpoint, run: _Run, images: TrainingImages) -> Parity:
@@ -281,18 +276,9 @@ def _write(request: QatRequest, checkpoint: Checkpoint, run: _Run, images: Train
         save_scales(scales, staging / scales_path(target).name, sha256, origin)
         parity = compare(_run_net(student, sample), _run_net(apply_scales(fused, scales), sample))
         require_parity("the written file", parity, _MAX_RELATIVE)
-        (staging / curves_path(target).name).write_text(_to_csv(run.rows), encoding="utf-8")
+        (staging / curves_path(target).name).write_text(to_csv(run.rows), encoding="utf-8")
     return parity
 
 
 def _run_net(net: nn.Module, images: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     return cast("np.ndarray[Any, np.dtype[np.float32]]", net(images).numpy())
-
-
-def _to_csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()

@@ -24,6 +24,11 @@ _KEPT_BYTES = 1 << 31
 _THREADS = 4
 
 
+# One image in so many is held out, of all that there are; and at most, which measure well enough.
+_HELD_OUT_SHARE = 8
+_MOST_HELD_OUT = 128
+
+
 @dataclass(frozen=True)
 class TrainingImages:
     """Images by index; `labels` are their classes, of which there are `classes`, or None."""
@@ -88,6 +93,34 @@ def read_training_images(
         classes,
         np.concatenate([pixels for pixels, _ in batches]),
     )
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """The images to train on, by index, and those that are held out of the training, normalized (N, C, H, W)."""
+
+    images: TrainingImages
+    trained: Tensor
+    held_out: Tensor
+
+    def __len__(self) -> int:
+        return len(self.trained)
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The normalized images to train on with these indices, and their classes."""
+        return self.images.take(self.trained[indices])
+
+
+def hold_out(images: TrainingImages) -> ImageSplit:
+    """Hold an eighth of the images out, evenly spaced and at most 128; all of fewer than 128 serve both purposes."""
+    everything = torch.arange(len(images))
+    chosen = everything
+    if len(images) >= _MOST_HELD_OUT:
+        count = min(_MOST_HELD_OUT, len(images) // _HELD_OUT_SHARE)
+        chosen = torch.arange(count) * len(images) // count
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[chosen] = len(chosen) == len(images)
+    return ImageSplit(images, everything[rest], images.take(chosen)[0])
 
 
 def made_images(made: MadePictures) -> TrainingImages:

@@ -51,13 +51,14 @@ class QatRequest:
 class QatResult:
     """What was written, and how the INT8 net that the files give compares with the trained one: `parity`.
 
-    `rows` are the learning curves, one per tenth of the run.
+    `rows` are the learning curves, at the start and per tenth of the run; the state of `best_step` was written.
     """
 
     checkpoint: Path
     scales: Path
     curves: Path
     steps: int
+    best_step: int
     resumed_at: int
     rows: tuple[dict[str, float], ...]
     parity: Parity
@@ -66,7 +67,8 @@ class QatResult:
     def to_dict(self) -> dict[str, Any]:
         """The object that `qat --json` prints."""
         paths = {name: str(getattr(self, name)) for name in ("checkpoint", "scales", "curves")}
-        return {**vars(self), **paths, "rows": list(self.rows), "parity": self.parity.to_dict()}
+        rows = {"start": self.rows[0], "rows": list(self.rows[1:])}
+        return {**vars(self), **paths, **rows, "parity": self.parity.to_dict()}
 
 
 def scales_path(output: Path) -> Path:

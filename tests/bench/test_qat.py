@@ -67,5 +67,5 @@ def test_training_is_recorded_with_its_curves(monkeypatch, pictures, tmp_path) -
     assert all(set(row) >= FIGURES for row in record["results"])
     assert record["options"]["weight_bits"] == 6
     with (tmp_path / "qat-6-bit-per-tensor.curves.csv").open(encoding="utf-8") as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     assert (tmp_path / "qat-6-bit-per-tensor.curves.png").exists()

@@ -181,6 +181,29 @@ def test_fewer_bits_and_one_scale_per_layer(options) -> None:
     assert torch.isfinite(prepared(images_of(2))).all()
 
 
+@pytest.mark.parametrize("options", [QatOptions(6, 6), QatOptions(per_tensor=True)], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "grouped"])
+def test_training_starts_with_error_feedback_whatever_the_integers(kind, options) -> None:
+    net = make_net(groups=2 if kind == "grouped" else 1).requires_grad_(False)
+    calibration, images = images_of(40, 1), images_of(24, 2)
+    start = start_training(net, [calibration], QUICK, options)
+    nearest = prepare_qat(net, observe_scales(net, [calibration], options), options)
+    errors = []
+    for student in (start.student.eval(), nearest.eval()):
+        set_saturation(student, 255)
+        errors.append(relative(student(images), start.teacher(images)))
+        for block in student.modules():
+            if isinstance(block, QatBlock):
+                kernel, _ = equivalent_kernel_bias(block.block, torch.float32)
+                scale = block.weight_scale.detach()[:, None, None, None]
+                integers = kernel.detach() / scale
+                if student is start.student:
+                    # The branches are together the integers themselves.
+                    assert float((integers - integers.round()).abs().max()) < 0.01
+                    assert float(integers.abs().max()) < 2 ** (options.weight_bits - 1) - 0.9
+    assert errors[0] < 0.9 * errors[1]
+
+
 def test_running_statistics_follow_only_where_asked() -> None:
     net = make_net()
     scales = observe_scales(net, [images_of(8)])

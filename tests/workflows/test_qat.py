@@ -76,7 +76,8 @@ def test_from_a_checkpoint_to_an_int8_graph_as_accurate_as_the_trained_net(form,
     assert written["quantization"]["calibrated_on"] == "scales that qat learned in 4 steps"
     result = run("eval", tmp_path / "out" / "trained.int8.onnx", "--data", tmp_path / "val", "--json")
     trained = json.loads(run("eval", DEMO, "--data", tmp_path / "val", "--json").stdout)["top1"]
-    assert json.loads(result.stdout)["top1"] == pytest.approx(values["rows"][-1]["val_top1"], abs=0.1)
+    (kept,) = (row for row in [values["start"], *values["rows"]] if row["step"] == values["best_step"])
+    assert json.loads(result.stdout)["top1"] == pytest.approx(kept["val_top1"], abs=0.1)
     assert json.loads(result.stdout)["top1"] >= trained - 1.0
 
 
@@ -85,10 +86,23 @@ def test_the_curves_are_a_table_and_a_picture(images, tmp_path) -> None:
     qat(DEMO, images, tmp_path / "trained.pth")
     with (tmp_path / "trained.curves.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert all(float(row["loss"]) > 0 for row in rows)
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert rows[0]["loss"] == ""
+    assert all(float(row["loss"]) > 0 for row in rows[1:])
+    assert all(0 <= float(row["held_out_agreement"]) <= 100 for row in rows)
     assert (tmp_path / "trained.curves.png").read_bytes().startswith(b"\x89PNG")
     assert not state_path(tmp_path / "trained.pth").exists()
+
+
+def test_a_run_that_only_makes_it_worse_gives_the_start_back(images, tmp_path) -> None:
+    values = json.loads(qat(DEMO, images, tmp_path / "trained.pth", "--rate", "100", "--json").stdout)
+    assert values["best_step"] == 0
+    assert values["rows"][-1]["held_out_divergence"] > 10 * values["start"]["held_out_divergence"]
+    trained, before = (
+        json.loads(run("eval", checkpoint, "--data", images, "--json").stdout)["top1"]
+        for checkpoint in (tmp_path / "trained.pth", DEMO)
+    )
+    assert trained >= before - 5
 
 
 class Stop:

@@ -10,6 +10,7 @@ from repvgg_deploy.errors import DeployError
 
 _PERCENT = {
     "agreement": "agreement, training images",
+    "held_out_agreement": "agreement, held-out images",
     "val_agreement": "agreement, validation",
     "val_top1": "top-1, validation",
 }
@@ -30,18 +31,22 @@ def draw_curves(curves: Path) -> Path:
         rows = list(csv.DictReader(file))
     if not rows:
         raise DeployError(f"{curves} has no rows", "give the .csv that qat wrote")
-    steps = [int(row["step"]) for row in rows]
     target = curves.with_suffix(".png")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 2.8), layout="constrained")
         loss, percent = figure.subplots(1, 2)
-        loss.plot(steps, [float(row["loss"]) for row in rows], "o-", markersize=3, color=COLOURS[0])
+        loss.plot(*_points(rows, "loss"), "o-", markersize=3, color=COLOURS[0])
         loss.set(xlabel="step", ylabel="loss", yscale="log")
         for number, (column, label) in enumerate(_PERCENT.items()):
             if column in rows[0]:
-                values = [float(row[column]) for row in rows]
-                percent.plot(steps, values, "o-", markersize=3, label=label, color=COLOURS[number])
+                percent.plot(*_points(rows, column), "o-", markersize=3, label=label, color=COLOURS[number])
         percent.set(xlabel="step", ylabel="percent")
         percent.legend(fontsize=7)
         figure.savefig(target, dpi=150, metadata={"Software": None})
     return target
+
+
+def _points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a column, where it has one: before the first step there is no loss."""
+    found = [row for row in rows if row[column]]
+    return [int(row["step"]) for row in found], [float(row[column]) for row in found]

@@ -1,0 +1,74 @@
+"""The best state along a run, by the float net's answers on images that are held out of the training.
+
+The loss of single batches cannot tell which state is best: the batches differ, and the net has seen their images. The
+start is a state like any other, so that no run ends worse than it began.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repvgg_deploy.quantization.points import BATCH
+from repvgg_deploy.quantization.qat_training import QatTraining, set_saturation
+from repvgg_deploy.quantization.target import CLIPPING, UNSIGNED_HIGHEST
+
+
+class BestState:
+    """The student of the step with the least divergence among those that were offered; the first of equal ones.
+
+    The divergence is the mean over the images of Kullback and Leibler's, of the student's classes from the float net's,
+    in nats. Where the share of images with the same class moves by whole images, it tells how near the others are.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        """`images`: normalized (N, C, H, W), held out of the training."""
+        self.step = 0
+        self.divergence = math.inf
+        self._images = images
+        self._student: dict[str, Tensor] = {}
+        self._wanted: Tensor | None = None
+
+    @torch.no_grad()
+    def offer(self, training: QatTraining) -> dict[str, float]:
+        """Keep the student as it is now, if it is better; its agreement in percent, and its divergence.
+
+        Both are the mean of what TensorRT and ONNX Runtime compute, which saturate at different integers.
+        """
+        if self._wanted is None:
+            self._wanted = self._run(training.teacher.net)
+        training.student.eval()
+        same, divergence = 0.0, 0.0
+        for highest in (CLIPPING, UNSIGNED_HIGHEST):
+            set_saturation(training.student, highest)
+            given = self._run(training.student)
+            same += float((given.argmax(1) == self._wanted.argmax(1)).double().mean()) / 2
+            parts = F.kl_div(given.log_softmax(1), self._wanted.log_softmax(1), reduction="none", log_target=True)
+            divergence += float(parts.sum(1).mean()) / 2
+        training.student.train()
+        # Not a number is not less.
+        if divergence < self.divergence:
+            self.step, self.divergence = training.done, divergence
+            self._student = {name: value.clone() for name, value in training.student.state_dict().items()}
+        return {"held_out_agreement": 100 * same, "held_out_divergence": divergence}
+
+    def put_into(self, training: QatTraining) -> None:
+        """Give the student the values that it had at the best step."""
+        training.student.load_state_dict(self._student)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs to continue."""
+        return {"step": self.step, "divergence": self.divergence, "student": self._student}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.step, self.divergence, self._student = state["step"], state["divergence"], dict(state["student"])
+
+    def _run(self, net: torch.nn.Module) -> Tensor:
+        device = next(net.parameters()).device
+        return torch.cat([net(batch.to(device)).double().cpu() for batch in torch.split(self._images, BATCH)])

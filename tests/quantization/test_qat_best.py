@@ -1,0 +1,78 @@
+"""The best state along a run: which one it is, and that the student gets it back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers.quantized_nets import QUICK
+from helpers.small_nets import make_net
+from torch import Tensor
+
+from repvgg_deploy.quantization.qat import QatOptions
+from repvgg_deploy.quantization.qat_best import BestState
+from repvgg_deploy.quantization.qat_start import start_training
+from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions
+
+
+def images_of(count: int, seed: int) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def training() -> QatTraining:
+    start = start_training(make_net().requires_grad_(False), [images_of(40, 1)], QUICK, QatOptions())
+    return QatTraining(start.student, start.teacher, TrainingOptions(steps=4, batch=8))
+
+
+def damage(training: QatTraining, size: float) -> None:
+    with torch.no_grad():
+        for index, parameter in enumerate(training.student.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+            parameter += size * parameter.abs().mean() * noise
+
+
+def values_of(training: QatTraining) -> dict[str, Tensor]:
+    return copy.deepcopy(training.student.state_dict())
+
+
+def test_a_run_that_gets_worse_ends_where_it_was_best(training) -> None:
+    begun = values_of(training)
+    best = BestState(images_of(24, 3))
+    first = best.offer(training)
+    damage(training, 0.3)
+    training.done = 2
+    second = best.offer(training)
+    assert second["held_out_divergence"] > first["held_out_divergence"] >= 0
+    assert second["held_out_agreement"] <= first["held_out_agreement"] <= 100
+    assert best.step == 0
+    best.put_into(training)
+    assert all(torch.equal(value, begun[name]) for name, value in training.student.state_dict().items())
+    training.done = 0
+
+
+def test_a_better_state_takes_the_place_of_a_worse_one(training) -> None:
+    begun = values_of(training)
+    best = BestState(images_of(24, 3))
+    damage(training, 0.3)
+    best.offer(training)
+    training.student.load_state_dict(begun)
+    training.done = 3
+    best.offer(training)
+    damage(training, float("nan"))
+    training.done = 4
+    best.offer(training)
+    assert best.step == 3
+    again = BestState(images_of(24, 3))
+    again.restore(copy.deepcopy(best.state()))
+    again.put_into(training)
+    assert again.step == 3
+    assert all(torch.equal(value, begun[name]) for name, value in training.student.state_dict().items())
+    training.done = 0
+
+
+def test_the_float_net_itself_agrees_with_itself(training) -> None:
+    same = QatTraining(copy.deepcopy(training.teacher.net), training.teacher.net, TrainingOptions(steps=1))
+    given = BestState(images_of(24, 3)).offer(same)
+    assert given == {"held_out_agreement": 100.0, "held_out_divergence": pytest.approx(0.0, abs=1e-9)}
