@@ -12,10 +12,12 @@ from torch import Tensor
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.files import data_folder
+from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.quantization import load_recipe
-from repvgg_deploy.quantization.qat import QatOptions
+from repvgg_deploy.quantization.qat import QatOptions, prepare_qat
+from repvgg_deploy.quantization.qat_scales import observe_scales
 from repvgg_deploy.quantization.qat_start import StartingPoint, start_training
 from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions, set_saturation
 
@@ -36,7 +38,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def start() -> StartingPoint:
     net = build(load_checkpoint(data_folder("models") / "demo.safetensors"))
-    return start_training(net, [IMAGES], load_recipe("fast"), QatOptions(3, 3, per_tensor=True))
+    return start_training(net, [IMAGES], load_recipe("fast"), QatOptions(4, 4, per_tensor=True))
 
 
 def begin(start: StartingPoint, options: TrainingOptions) -> QatTraining:
@@ -57,11 +59,16 @@ def agreement(training: QatTraining) -> float:
 
 
 @pytest.mark.slow
-def test_training_wins_back_most_of_what_rounding_lost(start) -> None:
+def test_training_wins_back_most_of_what_rounding_lost() -> None:
+    net = build(load_checkpoint(data_folder("models") / "demo.safetensors"))
+    # Rounded to nearest: rounding with error feedback leaves training little to win back.
+    options = QatOptions(4, 4, per_tensor=True)
+    student = prepare_qat(net, observe_scales(net, [IMAGES], options), options)
+    start = StartingPoint(student, fuse(net, torch.float32).eval())
     training = begin(start, TrainingOptions(steps=40, batch=32, rate=0.05))
     lost = 1 - agreement(training)
     losses = [training.step(take, len(IMAGES), LIMITS)["loss"] for _ in range(40)]
-    assert lost > 0.1
+    assert lost > 0.2
     assert 1 - agreement(training) < 0.5 * lost
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 

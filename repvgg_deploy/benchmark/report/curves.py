@@ -33,15 +33,15 @@ def draw_curves(curves: Path) -> Path:
         raise DeployError(f"{curves} has no rows", "give the .csv that qat wrote")
     target = curves.with_suffix(".png")
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
-        loss, percent = figure.subplots(1, 2)
+        figure = Figure(figsize=(6.4, 3.1), layout="constrained")
+        loss, percent = figure.subplots(1, 2, sharex=True)
         loss.plot(*_points(rows, "loss"), "o-", markersize=3, color=COLOURS[0])
-        loss.set(xlabel="step", ylabel="loss", yscale="log")
+        loss.set(xlabel="step", ylabel="loss", ylim=(0, None))
         for number, (column, label) in enumerate(_PERCENT.items()):
             if column in rows[0]:
                 percent.plot(*_points(rows, column), "o-", markersize=3, label=label, color=COLOURS[number])
         percent.set(xlabel="step", ylabel="percent")
-        percent.legend(fontsize=7)
+        figure.legend(*percent.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
         figure.savefig(target, dpi=150, metadata={"Software": None})
     return target
 
