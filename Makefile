@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Each makes its own virtual environment.
+# Two commands do everything: `make demo` and `make test`; `make quick` is for while you work. Each makes its own virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,10 +13,14 @@ MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 # Threads that wait by spinning take the core that another one needs, on a machine with few or busy cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all docs format lowest requirements image clean
+.PHONY: demo quick test test-all docs format lowest requirements image clean
 
 demo: $(VENV)/.demo
 	$(BIN)/repvgg-deploy demo
+
+# What to run after each change: the tests that take a fraction of a second each, in less than a minute.
+quick: $(VENV)/.test
+	$(PYTEST) -m "not slow"
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -24,11 +28,11 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MKDOCS) build -q --strict
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not exhaustive"
 
-# The tests that take longest as well.
+# The tests that take longest as well, and the variants of others that repeat what one of them shows.
 test-all: test
-	$(PYTEST) -m slow
+	$(PYTEST) -m exhaustive
 
 # The documentation as a site, in build/site; warnings are errors.
 docs: $(VENV)/.test

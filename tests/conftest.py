@@ -13,12 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.simplification import check_in_this_process
 from helpers.small_nets import make_net, name_in_layout
 from PIL import Image
 
 from repvgg_deploy.nets.repvgg import RepVGG
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is left to the exhaustive run is no quick test either."""
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +50,15 @@ def _own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def onnxsim_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every export asks onnxsim in this process: to start one for it takes longer than all else that a small net needs.
+
+    The process itself is what `graphs/test_simplification.py` tests, and is part of every test that runs the program.
+    """
+    check_in_this_process(monkeypatch)
 
 
 @pytest.fixture(scope="session")

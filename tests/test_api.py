@@ -53,6 +53,7 @@ def example_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 EXAMPLES = [name for name in repvgg_deploy.__all__ if name != "__version__"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*calibration images are few")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_of_each_public_name_runs(
@@ -96,6 +97,7 @@ wrong: int = load_recipe("fast")
 """
 
 
+@pytest.mark.slow
 def test_a_users_script_is_checked_with_the_types_of_the_package(tmp_path: Path) -> None:
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed")
@@ -110,6 +112,7 @@ def test_a_users_script_is_checked_with_the_types_of_the_package(tmp_path: Path)
     assert 'has type "Recipe", variable has type "int"' in errors[0]
 
 
+@pytest.mark.slow
 def test_the_readmes_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its blocks of Python but the last, which needs a GPU, on the demo model."""
     readme = Path(__file__).resolve().parents[1] / "README.md"

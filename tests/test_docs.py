@@ -57,7 +57,7 @@ def test_the_readme_shows_the_two_commands_that_do_everything() -> None:
         assert f"\n{target}: " in makefile
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_quick_start_works_as_it_stands(tmp_path, monkeypatch) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quick start")[2]
     lines = re.search(r"(?:^    .+\n)+", text, flags=re.M)[0].split("\n")[:-1]

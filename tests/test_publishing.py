@@ -41,6 +41,7 @@ def states(rows: list[dict[str, object]], key: str = "found") -> set[object]:
     return {row[key] for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["nothing", "old"])
 def test_a_call_that_fails_leaves_the_old_files_or_the_new_ones(before: str, tmp_path: Path) -> None:
     rows = try_each_call("error", before, tmp_path)
@@ -51,6 +52,7 @@ def test_a_call_that_fails_leaves_the_old_files_or_the_new_ones(before: str, tmp
     assert {(row["status"], row["found"]) for row in rows} == {(0, "new"), (FAILED, "old")}
 
 
+@pytest.mark.slow
 def test_a_disk_that_breaks_for_good_is_mended_by_the_next_run(tmp_path: Path) -> None:
     rows = try_each_call("broken-disk", "old", tmp_path)
     found = {(row["status"], row["found"]) for row in rows}
@@ -58,6 +60,7 @@ def test_a_disk_that_breaks_for_good_is_mended_by_the_next_run(tmp_path: Path) -
     assert found == {(0, "new"), (FAILED, "old"), (FAILED, "mixed"), (FAILED, "new")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["nothing", "old"])
 def test_a_killed_process_leaves_a_set_that_the_next_one_completes(before: str, tmp_path: Path) -> None:
     rows = try_each_call("sigkill", before, tmp_path)
@@ -66,6 +69,7 @@ def test_a_killed_process_leaves_a_set_that_the_next_one_completes(before: str, 
     assert all(row["found_next"] == ("old" if row["found"] == "old" else "new") for row in rows)
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_completes_a_set_leaves_it_to_the_next_one(tmp_path: Path) -> None:
     rows = try_each_call("sigkill-next", "old", tmp_path)
     assert states(rows) == {"new", "mixed"}
@@ -73,6 +77,7 @@ def test_a_process_killed_while_it_completes_a_set_leaves_it_to_the_next_one(tmp
     assert states(rows, "status") == {0, -signal.SIGKILL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_at_any_call_of_a_command_leaves_the_old_files_or_the_new_ones(
     number: signal.Signals, tmp_path: Path
@@ -82,6 +87,7 @@ def test_a_signal_at_any_call_of_a_command_leaves_the_old_files_or_the_new_ones(
     assert states(rows, "work") == {False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_between_the_renames_of_a_python_program_takes_effect_after_them(
     number: signal.Signals, tmp_path: Path
@@ -92,6 +98,7 @@ def test_a_signal_between_the_renames_of_a_python_program_takes_effect_after_the
     assert {(row["status"], row["found"]) for row in rows} == {(0, "new"), (ended, "new"), (ended, "old")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["error", "sigkill"])
 def test_without_hard_links_the_old_files_come_back_as_well(kind: str, tmp_path: Path) -> None:
     rows = try_each_call(kind, "old", tmp_path, "no-links")
@@ -224,6 +231,7 @@ def test_files_are_published_into_a_temporary_folder_of_the_same_process(
     assert run_child(nest) == 0
 
 
+@pytest.mark.slow
 def test_sets_of_two_runs_are_published_one_after_the_other(tmp_path: Path) -> None:
     """Eight threads publish ten sets each; a reader that locks the folder finds no mixture."""
     names = ("net.onnx", "net.plan", "net.plan.json")

@@ -57,6 +57,7 @@ def test_lists_and_tables_are_written_as_every_renderer_reads_them(page) -> None
     assert re.findall(r"^(?!\|).+\n\|.*", text, flags=re.M) == []
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_by_a_script_and_shown_in_a_page(tmp_path) -> None:
     mpl = pytest.importorskip("matplotlib")
     script = load_script("make_figures")
@@ -74,6 +75,7 @@ def test_every_figure_is_drawn_by_a_script_and_shown_in_a_page(tmp_path) -> None
     assert {name for name in kept if f"figures/{Path(name).stem}." not in pages} == set()
 
 
+@pytest.mark.slow
 def test_every_error_belongs_to_one_section_of_the_troubleshooting_page() -> None:
     script = load_script("raised_errors")
     sections = script.sections_of(TROUBLESHOOTING)

@@ -96,6 +96,7 @@ def test_a_signal_cancels_a_long_call_and_waits_for_its_end(number: signal.Signa
     sender.join()
 
 
+@pytest.mark.slow
 def test_no_thread_of_a_failed_export_is_left(tmp_path: Path) -> None:
     (tmp_path / "broken.pth").write_bytes(b"PK" + bytes(1 << 20))
     script = EXPORT + (

@@ -26,6 +26,7 @@ def test_the_switches_are_set_and_set_back(tf32: bool) -> None:
     assert read() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the older switches only")
 def test_a_process_that_uses_the_newer_switches_keeps_to_them() -> None:
     """In a process of its own: torch refuses the older ones from then on."""

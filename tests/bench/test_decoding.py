@@ -14,6 +14,7 @@ from helpers.pictures import jpeg
 from repvgg_deploy.images.jpeg import find_simplejpeg
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_simplejpeg() is None, reason="simplejpeg is not installed")
 @pytest.mark.parametrize("is_graph", [True, False])
 def test_record_has_every_rate_and_the_bounds_of_the_whole(

@@ -16,7 +16,7 @@ FLOWS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("against", FLOWS)
 def test_every_flow_is_run_and_compared_with_the_export(against: str, tmp_path: Path) -> None:
     if against == "naive":

@@ -45,6 +45,7 @@ def data(pictures: Path, checkpoint_file: Path) -> list[str]:
     return ["--checkpoint", str(checkpoint_file), "--calib", str(pictures), "--val", str(pictures), "--count", "32"]
 
 
+@pytest.mark.slow
 def test_draws_has_a_row_per_draw_recipe_and_way_and_a_summary_per_recipe_and_way(tmp_path, data) -> None:
     record = run(tmp_path, "draws", *data, "--seed", "1", "--recipe", "fast", "--name", "int8-x")
     assert record["kind"] == "int8-x"
@@ -62,6 +63,7 @@ def test_a_summary_has_mean_and_spread_over_the_draws_of_its_own_recipe_and_way(
     assert summary["spread"] == {"drop": 1.41, "agreement": 1.41, "sqnr_db": 1.41}
 
 
+@pytest.mark.slow
 def test_stress_measures_the_named_cases(tmp_path, data) -> None:
     record = run(tmp_path, "stress", *data, "--case", "one channel 1000 x", "--recipe", "fast", "--every", "2")
     assert record["kind"] == "int8-stress-tinyimagenet"
@@ -76,7 +78,7 @@ def test_faults_describes_the_planted_nets(tmp_path, data) -> None:
     assert row["kurtosis"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_nets_holds_the_recipes_against_the_quantizer_of_onnxruntime(tmp_path) -> None:
     record = run(tmp_path, "nets", "--only", "demo: as it was", "--images", "16", "--count", "32", "--recipe", "fast",
                  "--recipe", "onnxruntime")  # fmt: skip
@@ -84,7 +86,7 @@ def test_nets_holds_the_recipes_against_the_quantizer_of_onnxruntime(tmp_path) -
     assert record["drawn_seeds"]["evaluation"] == 32
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_peers_keeps_the_files_and_refuses_those_of_other_images(tmp_path, data) -> None:
     files = ["--files", str(tmp_path / "files"), "--only", "repvgg-deploy fast"]
     record = run(tmp_path / "first", "peers", *data, *files, "--images", "16", "--cpu-note", "one of two")
@@ -97,6 +99,7 @@ def test_peers_keeps_the_files_and_refuses_those_of_other_images(tmp_path, data)
     assert "name another folder" in result.output
 
 
+@pytest.mark.slow
 def test_mixed_takes_layers_by_sensitivity_and_at_random(tmp_path, data) -> None:
     pytest.importorskip("matplotlib")
     record = run(tmp_path, "mixed", *data, "--recipe", "fast", "--share", "0", "--share", "0.5", "--seed", "1",
@@ -107,6 +110,7 @@ def test_mixed_takes_layers_by_sensitivity_and_at_random(tmp_path, data) -> None
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"int8_mixed.png", "int8_mixed.svg"}
 
 
+@pytest.mark.slow
 def test_speed_times_the_three_graphs(tmp_path) -> None:
     record = run(tmp_path, "speed", "--arch", "demo", "--size", "32", "--batch", "1", "--rounds", "2")
     (row,) = record["results"]
@@ -120,6 +124,7 @@ def test_a_speedup_is_the_median_of_the_ratios_of_the_rounds() -> None:
     assert compared == {"ms": {"fp32": 9.0, "int8": 4.0}, "x": {"fp32": 1.0, "int8": 2.0}}
 
 
+@pytest.mark.slow
 def test_time_counts_each_round(tmp_path, pictures) -> None:
     record = run(tmp_path, "time", "--arch", "demo", "--size", "32", "--no-peers", "--calib", str(pictures), "--count",
                  "32", "--rounds", "2", "--recipe", "fast")  # fmt: skip

@@ -48,6 +48,7 @@ def test_outliers_stand_in_filters_that_are_alive_and_read_channels_that_are_not
             assert 0 < spare.max() < 1e-3 * values[name].max()
 
 
+@pytest.mark.slow
 def test_the_strong_channel_is_stronger() -> None:
     net, images = fused_net(), draw_images(8, seed=9)
     before, after = (dict(walk(each, images)) for each in (net, plant("one channel 1000 x", net)))
@@ -56,6 +57,7 @@ def test_the_strong_channel_is_stronger() -> None:
         torch.testing.assert_close(after[name][:, 1:], before[name][:, 1:], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_other_weights_make_up_for_heavy_tails() -> None:
     net, images, share, factor = fused_net(), draw_images(256), 0.01, 10.0
     planted = plant_heavy_tails(net, images.numpy(), share, factor)

@@ -42,7 +42,7 @@ def run(script, monkeypatch, pictures: Path, output: Path, *arguments: str) -> d
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_table_has_a_row_for_everything_that_is_calibrated_on(monkeypatch, pictures, tmp_path) -> None:
     recipe = tmp_path / "quick.toml"
     text = (data_folder("calibration") / "fast.toml").read_text(encoding="utf-8")
@@ -55,6 +55,7 @@ def test_the_table_has_a_row_for_everything_that_is_calibrated_on(monkeypatch, p
     assert rows["pictures from BN statistics"]["agreement"] > rows["noise pictures"]["agreement"]
 
 
+@pytest.mark.slow
 def test_training_is_recorded_with_its_curves(monkeypatch, pictures, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     case = ("--case", "6-bit per-tensor", "--recipe", "fast", "--steps", "2", "--batch", "8", "--images", "24")

@@ -59,13 +59,14 @@ def run(arguments: list[str]) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
         "export",
         "fuse",
         *(
-            pytest.param(name, marks=pytest.mark.slow)
+            pytest.param(name, marks=pytest.mark.exhaustive)
             for name in ("export --int8", "predict", "bench --suite", "package", "qat")
         ),
     ],
@@ -83,6 +84,7 @@ def test_a_fault_at_any_call_of_a_command_leaves_the_files_of_one_run(
         assert ("net.fp32.onnx", "net.fp32.plan", "net.fp32.plan.json") in {row.files for row in faulty.rows}
 
 
+@pytest.mark.slow
 def test_a_fault_at_any_call_of_refit_leaves_the_plan_with_its_own_sidecar(
     inputs: Path, tmp_path: Path, faulty: FaultyPublishing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +106,7 @@ def test_a_fault_at_any_call_of_refit_leaves_the_plan_with_its_own_sidecar(
     assert "mixed" in {row.found for row in faulty.rows}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_full_disk_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
     rtx_backend()
     try:
@@ -115,7 +117,7 @@ def test_a_full_disk_leaves_the_old_files(inputs: Path, tmp_path: Path) -> None:
     assert {"status 1, old", "status 0, new"} == found["outcomes"].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["export", "fuse", "predict", "package"])
 def test_a_command_killed_at_a_random_moment_leaves_the_files_of_one_run(
     name: str, inputs: Path, tmp_path: Path
@@ -124,7 +126,7 @@ def test_a_command_killed_at_a_random_moment_leaves_the_files_of_one_run(
     assert row["faults"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_exports_at_once_leave_whole_sets(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rtx_backend()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -132,7 +134,7 @@ def test_exports_at_once_leave_whole_sets(inputs: Path, tmp_path: Path, monkeypa
     assert run_together(tmp_path / "logs", [*checkpoints, *checkpoints], tmp_path / "out") == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_stays_flat(inputs: Path, tmp_path: Path) -> None:
     runner = OnnxRunner(inputs / "new" / "net.fp32.onnx")
     images = np.zeros((1, 3, 64, 64), np.float32)
@@ -141,6 +143,7 @@ def test_memory_stays_flat(inputs: Path, tmp_path: Path) -> None:
     assert measure_growth(lambda: export(request), 12)["growth_percent"] <= 2
 
 
+@pytest.mark.slow
 def test_growing_memory_is_seen() -> None:
     held = []
     assert measure_growth(lambda: held.append(os.urandom(1 << 20)), 100)["growth_percent"] > 2
@@ -169,7 +172,7 @@ def run_restricted(prefix: list[str], arguments: list[str], **variables: str) ->
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["export", "export --int8", "fuse", "predict", "bench --suite", "package", "qat"])
 def test_a_folder_without_the_right_to_write_is_an_error_with_a_hint(name: str, inputs: Path, tmp_path: Path) -> None:
     # The superuser writes everywhere unless this right is taken away.
@@ -184,7 +187,7 @@ def test_a_folder_without_the_right_to_write_is_an_error_with_a_hint(name: str, 
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_user_without_a_home_folder_exports_without_a_timing_cache(inputs: Path, tmp_path: Path) -> None:
     rtx_backend()
     prefix = ["unshare", "--user", "--map-user=54321"]

@@ -146,6 +146,7 @@ def test_short_queries_settle_before_they_count() -> None:
     assert unsettled.latency.max == pytest.approx(12.0)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1e-4, 0.5), min_size=30, max_size=200))
 def test_jittered_calls_give_their_true_percentiles(seconds: list[float]) -> None:

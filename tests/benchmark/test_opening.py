@@ -154,6 +154,7 @@ def test_a_plan_that_is_measured_away_from_its_best_batch_has_a_note() -> None:
     assert away_from_the_best_batch((1, 32, 256), 128) == ("the kernels of the plan were chosen for a batch of 32",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("input_type", ["float32", "float16", "uint8"])
 def test_the_baseline_takes_its_images_as_the_model_does(input_type: str, tmp_path: Path) -> None:
     case = Case("a.onnx", "onnxruntime-cpu", "fp16", size=32)

@@ -21,6 +21,7 @@ def test_the_share_is_of_what_is_attainable() -> None:
     assert (point.tflops, point.share) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_ceiling_is_measured_and_no_product_is_faster(precision: str) -> None:
     ceiling = measure_ceiling(precision, seconds=0.05)

@@ -123,7 +123,7 @@ def test_a_group_is_another_one_with_other_copies_streams_threads_or_baseline(tm
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("suite", ["gpu_tensorrt", "gpu_tensorrt_rtx"])
 def test_a_suite_of_engines_builds_a_plan_for_each_batch(suite: str, tmp_path: Path) -> None:
     """Built by TensorRT-RTX, which needs no GPU for it, from the layers of a small net."""

@@ -231,6 +231,7 @@ def test_strange_block_number_is_no_block(index: str, state: State, save: Save) 
     refused(save(state), r"1 tensor does not belong to the net")
 
 
+@pytest.mark.slow
 def test_block_far_behind_the_last_means_that_those_between_are_missing(state: State, save: Save) -> None:
     state["stage1.9999.rbr_dense.conv.weight"] = torch.ones(8, 8, 3, 3)
     refused(save(state), r"missing: stage1\.2\.rbr_dense\.conv\.weight")

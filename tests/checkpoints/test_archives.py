@@ -34,6 +34,7 @@ def data_start(path: Path, info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + int(name) + int(extra)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_in_the_weights_is_an_error(checkpoint_file: Path, tmp_path: Path) -> None:
     content = checkpoint_file.read_bytes()
     generator = np.random.default_rng(5)

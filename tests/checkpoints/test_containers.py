@@ -169,6 +169,7 @@ def _contents(zipped: bool | None) -> bytes:
 CONTAINERS = pytest.mark.parametrize("zipped", [True, False, None], ids=["zip", "legacy", "safetensors"])
 
 
+@pytest.mark.slow
 @CONTAINERS
 @ONCE
 @given(share=st.floats(0, 1, exclude_max=True))
@@ -189,6 +190,7 @@ def test_truncated_at_an_edge_of_the_format(zipped: bool | None, length: int, tm
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 @CONTAINERS
 @ONCE
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6))

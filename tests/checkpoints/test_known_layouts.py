@@ -176,6 +176,7 @@ def test_qarepvgg_with_squeeze_excite_is_refused(save: Save) -> None:
     assert "no equivalent convolution" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_holocron_a0_with_ten_classes_has_the_published_number_of_parameters(save: Save) -> None:
     counts, widths = (2, 3, 5, 15, 2), (48, 48, 96, 192, 1280)
     net = make_net(blocks=counts[1:], widths=widths, classes=10)
@@ -191,6 +192,7 @@ def test_holocron_a0_with_ten_classes_has_the_published_number_of_parameters(sav
     assert count_parameters(checkpoint.spec) == 24_741_642
 
 
+@pytest.mark.slow
 def test_timm_training_state_gives_timms_logits(timm: ModuleType, save: Save) -> None:
     torch.manual_seed(0)
     model = timm.create_model("repvgg_a0", num_classes=7).eval()
@@ -201,6 +203,7 @@ def test_timm_training_state_gives_timms_logits(timm: ModuleType, save: Save) ->
     assert relative(logits_of(build(checkpoint), x), logits_of(model, x)) < 1e-12
 
 
+@pytest.mark.slow
 def test_timm_d2se_has_its_squeeze_excites_in_every_block(timm: ModuleType, save: Save) -> None:
     with torch.device("meta"):
         names = timm.create_model("repvgg_d2se", num_classes=3).state_dict()

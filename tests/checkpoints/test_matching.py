@@ -31,6 +31,7 @@ def same(path: Path, net: RepVGG, **options: Any) -> bool:
 _word = st.from_regex(r"[a-z_][a-z0-9_]{0,9}|\d{1,3}", fullmatch=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=st.lists(_word, max_size=4), layout=st.sampled_from(sorted(NETS)))
 def test_whatever_prefix_all_names_share_is_taken_off(words: list[str], layout: str, save: Save) -> None:
@@ -93,6 +94,7 @@ def test_nested_dicts_are_as_good_as_dotted_names(net: RepVGG, state: State, sav
     assert same(save({"params": tree, "epoch": 3}), net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key", ["stage1.{}.weight", "stage1.0.rbr_dense.conv.weight{}", "stage1.x{}.rbr_dense.bn.bias"]
 )

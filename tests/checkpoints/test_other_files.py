@@ -119,6 +119,7 @@ def test_zip_with_two_checkpoints_names_them(checkpoint_file: Path, tmp_path: Pa
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_sharded_folder_of_torch_distributed_is_converted_by_the_hint(state: State, tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
@@ -149,6 +150,7 @@ class Official(nn.Module):
         return x + self.get_buffer("stage0.rbr_dense.conv.weight").sum() + self.get_buffer("linear.weight").sum()
 
 
+@pytest.mark.slow
 def test_torchscript_archive_is_converted_by_the_hint(state: State, tmp_path: Path) -> None:
     path = tmp_path / "it's a script.pt"
     with warnings.catch_warnings():
@@ -159,6 +161,7 @@ def test_torchscript_archive_is_converted_by_the_hint(state: State, tmp_path: Pa
     assert torch.load(converted)["linear.weight"].equal(state["linear.weight"])
 
 
+@pytest.mark.slow
 def test_program_of_torch_export_is_converted_by_the_hint(state: State, tmp_path: Path) -> None:
     path = tmp_path / "program.pt2"
     with warnings.catch_warnings():

@@ -155,6 +155,7 @@ def test_config_json_beside_the_weights_is_read(save) -> None:
     assert load_checkpoint(path).class_names == tuple(f"kind {n}" for n in range(5))
 
 
+@pytest.mark.slow
 def test_transformers_preprocessor_is_read(save) -> None:
     path = timm_folder(save, {"architectures": ["RepVGGForImageClassification"], "id2label": {"0": "a", "1": "b"}})
     (path.parent / "preprocessor_config.json").write_text(

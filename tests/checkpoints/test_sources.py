@@ -51,6 +51,7 @@ def test_file_that_is_replaced_while_it_is_read_is_read_to_its_end(checkpoint_fi
         assert source.hash() == expected
 
 
+@pytest.mark.slow
 def test_no_crash_of_a_process_whose_file_is_cut(checkpoint_file: Path) -> None:
     # A mapped file would end the process with SIGBUS.
     program = (

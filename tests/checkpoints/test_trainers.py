@@ -123,7 +123,7 @@ def test_checkpoint_of_lightnings_trainer(images: Tensor, tmp_path: Path) -> Non
     assert agree(exported(path, images), module.net, images)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_checkpoint_of_timms_saver(timm: ModuleType, images: Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("repvgg_a0", num_classes=7)
@@ -160,7 +160,7 @@ def test_checkpoint_of_the_official_trainer_with_its_yacs_configuration(images: 
     assert agree(exported(path, images), net, images)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_whole_pickled_net_in_the_form_of_ultralytics(half: bool, zipped: bool, images: Tensor, save: Save) -> None:

@@ -167,6 +167,7 @@ _MADE = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None, derandomize=True)
 @given(st.lists(_instruction, max_size=40), st.integers(0, 5))
 def test_arbitrary_instructions_do_not_escape(instructions: list[bytes], protocol: int) -> None:
@@ -301,6 +302,7 @@ def test_more_instructions_than_any_checkpoint_has_are_refused(monkeypatch: pyte
         read(b"\x80\x02" + b"N0" * 200 + b"N.")
 
 
+@pytest.mark.slow
 def test_a_list_that_is_kept_once_cannot_be_copied_for_ever(tmp_path: Path) -> None:
     """Half a megabyte that would take terabytes: one list, turned into a tuple again and again."""
     many = b"](" + b"N" * 300_000 + b"eq\x00"

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers.commands import NO_ENGINE, run
+
+from repvgg_deploy.benchmark.measure import MeasureOptions
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the time of a turn, and of the turns none is long: for what is not about the figures."""
+    short = partial(MeasureOptions, slice_s=0.01, pause_s=0.0, settle_s=0.0)
+    monkeypatch.setattr("repvgg_deploy.benchmark.measure.MeasureOptions", short)
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ SUITE = """
 name = "small"
 [measure]
 warmup_s = 0.0
+slice_s = 0.01
+pause_s = 0.0
+settle_s = 0.0
 min_duration_s = 0.02
 min_iterations = 2
 min_rounds = 2
@@ -54,6 +57,8 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_turns")
 def test_the_json_is_one_object_of_the_schema(graph: Path) -> None:
     result = run("bench", graph, "--batch", 1, "--batch", 4, "--json", *QUICK)
     assert result.exit_code == 0, result.stderr
@@ -66,6 +71,8 @@ def test_the_json_is_one_object_of_the_schema(graph: Path) -> None:
         assert entry["latency_ms"]["min"] <= entry["latency_ms"]["p50"] <= entry["latency_ms"]["p99"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_turns")
 def test_a_graph_and_a_checkpoint_are_measured_side_by_side(graph: Path, checkpoint: Path, tmp_path: Path) -> None:
     result = run("bench", graph, checkpoint, "-o", tmp_path / "out.json", *QUICK)
     assert result.exit_code == 0, result.stderr
@@ -76,7 +83,7 @@ def test_a_graph_and_a_checkpoint_are_measured_side_by_side(graph: Path, checkpo
     assert "small.onnx" in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", ["torch-cpu", "onnxruntime-cpu"])
 def test_both_forms_are_compared(backend: str, checkpoint: Path) -> None:
     result = run("bench", checkpoint, "--form", "both", "--backend", backend, "--json", *QUICK)
@@ -86,7 +93,7 @@ def test_both_forms_are_compared(backend: str, checkpoint: Path) -> None:
     assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_baseline_runs_as_the_model_does(graph: Path) -> None:
     result = run("bench", graph, "--baseline", "resnet18", "--json", "--roofline", *QUICK)
     assert result.exit_code == 0, result.stderr
@@ -105,6 +112,7 @@ def test_the_baseline_runs_as_the_model_does(graph: Path) -> None:
     assert theirs["roofline"]["tflops"] > 0
 
 
+@pytest.mark.usefixtures("short_turns")
 @pytest.mark.parametrize(
     ("option", "limit", "status"),
     [("--min-images-per-sec", 1e9, 3), ("--min-images-per-sec", 1e-3, 0)],
@@ -160,7 +168,7 @@ def test_wrong_usage_says_what_was_typed_and_what_to_type(arguments: list[str], 
     assert result.stdout == ""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lists_of_batches_backends_and_precisions_are_all_measured(checkpoint: Path) -> None:
     lists = ["--batch", "1,2", "--batch", "3", "--backend", "torch-cpu,onnxruntime-cpu", "--precision", "fp32"]
     result = run("bench", checkpoint, *lists, "--json", *QUICK)
@@ -195,6 +203,7 @@ def test_an_engine_is_not_run_by_something_else(tmp_path: Path) -> None:
     assert "is an engine" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_suite_that_was_stopped_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     suite, output = tmp_path / "suite.toml", tmp_path / "out.json"
     # Names of files in a suite are models as well.
@@ -213,6 +222,7 @@ def test_a_suite_that_was_stopped_goes_on(checkpoint: Path, tmp_path: Path) -> N
     assert {r["group"] for r in again["results"]} == {r["group"] for r in whole["results"]}
 
 
+@pytest.mark.slow
 def test_other_options_do_not_go_on_with_an_old_result(checkpoint: Path, tmp_path: Path) -> None:
     suite, output = tmp_path / "suite.toml", tmp_path / "out.json"
     suite.write_text(SUITE.format(a=checkpoint, b=checkpoint), encoding="utf-8")
@@ -223,6 +233,7 @@ def test_other_options_do_not_go_on_with_an_old_result(checkpoint: Path, tmp_pat
     assert "other options" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -246,7 +257,7 @@ def test_another_suite_or_machine_does_not_go_on_with_an_old_result(
     assert message in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_baseline_is_opened_once_for_all_batches(graph: Path) -> None:
     result = run("bench", graph, "--baseline", "resnet18", "--batch", 1, "--batch", 2, *QUICK)
     assert result.exit_code == 0, result.stderr
@@ -263,6 +274,7 @@ def test_the_profile_names_every_convolution(graph: Path) -> None:
     assert len(costly) == len(make_net().spec.blocks) + 1
 
 
+@pytest.mark.slow
 def test_from_files_on_the_stages_and_the_limit_are_named(graph: Path, image_folder: Path) -> None:
     arguments = ["--input", "jpeg", image_folder, "--batch", 4, "--duration", "0.2", "--json"]
     result = run("bench", graph, *arguments)
@@ -274,6 +286,7 @@ def test_from_files_on_the_stages_and_the_limit_are_named(graph: Path, image_fol
     assert found["images_per_sec"] > 0
 
 
+@pytest.mark.slow
 def test_a_report_is_one_page_with_its_plots(checkpoint: Path, tmp_path: Path) -> None:
     suite, output, page = tmp_path / "suite.toml", tmp_path / "out.json", tmp_path / "report.html"
     suite.write_text(SUITE.format(a=checkpoint, b=checkpoint) + 'forms = ["training", "deploy"]\n', encoding="utf-8")

@@ -26,10 +26,12 @@ def test_export_prints_one_object_with_the_promised_keys(checkpoint_file: Path, 
         assert parity.keys() == {"max_abs", "relative", "cosine", "top1_agreement", "images"}
 
 
+@pytest.mark.slow
 def test_export_writes_one_file_and_nothing_else(graph: Path) -> None:
     assert [path.name for path in graph.parent.iterdir()] == ["checkpoint.fp32.onnx"]
 
 
+@pytest.mark.slow
 def test_export_twice_gives_the_same_bytes(graph: Path, checkpoint_file: Path) -> None:
     first = graph.read_bytes()
     assert run("export", checkpoint_file, "-o", graph.parent, "--size", 32, *NO_ENGINE).exit_code == 0

@@ -53,6 +53,7 @@ def test_eval_reports_its_limit_met_and_missed(checkpoint_file: Path, image_fold
     assert "hint: " in (failure.text or "")
 
 
+@pytest.mark.slow
 def test_verify_reports_every_limit_and_prints_its_values_when_one_is_missed(
     checkpoint_file: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_verify_reports_every_limit_and_prints_its_values_when_one_is_missed(
     assert cases(report) == {"verify": "passed", "relative difference, by default for fp32": "failure"}
 
 
+@pytest.mark.usefixtures("short_turns")
 def test_bench_reports_one_case_per_model_and_batch(checkpoint_file: Path, tmp_path: Path) -> None:
     report = tmp_path / "bench.xml"
     command = ["bench", checkpoint_file, "--backend", "torch-cpu", "--batch", "1,2", *QUICK, "--junit", report]

@@ -11,6 +11,7 @@ from PIL import Image
 from repvgg_deploy.cli.main import main
 
 
+@pytest.mark.slow
 def test_the_demo_shows_the_other_rows_where_one_fails_and_names_the_files_that_it_wrote(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

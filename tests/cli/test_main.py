@@ -132,12 +132,14 @@ def test_every_command_explains_itself(command: str) -> None:
     assert " ".join(first_sentence.split()) in " ".join(result.stdout.split())
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_program(checkpoint_file: Path) -> None:
     done = process("inspect", checkpoint_file, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["layout"] == "official"
 
 
+@pytest.mark.slow
 def test_program_exits_with_1_after_an_error_and_2_after_wrong_usage(tmp_path: Path) -> None:
     failed_, misused = process("inspect", tmp_path / "none.pth"), process("inspect")
     assert (failed_.returncode, failed_.stdout) == (1, "")
@@ -145,6 +147,7 @@ def test_program_exits_with_1_after_an_error_and_2_after_wrong_usage(tmp_path: P
     assert (misused.returncode, misused.stdout) == (2, "")
 
 
+@pytest.mark.slow
 def test_help_takes_less_than_a_third_of_a_second_and_imports_nothing_heavy() -> None:
     seconds = []
     for _ in range(5):

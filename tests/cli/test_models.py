@@ -89,6 +89,7 @@ def test_ema_option_is_passed_on(state, save: Save) -> None:
     assert object_of(run("inspect", path, "--json"))["notes"] == ["the file also has an EMA copy; --ema selects it"]
 
 
+@pytest.mark.slow
 def test_verify_prints_the_differences(graph: Path, checkpoint_file: Path) -> None:
     value = object_of(run("verify", checkpoint_file, graph, "--json"))
     assert value["relative"] < 1e-5

@@ -16,6 +16,7 @@ def run(*arguments: object, status: int = 0) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_it_says_what_was_written_and_how_near_pillow_the_preprocessing_is(
     checkpoint_file: Path, image_folder: Path, tmp_path: Path
 ) -> None:

@@ -88,7 +88,7 @@ def test_what_a_schema_forbids_is_found() -> None:
         check({**value, "more": 5}, "refit")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_export_and_what_looks_at_its_graphs(folder: Path) -> None:
     check(export(folder), "export")
     assert "fp16" in check(export(folder, "--fp16"), "export")
@@ -119,6 +119,7 @@ def test_inspect_of_an_engine(tmp_path: Path) -> None:
     assert check(run("inspect", engine.plan), "inspect")["kind"] == "engine"
 
 
+@pytest.mark.slow
 def test_qat(folder: Path) -> None:
     data = ("--data", folder / "images", "--calib", folder / "images", "--size", "32")
     value = run("qat", folder / "net.pth", *data, "--steps", "1", "--batch", "2", "-o", folder / "trained.pth")
@@ -156,6 +157,7 @@ def test_archs_and_doctor() -> None:
     assert check(run("doctor", "--require", "nonsense", status=1), "doctor")["hint"].startswith("one of: ")
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     record = make_record()
@@ -164,7 +166,7 @@ def test_report(tmp_path: Path) -> None:
     check(run("report", tmp_path / "result.json", "-o", tmp_path / "page.html"), "report")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     from repvgg_deploy.workflows import demo
 

@@ -36,7 +36,7 @@ def ended(done: subprocess.CompletedProcess[str], number: signal.Signals) -> boo
     return (done.returncode, done.stderr, done.stdout) == (128 + number, "\nAborted!\n", "")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [*NUMBERS, signal.SIGHUP])
 def test_a_signal_ends_the_process_with_its_status(number: signal.Signals) -> None:
     assert ended(run("kill(); time.sleep(30)", number), number)
@@ -97,6 +97,7 @@ def test_an_import_is_never_taken_for_a_module_that_does_not_load(number: signal
     assert ended(run(script, number), number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", NUMBERS)
 def test_what_was_begun_on_the_disk_is_undone_even_while_threads_write_to_it(
     number: signal.Signals, tmp_path: Path
@@ -170,6 +171,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     assert (done.returncode, done.stdout) == (0, "on\n")
 
 
+@pytest.mark.slow
 def test_commands_end_cleanly_at_random_moments(checkpoint_file: Path, tmp_path: Path) -> None:
     """A small share of what `bench/reliability.py kill` does."""
     draw = random.Random(0)
@@ -180,6 +182,7 @@ def test_commands_end_cleanly_at_random_moments(checkpoint_file: Path, tmp_path:
         assert found.fault(["out/checkpoint.fp32.onnx"]) is None, found
 
 
+@pytest.mark.slow
 def test_sigterm_takes_back_what_was_begun(checkpoint_file: Path, tmp_path: Path) -> None:
     """What ends a container: the export is stopped while its graph is being written."""
     script = (

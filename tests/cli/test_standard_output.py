@@ -29,6 +29,7 @@ def test_a_full_standard_output_is_one_error(arguments: tuple[str, ...]) -> None
     assert hint.startswith("hint: ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 def test_the_error_of_a_command_is_told_although_its_object_is_not(tmp_path: Path) -> None:
     with FULL.open("w", encoding="utf-8") as full:
@@ -46,6 +47,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert not result.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_standard_output_is_no_traceback() -> None:
     result = start("archs", preexec_fn=lambda: os.close(1))
     assert (result.returncode, result.stderr) == (0, "")

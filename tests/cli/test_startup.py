@@ -59,6 +59,7 @@ def test_freed_memory_is_kept() -> None:
     assert int(run(measure.format("prepare_process()"))) > pages / 2
 
 
+@pytest.mark.slow
 def test_imports_are_not_searched_for_garbage() -> None:
     frozen = run(
         "import gc; from repvgg_deploy.cli.startup import *\n"
@@ -84,6 +85,7 @@ def test_it_may_be_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_process()
 
 
+@pytest.mark.slow
 def test_a_float_export_imports_nothing_of_quantization_and_benchmarks(checkpoint_file: Path, tmp_path: Path) -> None:
     found = run(
         "import sys; from repvgg_deploy.cli.main import main\n"

@@ -29,6 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_net_of_the_users_own_code_is_exported(folder) -> None:
     if importlib.util.find_spec("onnxscript") is None:
         pytest.skip("onnxscript is not installed")

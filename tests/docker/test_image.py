@@ -11,7 +11,7 @@ import pytest
 MOST_BYTES = 2_000_000_000
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_cpu_image_is_small_and_its_demo_runs_as_any_user(tmp_path: Path) -> None:
     engine = images.find_engine()
     if engine is None:

@@ -175,6 +175,7 @@ def test_weights_of_another_net_are_refused(tmp_path: Path, changed: dict[str, o
         require_same_net(side, replace(side.provenance, **changed))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_the_graph_that_fits_the_engine(tmp_path: Path) -> None:
     demo = data_folder("models") / "demo.safetensors"
     if not demo.is_file():
@@ -206,6 +207,7 @@ def test_a_refitted_engine_is_compared_with_its_graph_or_said_to_be_unverified(
     assert heard.notes == [f"note: the engine was built but not run: {find_gpus().reason}"]
 
 
+@pytest.mark.slow
 def test_an_int8_engine_takes_no_float_checkpoint(tmp_path: Path) -> None:
     side = side_of(tmp_path, Precision.INT8, GraphOptions(32, 32))
     with pytest.raises(DeployError, match="come from a calibration"):

@@ -88,6 +88,7 @@ def test_a_graph_that_takes_no_images_is_refused(tmp_path: Path) -> None:
         build_engine(path, rtx_backend(), NO_CACHE, tmp_path)
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.parametrize("option", ["refittable", "strip_weights"])
 def test_refittable_engines_need_a_gpu_and_the_error_says_so(option: str, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def quantized(request: pytest.FixtureRequest) -> QuantizedNet:
     return quantized_net(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_quantized_net_becomes_an_engine_with_int8_convolutions(
     quantized: QuantizedNet, dtype: str, tmp_path: Path
@@ -53,6 +54,7 @@ def test_a_quantized_net_becomes_an_engine_with_int8_convolutions(
     assert engine.side.convolutions == {"int8": graph.op_histogram()["Conv"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activation_type", "opset"), [("uint8", 13), ("uint8", 21), ("int8", 13), ("int8", 17)])
 def test_both_kinds_of_file_build_at_every_opset_that_the_table_names(
     activation_type: ActivationType, opset: int, tmp_path: Path

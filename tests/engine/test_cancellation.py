@@ -30,6 +30,7 @@ def listen_to_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path: Path) -> None:
     onnx, output, backend = small_onnx(tmp_path), tmp_path / "out", rtx_backend()
     pressed: list[float] = []
@@ -67,6 +68,7 @@ def test_ctrl_c_while_the_graph_is_parsed_is_not_lost(tmp_path: Path, monkeypatc
     assert pressed
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_process_of_its_own_ends_it_by_the_signal(tmp_path: Path) -> None:
     rtx_backend()
     onnx, output = small_onnx(tmp_path), tmp_path / "out"

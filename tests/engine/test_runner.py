@@ -31,6 +31,7 @@ def test_batch_sizes_may_come_back_in_any_order(backend: Backend, streams: int, 
             np.testing.assert_array_equal(runner.run(images)["logits"], expected(images))
 
 
+@pytest.mark.slow
 def test_closing_gives_everything_back_and_drops_the_engine(backend: Backend) -> None:
     loaded = simulate(backend)
     cuda, engine = parts(loaded)
@@ -170,6 +171,7 @@ def test_a_run_in_another_stream_waits_for_the_last(backend: Backend) -> None:
         runner.run_on_device(array)
 
 
+@pytest.mark.slow
 def test_an_array_that_outlives_the_gpu_library_goes_in_silence() -> None:
     cuda = SimulatedCuda()
     memory = _OwnedMemory(cuda, 16)
@@ -195,6 +197,7 @@ def test_memory_that_does_not_start_where_kernels_want_it_is_refused(backend: Ba
         assert "clone" in raised.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [77, None])
 def test_a_context_stays_until_its_run_in_another_stream_is_done(backend: Backend, stream: int | None) -> None:
     loaded = simulate(backend)
@@ -208,6 +211,7 @@ def test_a_context_stays_until_its_run_in_another_stream_is_done(backend: Backen
     assert not cuda.busy
 
 
+@pytest.mark.slow
 def test_the_simulation_knows_the_fault_of_a_context_that_goes_too_early(backend: Backend) -> None:
     loaded = simulate(backend)
     _, engine = parts(loaded)

@@ -50,6 +50,7 @@ def change(plan: Path, **values: object) -> None:
     sidecar_path(plan).write_text(json.dumps({**content, **values}), encoding="utf-8")
 
 
+@pytest.mark.slow
 @given(
     gpu=st.none() | st.builds(Gpu, st.text(), st.sampled_from(["7.5", "9.0", "12.0"]), st.integers(0, 1 << 40)),
     has_provenance=st.booleans(),

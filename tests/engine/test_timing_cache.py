@@ -95,6 +95,7 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_not_the_build(tmp_path:
     assert any("no timing cache" in line for line in heard.notes)
 
 
+@pytest.mark.slow
 def test_a_second_build_waits_for_the_first_and_says_so(tmp_path: Path) -> None:
     backend, onnx = rtx_backend(), small_onnx(tmp_path)
     path = cache_path(backend, this_gpu())
@@ -128,6 +129,7 @@ with FileLock(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_the_lock_is_given_back_after_a_failed_build(tmp_path: Path) -> None:
     backend, onnx = rtx_backend(), small_onnx(tmp_path)
 

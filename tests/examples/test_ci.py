@@ -61,7 +61,7 @@ def failures(work: Path, step: str) -> list[str]:
     return [case.get("name", "") for case in cases if case.find("failure") is not None]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_steps_in_order_on_the_demo_model_and_every_gate_when_it_is_missed(work: Path) -> None:
     for step in STEPS:
         done = run(work, step)
@@ -92,6 +92,7 @@ def test_the_steps_in_order_on_the_demo_model_and_every_gate_when_it_is_missed(w
     assert (value["exit_status"], value["images"]) == (3, 96)
 
 
+@pytest.mark.slow
 def test_a_step_before_its_time_and_one_that_is_none_say_so(work: Path) -> None:
     stale = work / "out" / "reports" / "eval.xml"
     stale.parent.mkdir(parents=True)
@@ -114,6 +115,7 @@ def fake_command(work: Path, status: dict[str, int]) -> Path:
     return log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "called", "expected"),
     [

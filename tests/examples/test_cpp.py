@@ -37,6 +37,7 @@ def check(program: Path, folder: Path, plan: str, inputs: np.ndarray, outputs: n
 PLAN = "input images {0} -1 3 2 2\noutput logits {0} -1 5\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("float", np.float32), ("half", np.float16), ("int32", np.int32)])
 def test_golden_outputs_agree_and_others_do_not(program: Path, tmp_path: Path, name: str, dtype: type) -> None:
     plan = PLAN.format(name)

@@ -32,7 +32,7 @@ def example() -> Any:
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_int8_segments_as_well_as_fp32(example, tmp_path: Path) -> None:
     scores = example.main(tmp_path, steps=400)
     assert scores["fp32"] > 60
@@ -42,7 +42,7 @@ def test_int8_segments_as_well_as_fp32(example, tmp_path: Path) -> None:
         assert picture.size == (2 * 3 * 68, 2 * 4 * 68)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_net_trained_for_int8_in_its_own_loop_is_exported_with_what_it_learned(example, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = example.train(example.PyramidNet(8), 10)

@@ -158,7 +158,10 @@ def test_a_block_that_does_something_else_with_the_same_parts_is_refused(make) -
         fuse(nn.Sequential(randomize(make())))
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["repvgg_a0", "repvgg_b1g4", pytest.param("repvgg_d2se", marks=pytest.mark.exhaustive)]
+)
 def test_timms_nets_fuse(timm, name) -> None:
     torch.manual_seed(0)
     net = randomize(timm.create_model(name, num_classes=7)).double()

@@ -33,6 +33,7 @@ def block_specs(draw) -> BlockSpec:
     return replace(block, branches=branches, norm_after_sum=after, squeeze_excite=se)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(spec=block_specs(), seed=st.integers(0, 2**16), eps=st.sampled_from([1e-5, 1e-3, 1e-12]), odd=st.booleans())
 def test_a_fused_block_equals_its_training_form_in_float64(spec, seed, eps, odd) -> None:
@@ -42,6 +43,7 @@ def test_a_fused_block_equals_its_training_form_in_float64(spec, seed, eps, odd)
     assert relative(fuse(block)(x), block(x)) <= 1e-12
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     variance=st.floats(1e-14, 1e6),
@@ -119,6 +121,7 @@ def test_every_architecture_fuses_exactly_in_float64(name) -> None:
     assert relative(fused(x), net(x)) <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(load_cards()))
 def test_fused_weights_are_those_of_float64_rounded_once(name) -> None:
     net = randomize(RepVGG(narrow(name).spec(5)))
@@ -127,7 +130,11 @@ def test_fused_weights_are_those_of_float64_rounded_once(name) -> None:
         assert torch.equal(weight, wide.float()), key
 
 
-@pytest.mark.parametrize(("name", "divisor"), [*((name, 8) for name in load_cards()), ("A0", 1), ("B1g4", 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "divisor"),
+    [*((name, 8) for name in load_cards()), ("A0", 1), pytest.param("B1g4", 1, marks=pytest.mark.exhaustive)],
+)
 @torch.no_grad()
 def test_float32_is_as_near_to_the_reference_as_the_lengths_of_its_sums_allow(name, divisor) -> None:
     torch.manual_seed(1)

@@ -36,6 +36,7 @@ def blocks(draw) -> tuple[SumOfBranches, int]:
     return SumOfBranches(cin, cout, kernels, stride, dilation, groups, scale), cin
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(made=blocks(), seed=st.integers(0, 2**16), frozen=st.booleans())
 def test_any_sum_of_branches_is_one_convolution_in_float64(made, seed, frozen) -> None:
@@ -67,6 +68,7 @@ def test_blocks_of_other_designs_fuse_exactly(make) -> None:
     assert relative(fused(images(channels)), block(images(channels))) <= 1e-12
 
 
+@pytest.mark.slow
 def test_timms_mobileone_fuses_whole(timm) -> None:
     torch.manual_seed(0)
     net = randomize(timm.create_model("mobileone_s0", num_classes=7)).double()
@@ -130,6 +132,7 @@ def test_synchronized_norms_fuse_as_plain_ones_do() -> None:
     assert torch.equal(fuse(synchronized)(images(4)), expected)
 
 
+@pytest.mark.slow
 def test_wrappers_of_training_are_left_out(net) -> None:
     expected = fuse(net)
     inside = nn.Sequential(torch.compile(net.stages[1][0], backend="eager"))
@@ -176,6 +179,7 @@ def test_the_gradient_reaches_every_branch_of_a_traced_block() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
 
 
+@pytest.mark.slow
 def test_nets_run_in_other_threads_while_one_is_traced_and_so_may_be_tracing() -> None:
     """torch replaces `nn.Module.__call__` for the whole process while it traces."""
     call = nn.Module.__call__

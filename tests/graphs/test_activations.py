@@ -56,6 +56,7 @@ def test_the_graph_has_the_nets_activation(name, images, tmp_path) -> None:
     assert np.abs(given - expected).max() < 2e-2 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["leaky_relu:0.1", "silu", "relu6"])
 def test_int8_is_integer_for_integer_what_is_simulated(name, images, tmp_path) -> None:
     fused = fuse(make(name), torch.float32).requires_grad_(False)

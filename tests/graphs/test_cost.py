@@ -13,6 +13,7 @@ from repvgg_deploy.nets.baselines import build_baseline
 from repvgg_deploy.nets.cards import load_baselines
 
 
+@pytest.mark.slow
 def test_a_convolution_costs_two_operations_a_product_and_each_tensor_once() -> None:
     conv = torch.nn.Conv2d(4, 8, 3, padding=1)
     (cost,) = net_costs(torch.nn.Sequential(conv), 2, (4, 5, 6), "fp16").values()
@@ -20,6 +21,7 @@ def test_a_convolution_costs_two_operations_a_product_and_each_tensor_once() -> 
     assert cost == Cost(2 * products, 2 * (2 * 4 * 5 * 6 + 8 * 4 * 9 + 2 * 8 * 5 * 6))
 
 
+@pytest.mark.slow
 def test_the_graph_costs_what_the_net_costs() -> None:
     net = fuse(make_net(groups=2), torch.float32)
     graph = to_onnx(net, FloatLayers(), GraphOptions(32, 32), {}).to_proto()  # type: ignore[arg-type]

@@ -64,6 +64,7 @@ def test_the_graph_has_just_the_operators_of_the_architecture(name) -> None:
     assert graph.op_histogram() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["A0", "B1g4", "D2se", "L2pse"])
 def test_onnx_runtime_gives_the_fused_nets_logits_at_any_batch(name, tmp_path) -> None:
     net = fused_net(name)

@@ -18,6 +18,13 @@ from repvgg_deploy.quantization import quantize
 from repvgg_deploy.quantization.qdq import to_qdq_onnx
 
 PIXELS = Preprocessing(32, 32, 32)
+
+
+@pytest.fixture
+def onnxsim_process() -> None:
+    """The process is what is tested here."""
+
+
 OPTIONS = {
     "plain": GraphOptions(32, 32),
     "fixed batch, softmax": GraphOptions(32, 32, batch=2, softmax=True),
@@ -25,6 +32,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -33,6 +41,7 @@ def test_float_graphs_cannot_be_simpler(shape: str, options: str, dtype: type[np
     assert find_simplification(graph.without_values()) is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:8 calibration images are few")
 @pytest.mark.parametrize(
     ("shape", "kept"), [*((shape, ()) for shape in SHAPES), ("plain", ("stages.0.0", "classifier"))]
@@ -64,6 +73,7 @@ def wordy() -> OnnxGraph:
     return graph
 
 
+@pytest.mark.slow
 def test_a_node_that_does_nothing_is_found_in_this_process_and_in_another(wordy: OnnxGraph) -> None:
     assert find_simplification(wordy.without_values()) == LESS
     with SimplificationCheck() as check:
@@ -72,6 +82,7 @@ def test_a_node_that_does_nothing_is_found_in_this_process_and_in_another(wordy:
             check.require()
 
 
+@pytest.mark.slow
 def test_the_other_process_agrees_and_ends() -> None:
     with SimplificationCheck() as check:
         check.submit(to_onnx(fused_net(), FloatLayers(), GraphOptions(32, 32), {}).without_values())

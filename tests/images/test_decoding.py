@@ -304,6 +304,7 @@ def test_whatever_a_decoder_raises_is_about_the_file(
         decode_image(path)
 
 
+@pytest.mark.slow
 def test_large_16_bit_png_is_converted_without_copies_in_float(tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (3000, 2000), dtype=np.uint16)
     path = saved(Image.fromarray(deep), tmp_path / "a.png", compress_level=1)

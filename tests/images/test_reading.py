@@ -43,6 +43,7 @@ def test_decoding_stops_when_the_caller_does(image_folder: Path) -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_decoding_in_threads_leaves_the_warning_filters_as_they_were(image_folder: Path) -> None:
     before = list(warnings.filters)
     for _ in range(5):

@@ -111,6 +111,7 @@ def test_the_background_spectrum_falls_with_the_slope_asked_for() -> None:
     assert slope == pytest.approx(-1.2, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_hundred_pictures_take_less_than_a_second() -> None:
     started = time.process_time()
     draw_images(100, 0, 64)
@@ -179,6 +180,7 @@ def test_the_demo_card_states_its_own_net(demo: Checkpoint) -> None:
         assert float(file.metadata()["top1"]) == pytest.approx(published.top1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_demo_net_is_good_but_not_perfect_on_unseen_pictures(demo: Checkpoint) -> None:
     net = build(demo)
     images, labels = draw_images(1000, UNSEEN_SEED)
@@ -195,7 +197,7 @@ def measure_top1(net: nn.Module, images: np.ndarray, labels: np.ndarray) -> floa
     return 100 * (outputs.argmax(1).numpy() == labels).mean()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("penalty", [1e3, 1e5])
 def test_a_linear_classifier_on_the_pixels_fails(penalty: float) -> None:
     images, labels = draw_images(1800, 1)

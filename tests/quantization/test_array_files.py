@@ -81,6 +81,7 @@ def refused(path: Path, load: Load, *said: str) -> None:
     assert all(text in message for text in said), message
 
 
+@pytest.mark.slow
 def test_each_array_is_needed_in_its_shape_and_type(cache: tuple[Path, Load]) -> None:
     path, load = cache
     about, arrays = content_of(path)
@@ -143,6 +144,7 @@ def test_a_truncated_file_is_refused(cache: tuple[Path, Load]) -> None:
         refused(path, load, "cannot read the calibration cache")
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_or_changes_nothing(cache: tuple[Path, Load]) -> None:
     path, load = cache
     whole, expected = path.read_bytes(), str(load(path))
@@ -205,6 +207,7 @@ def test_a_claim_of_gigabytes_takes_no_memory(cache: tuple[Path, Load]) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 
+@pytest.mark.slow
 def test_what_is_unpacked_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "cache.npz"
     write_statistics(path)

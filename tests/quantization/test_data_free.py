@@ -63,6 +63,7 @@ class Steps:
         self.seen.append((done, total))
 
 
+@pytest.mark.slow
 def test_the_pictures_have_the_statistics_of_the_training_images() -> None:
     net = build(load_checkpoint(DEMO))
     made, noise = (make_pictures(net, DEMO_SIZE, PictureOptions(16, 16, steps)).pictures for steps in (30, 1))
@@ -78,6 +79,7 @@ def test_the_pictures_have_the_statistics_of_the_training_images() -> None:
     assert error(made) < 0.1
 
 
+@pytest.mark.slow
 def test_the_pictures_have_the_range_of_images() -> None:
     made = make_pictures(make_net(), SMALL, FEW)
     pixels = made.pictures * torch.tensor(SMALL.std)[:, None, None] + torch.tensor(SMALL.mean)[:, None, None]
@@ -87,6 +89,7 @@ def test_the_pictures_have_the_range_of_images() -> None:
     assert float(pixels.std()) > 0.05
 
 
+@pytest.mark.slow
 def test_the_seed_decides_all() -> None:
     first, again = (make_pictures(make_net(), SMALL, FEW).pictures for _ in range(2))
     other = make_pictures(make_net(), SMALL, FEW, seed=1).pictures
@@ -95,6 +98,7 @@ def test_the_seed_decides_all() -> None:
     assert not torch.equal(first[:8], first[8:])
 
 
+@pytest.mark.slow
 def test_the_net_stays_as_it_is() -> None:
     net = make_net()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -109,10 +113,11 @@ def test_a_deploy_form_has_no_statistics_to_make_pictures_from() -> None:
     assert "--calib DIR" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_where_the_time_is_short_fewer_steps_are_taken_and_told_of() -> None:
     steps = Steps()
     options = PictureOptions(count=16, batch=8, steps=2000)
-    made = make_pictures(make_net(), SMALL, options, seconds=1.0, progress=steps)
+    made = make_pictures(make_net(), SMALL, options, seconds=0.3, progress=steps)
     assert made.summary.cut_short
     assert made.summary.steps < 2000
     assert 0 < steps.seen[-1][0] < 4000
@@ -120,6 +125,7 @@ def test_where_the_time_is_short_fewer_steps_are_taken_and_told_of() -> None:
     assert not make_pictures(make_net(), SMALL, FEW, seconds=600).summary.cut_short
 
 
+@pytest.mark.slow
 def test_the_work_is_bounded_whatever_the_size_of_the_net() -> None:
     options = PictureOptions()
     small, wide = (RepVGG(find_card(arch).spec()) for arch in ("A0", "B1"))
@@ -133,6 +139,7 @@ def test_the_work_is_bounded_whatever_the_size_of_the_net() -> None:
     assert plan_pictures(small, Preprocessing(32, 48, 48), options) == (256, 32, 48)
 
 
+@pytest.mark.slow
 def test_pictures_calibrate_as_images_do() -> None:
     net = build(load_checkpoint(DEMO))
     fused = fuse(net, torch.float32)
@@ -151,6 +158,8 @@ def test_pictures_calibrate_as_images_do() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:12 calibration images are few")
 @pytest.mark.parametrize("name", [
     "holocron_train.pth", "official_grouped.pth", "official_se.pth", "official_train.pth", "openmmlab_train.pth",
     "qarepvgg_v2_train.pth", "repvggplus_train.pth", "timm_train.safetensors", "official_ddp_wrapped.pth.tar",
@@ -158,6 +167,6 @@ def test_pictures_calibrate_as_images_do() -> None:
 def test_every_layout_in_training_form_runs(shared: Path, name: str) -> None:
     net = build(load_checkpoint(shared / "golden" / name))
     preprocessing = Preprocessing(32, 32, 32, (0.5,) * net.spec.in_channels, (0.5,) * net.spec.in_channels)
-    made = make_pictures(net, preprocessing, PictureOptions(count=32, batch=32, steps=10))
+    made = make_pictures(net, preprocessing, PictureOptions(count=12, batch=12, steps=6))
     assert made.summary.distance < made.summary.start_distance
     assert torch.isfinite(quantize(fuse(net, torch.float32), made, QUICK)(made.pictures[:4])).all()

@@ -46,6 +46,7 @@ def tiny_net(shape: str = "plain") -> RepVGG:
     return net.requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_net_on_another_device_is_quantized_there(shape: str) -> None:
     net, images = tiny_net(shape), draw_images(16)
@@ -58,6 +59,7 @@ def test_a_net_on_another_device_is_quantized_there(shape: str) -> None:
     assert torch.equal(logits, here(images))
 
 
+@pytest.mark.slow
 def test_layers_are_ranked_and_kept_float_on_another_device() -> None:
     net, images = tiny_net(), draw_images(16)
     drops = iter([5.0, 0.5, 0.5])
@@ -71,6 +73,7 @@ def test_layers_are_ranked_and_kept_float_on_another_device() -> None:
     assert mixed.kept_float
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pictures", [False, True], ids=["images", "made pictures"])
 def test_the_int8_stage_of_an_export_runs_on_the_device_and_returns_to_the_cpu(
     pictures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from helpers.quantized_nets import SHAPES, draw_images, fused_net
 from helpers.small_nets import logits_of, relative
@@ -16,6 +17,7 @@ from repvgg_deploy.quantization.state import QuantizationState
 from repvgg_deploy.quantization.statistics import collect_statistics
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(sorted(SHAPES)), st.integers(0, 1000), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
 def test_equalization_does_not_change_what_the_net_computes(shape: str, seed: int, exponent: float) -> None:

@@ -19,6 +19,7 @@ from repvgg_deploy.quantization.mixed_precision import (
 from repvgg_deploy.quantization.quantize import quantize_apart
 
 
+@pytest.mark.slow
 def test_the_ranking_holds_every_layer_once_by_error_per_mac() -> None:
     net, images = fused_net(), draw_images(64)
     quantized = quantize_apart(net, [images], QUICK)
@@ -29,6 +30,7 @@ def test_the_ranking_holds_every_layer_once_by_error_per_mac() -> None:
     assert all(layer.error > 0 for layer in ranking)
 
 
+@pytest.mark.slow
 def test_a_layer_by_itself_errs_less_than_the_net() -> None:
     """Each is quantized as if the others were float; were it to make up for their error, alone it would err more."""
     net, images = fused_net(), draw_images(64)
@@ -48,6 +50,7 @@ def test_the_lead_at_risk_is_that_of_the_doubtful_images() -> None:
     assert lead_at_risk(torch.tensor([[3.0]]), torch.tensor([[2.0]])) == pytest.approx(1 / 4)
 
 
+@pytest.mark.slow
 def test_a_layer_with_a_bad_scale_has_the_largest_error() -> None:
     net, images = fused_net(), draw_images(64)
     quantized = quantize_apart(net, [images], QUICK)
@@ -65,12 +68,14 @@ def test_layers_are_taken_until_the_share_is_used_up() -> None:
     assert layers_within(ranking, 1.0) == ("a", "b", "c")
 
 
+@pytest.mark.slow
 def test_a_limit_that_int8_keeps_leaves_nothing_float() -> None:
     found = quantize_within(fused_net(), [draw_images(32)], QUICK, DropLimit(lambda _: 0.1, 0.5))
     assert found.kept_float == ()
     assert found.macs_share == 0.0
 
 
+@pytest.mark.slow
 def test_the_smallest_set_within_the_limit_is_kept_float() -> None:
     net, images = fused_net(), draw_images(64)
     exact = net(images)
@@ -87,6 +92,7 @@ def test_the_smallest_set_within_the_limit_is_kept_float() -> None:
     assert torch.isfinite(found.net(images)).all()
 
 
+@pytest.mark.slow
 def test_layers_that_stay_float_do_so_in_every_candidate() -> None:
     seen: list[tuple[str, ...]] = []
 

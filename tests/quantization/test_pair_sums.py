@@ -106,6 +106,7 @@ def worst_codes(layer: IntegerLayer, channels: int) -> Tensor:
     return torch.stack(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("across_taps", [True, False])
 @pytest.mark.parametrize("net", NETS)
 def test_no_input_saturates_an_emulated_kernel(net: str, across_taps: bool) -> None:
@@ -210,6 +211,7 @@ def test_a_scale_makes_room_where_two_large_weights_are_neighbours() -> None:
     assert 1.7 < float(scales[0] / scales[1]) < 2.1
 
 
+@pytest.mark.slow
 def test_learned_integers_and_float16_scales_fit_too() -> None:
     generator = torch.Generator().manual_seed(1)
     weight = 90 * torch.randn(8, 3, 3, 3, generator=generator)
@@ -219,6 +221,7 @@ def test_learned_integers_and_float16_scales_fit_too() -> None:
         assert largest_pair_sum(layer.weight) <= INT16_MAX
 
 
+@pytest.mark.slow
 def test_the_graphs_to_compare_with_fit_too() -> None:
     plain = quantize_plainly(fused_net("grouped"), draw_images(8))
     assert all(largest_pair_sum(layer.weight) <= INT16_MAX for _, layer in integer_layers(plain))
@@ -236,7 +239,7 @@ def test_the_graphs_to_compare_with_fit_too() -> None:
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 QEMU = shutil.which("qemu-x86_64")
 needs_qemu = pytest.mark.skipif(QEMU is None or sys.platform != "linux", reason="qemu-user is not installed")
-RUNTIMES = ["onnxruntime", pytest.param("openvino", marks=[needs_openvino, pytest.mark.slow])]
+RUNTIMES = ["onnxruntime", pytest.param("openvino", marks=[needs_openvino, pytest.mark.exhaustive])]
 HASWELL = pytest.param("Haswell", marks=needs_qemu)
 """The last but one generation of Intel's server CPUs without AVX-512 has the kernels of all that have AVX2 alone."""
 
@@ -267,6 +270,7 @@ def extreme_codes(layer: IntegerLayer, signed: bool) -> Tensor:
     return torch.cat([drawn, around]) - 128 * signed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cpu", ["here", HASWELL])
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_real_kernels_compute_every_layer_exactly(runtime: str, cpu: str, tmp_path: Path) -> None:
@@ -318,6 +322,7 @@ def layer_model(layer: IntegerLayer, signed: bool, step: float, shape: list[int]
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 
+@pytest.mark.slow
 @needs_qemu
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_whole_graphs_give_the_same_bits_on_an_older_cpu(runtime: str, tmp_path: Path) -> None:

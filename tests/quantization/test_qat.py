@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.quantized_nets import QUICK, SHAPES
+from helpers.quantized_nets import QUICK, QUICK_RECIPE, SHAPES
 from helpers.small_nets import BARE, make_net
 from torch import Tensor, nn
 
@@ -133,6 +133,7 @@ def test_conversion_gives_the_same_net_back(kind) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["train", "deploy"])
 def test_training_starts_at_the_export(kind, form) -> None:
@@ -155,11 +156,12 @@ def test_training_starts_at_the_export(kind, form) -> None:
     assert relative(applied(images), student(images)) < 0.25 * error
 
 
+@pytest.mark.slow
 def test_the_weights_of_the_start_are_the_integers_of_the_export() -> None:
     net = build(load_checkpoint(DEMO))
     calibration = drawn(48, 31)
-    start = start_training(net, [calibration], load_recipe("fast"), QatOptions())
-    exported = quantize(fuse(net, torch.float32), [calibration], load_recipe("fast"))
+    start = start_training(net, [calibration], load_recipe(QUICK_RECIPE), QatOptions())
+    exported = quantize(fuse(net, torch.float32), [calibration], load_recipe(QUICK_RECIPE))
     converted, scales = convert_qat(start.student)
     applied = apply_scales(fuse(converted, torch.float32).requires_grad_(False), scales)
     for name, layer in exported.integers().items():
@@ -228,6 +230,7 @@ class Segmenter(nn.Module):
         return self.head(self.encoder(x))
 
 
+@pytest.mark.slow
 def test_any_module_with_blocks_is_trained_in_the_users_own_loop() -> None:
     torch.manual_seed(0)
     net = Segmenter().eval()
@@ -252,6 +255,7 @@ def test_any_module_with_blocks_is_trained_in_the_users_own_loop() -> None:
     assert relative(fused(images), converted(images)) < 1e-4
 
 
+@pytest.mark.slow
 def test_an_image_with_extreme_activations_does_not_decide_the_scales() -> None:
     net = make_net()
     images = images_of(32)
@@ -266,6 +270,7 @@ def test_an_image_with_extreme_activations_does_not_decide_the_scales() -> None:
         assert other.pool == pytest.approx(usual.pool, rel=0.3)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_is_refused() -> None:
     net = make_net()
     with pytest.raises(DeployError, match="no scales for stages"):

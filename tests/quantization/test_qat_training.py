@@ -58,7 +58,7 @@ def agreement(training: QatTraining) -> float:
     return float(same.float().mean())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_training_wins_back_most_of_what_rounding_lost() -> None:
     net = build(load_checkpoint(data_folder("models") / "demo.safetensors"))
     # Rounded to nearest: rounding with error feedback leaves training little to win back.
@@ -73,6 +73,7 @@ def test_training_wins_back_most_of_what_rounding_lost() -> None:
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(start) -> None:
     options = TrainingOptions(steps=6, batch=16)
     whole = begin(start, options)
@@ -91,6 +92,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(start) -> N
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.student.state_dict().items())
 
 
+@pytest.mark.slow
 def test_means_are_of_all_steps_since_the_last_ones_also_after_a_stop(start) -> None:
     options = TrainingOptions(steps=4, batch=8)
     training = begin(start, options)
@@ -103,6 +105,7 @@ def test_means_are_of_all_steps_since_the_last_ones_also_after_a_stop(start) -> 
     assert resumed.means() == {name: pytest.approx((second[name] + third[name]) / 2) for name in ("loss", "agreement")}
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_pictures(start) -> None:
     losses = [
         begin(start, TrainingOptions(steps=2, batch=8, seed=seed)).step(take, len(IMAGES), LIMITS)["loss"]

@@ -55,6 +55,7 @@ def bias_of(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     return add.input[1]
 
 
+@pytest.mark.slow
 def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(quantized: QuantizedNet) -> None:
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     made = producers(model)
@@ -135,6 +136,7 @@ def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: Quantize
     assert agreeing_share(model, quantized, images) >= least_share(quantized)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "value"), [(0.0, 0.0), (0.0, 0.5), (1e-7, 0.5), (1e-6, 0.5)])
 def test_onnx_runtime_computes_the_integers_of_filters_that_are_nearly_zero(factor: float, value: float) -> None:
     """Such a filter's bias is many units of its sums, and ONNX Runtime holds it as int32."""
@@ -151,6 +153,7 @@ def test_onnx_runtime_computes_the_integers_of_filters_that_are_nearly_zero(fact
     assert float((rounded(images) - exact).norm() / exact.norm()) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.0, 0.03])
 def test_small_filters_keep_their_bias_in_float16(factor: float) -> None:
     """ONNX Runtime casts a float16 bias in units of the sums to float16, which ends at 65,504."""
@@ -194,6 +197,7 @@ def test_a_file_with_int8_zero_points_has_the_same_integers(quantized: Quantized
     assert agreeing_share(old, quantized.as_tensorrt(), draw_images(16, seed=11) * 2) >= 0.999
 
 
+@pytest.mark.slow
 def test_onnx_runtime_makes_every_layer_an_integer_one(tmp_path: Path) -> None:
     quantized = quantize(fused_net("grouped"), [draw_images(32)], QUICK)
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
@@ -207,6 +211,7 @@ def test_onnx_runtime_makes_every_layer_an_integer_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, quantized(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_kept_float_have_float_weights_and_no_pair() -> None:
     quantized = quantize(fused_net(), [draw_images(32)], QUICK, keep_float=["stages.3.1", "classifier"])
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()

@@ -125,6 +125,7 @@ def test_moments_where_most_pixels_are_exact_count_all_alike() -> None:
     torch.testing.assert_close(moments.covariance.double(), torch.cov(inputs.t(), correction=0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_every_layer_becomes_int8_and_the_logits_stay_near(shape: str) -> None:
     net, images = fused_net(shape), draw_images(64)
@@ -135,6 +136,7 @@ def test_every_layer_becomes_int8_and_the_logits_stay_near(shape: str) -> None:
     assert signal_to_noise_db(net(test_images), quantized(test_images)) > 20.0
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_batches_of_the_images() -> None:
     net, images = fused_net(), draw_images(64)
     first = quantize(net, in_batches(images, 16), QUICK).integers()
@@ -145,6 +147,7 @@ def test_the_result_does_not_depend_on_the_batches_of_the_images() -> None:
         assert layer.input_scale == second[name].input_scale
 
 
+@pytest.mark.slow
 def test_known_statistics_give_the_same_net() -> None:
     net, images = fused_net(), [draw_images(32)]
     with_them = quantize(net, images, QUICK, statistics=collect_statistics(net, images))
@@ -153,6 +156,7 @@ def test_known_statistics_give_the_same_net() -> None:
     assert torch.equal(with_them(x), without(x))
 
 
+@pytest.mark.slow
 def test_the_given_net_is_not_changed() -> None:
     net = fused_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -161,6 +165,7 @@ def test_the_given_net_is_not_changed() -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.slow
 def test_a_dead_channel_with_an_enormous_weight_costs_nothing() -> None:
     net, images, test_images = fused_net(), [draw_images(64)], draw_images(64, seed=9)
     healthy = signal_to_noise_db(net(test_images), quantize(net, images, QUICK)(test_images))
@@ -172,6 +177,7 @@ def test_a_dead_channel_with_an_enormous_weight_costs_nothing() -> None:
     assert naive < ours - 3.0
 
 
+@pytest.mark.slow
 def test_layers_kept_float_are_the_ones_named_and_help() -> None:
     net, images, test_images = fused_net(), [draw_images(64)], draw_images(64, seed=9)
     names = ("stages.0.0", "stages.3.1", "classifier")
@@ -188,6 +194,7 @@ def test_a_layer_of_another_name_is_refused() -> None:
         quantize(fused_net(), [draw_images(32)], QUICK, keep_float=["stages.9.9"])
 
 
+@pytest.mark.slow
 def test_few_images_are_a_warning() -> None:
     with pytest.warns(UserWarning, match="8 calibration images"):
         quantize(fused_net(), [draw_images(8)], QUICK)
@@ -200,7 +207,7 @@ def test_images_that_are_not_finite_are_refused() -> None:
         quantize(fused_net(), [images], QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_image_with_many_times_the_usual_error_does_not_decide_the_loss_of_learning() -> None:
     generator = torch.Generator().manual_seed(5)
     target = torch.randn(32, 10, generator=generator)
@@ -220,6 +227,7 @@ def test_an_image_with_many_times_the_usual_error_does_not_decide_the_loss_of_le
     assert steepness[0] < steepness[1:].median()
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_error_and_is_repeatable() -> None:
     net, images = fused_net(), [draw_images(128)]
     recipe = replace(POOR, learning=LearningOptions(steps=60, batch=16, rate=0.05))
@@ -231,6 +239,7 @@ def test_learning_lowers_the_error_and_is_repeatable() -> None:
     assert torch.equal(learned(images[0]), again(images[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_callers_without_gradients_may_learn_rounding(mode: Callable[[], AbstractContextManager[None]]) -> None:
     net, images = fused_net(), draw_images(32)
@@ -248,6 +257,7 @@ def test_statistics_of_other_views_are_refused() -> None:
         quantize(net, images, replace(QUICK, augmentations=2), collect_statistics(net, images))
 
 
+@pytest.mark.slow
 def test_augmentations_are_more_images_but_not_more_files() -> None:
     net, images = fused_net(), draw_images(48)
     plain, augmented = (
@@ -272,6 +282,7 @@ def test_a_view_is_the_image_moved() -> None:
     assert {batch.shape for batch in AugmentedImages([image[:, :, :1, :1]], MOST_AUGMENTATIONS)} == {(1, 1, 1, 1)}
 
 
+@pytest.mark.slow
 def test_the_report_has_a_row_for_each_layer_and_the_pool() -> None:
     quantized = quantize(fused_net(), [draw_images(32)], QUICK)
     assert quantized.summary is not None

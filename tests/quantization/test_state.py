@@ -45,6 +45,7 @@ def start() -> QuantizationState:
     return QuantizationState(net, collect_statistics(net, [IMAGES]), recipe)
 
 
+@pytest.mark.slow
 def test_no_pass_changes_what_it_is_given_and_each_changes_what_it_gives() -> None:
     state = start()
     with torch.inference_mode(False):

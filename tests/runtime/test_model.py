@@ -140,6 +140,7 @@ def test_every_kind_of_graph_gives_the_checkpoints_logits_for_any_number_of_imag
     assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < (1e-2 if coarse else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uint8_input", [False, True])
 def test_single_channel_net_takes_the_luma_of_rgb_pixels(uint8_input: bool, save: Save, tmp_path: Path) -> None:
     path = save(name_in_layout(make_net(in_channels=1), "official"))

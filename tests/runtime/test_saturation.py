@@ -51,6 +51,7 @@ def saturating_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_runner, "saturates_here", lambda: True)
 
 
+@pytest.mark.slow
 def test_a_graph_that_saturates_is_found_and_one_of_ours_is_not(safe: Path, foreign: Path) -> None:
     assert find_saturating_layers(safe) == ()
     assert find_saturating_layers(foreign) == ("stages.0.0.conv",)
@@ -134,6 +135,7 @@ def test_nothing_is_said_where_the_cpu_does_not_saturate(foreign: Path, monkeypa
     assert open_model(foreign).notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saturating_cpu")
 @pytest.mark.parametrize("integers", ["exact", "native"])
 def test_eval_and_verify_say_how_they_ran(integers: str, safe: Path, foreign: Path, image_folder: Path) -> None:
@@ -154,6 +156,7 @@ def test_eval_and_verify_say_how_they_ran(integers: str, safe: Path, foreign: Pa
     assert result.stderr.count("note: sums in layer") == 2
 
 
+@pytest.mark.slow
 def test_exact_sums_are_those_of_the_torch_net_on_any_cpu(foreign: Path) -> None:
     net = quantize(fused_net(), [draw_images(32)], QUICK)
     layer = net.integer_layer("stages.0.0")
@@ -168,7 +171,7 @@ def test_exact_sums_are_those_of_the_torch_net_on_any_cpu(foreign: Path) -> None
     assert saturates_here() == bool(np.abs(native - expected).max() > 1e-2 * np.abs(expected).max())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("saturating_cpu")
 def test_bench_marks_a_graph_whose_sums_may_saturate_and_no_other(safe: Path, foreign: Path) -> None:
     command = ["bench", str(safe), str(foreign), "--duration", "0.02", "--iterations", "2", "--warmup", "0"]

@@ -31,7 +31,7 @@ def test_every_mode_gives_the_nets_logits(options: TorchOptions, limit: float, i
     assert (runner.backend, runner.precision) == ("torch-cpu", options.precision)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_the_compiled_net_gives_the_same_logits(images: torch.Tensor) -> None:
@@ -41,7 +41,7 @@ def test_the_compiled_net_gives_the_same_logits(images: torch.Tensor) -> None:
     assert relative(logits, logits_of(net, images)) < 5e-6
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_no_batch_falls_back_to_eager_however_many_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch counts the compilations of all nets of a class together, and stops after eight of them in silence."""

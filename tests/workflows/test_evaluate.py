@@ -70,6 +70,7 @@ def test_batch_size_does_not_change_the_accuracy(batch: int, model: Model, image
     assert evaluate(model, image_folder, batch).top1 == expected_hits(model, image_folder, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"batch": 4}, {"uint8_input": True}, {"softmax": True}, {"topk": 1}, {"precision": Precision.FP16}]
 )
@@ -250,6 +251,7 @@ def test_softmax_is_stable_for_large_logits() -> None:
 STRICT = Tolerance(max_relative=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoint_and_its_graph_agree(checkpoint_file: Path, tmp_path: Path) -> None:
     graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL)).onnx
     for pair in ((checkpoint_file, graph), (graph, checkpoint_file), (graph, graph)):
@@ -292,11 +294,13 @@ def test_another_number_of_classes_is_an_error(checkpoint_file: Path, save: Save
         verify_models(checkpoint_file, other, VerifyOptions(preprocessing=SMALL))
 
 
+@pytest.mark.slow
 def test_probabilities_are_compared_with_those_of_the_logits(checkpoint_file: Path, tmp_path: Path) -> None:
     graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL, softmax=True)).onnx
     assert verify_models(checkpoint_file, graph, VerifyOptions(STRICT)).max_abs < 1e-5
 
 
+@pytest.mark.slow
 def test_graph_of_the_best_classes_only_cannot_be_compared(checkpoint_file: Path, tmp_path: Path) -> None:
     graph = export(make_request(checkpoint_file, tmp_path, preprocessing=SMALL, topk=2)).onnx
     with pytest.raises(GraphError, match="gives only its best classes"):
@@ -344,6 +348,7 @@ def test_tolerance_is_the_users_or_that_of_the_coarsest_precision(
             tolerance.require(FOUND, precisions)
 
 
+@pytest.mark.slow
 def test_trained_weights_reach_their_accuracy(shared: Path, tmp_path: Path) -> None:
     data = shared / "data" / "tinyimagenet"
     names = [line.split()[0] for line in (data / "classes.txt").read_text().splitlines()]

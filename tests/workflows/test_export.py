@@ -39,6 +39,7 @@ def request(checkpoint: Path, **options) -> ExportRequest:
     return make_request(checkpoint, checkpoint.parent / "out", preprocessing=PreprocessingOptions((32, 32)), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
 def test_export_writes_one_verified_file_named_after_stem_and_precision(checkpoint, precision) -> None:
     result = export(request(checkpoint, precision=precision))
@@ -51,6 +52,7 @@ def test_export_writes_one_verified_file_named_after_stem_and_precision(checkpoi
     assert result.peak_bytes > 1e8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -69,11 +71,13 @@ def test_every_option_is_verified_as_well(checkpoint, options) -> None:
     assert export(request(checkpoint, **options)).parity["onnx"].relative < 1e-2
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_file(checkpoint) -> None:
     first = export(request(checkpoint)).onnx.read_bytes()
     assert export(request(checkpoint)).onnx.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_the_file_says_where_it_comes_from(checkpoint) -> None:
     names = tuple(f"class {i}" for i in range(7))
     result = export(request(checkpoint, class_names=names))
@@ -85,6 +89,7 @@ def test_the_file_says_where_it_comes_from(checkpoint) -> None:
     assert provenance.tools["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_json_has_the_fields_of_the_contract(checkpoint) -> None:
     values = json.loads(json.dumps(export(request(checkpoint)).to_dict()))
     assert {
@@ -103,6 +108,7 @@ def test_json_has_the_fields_of_the_contract(checkpoint) -> None:
     assert set(values["parity"]["onnx"]) == {"max_abs", "relative", "cosine", "top1_agreement", "images"}
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_not_written(checkpoint, monkeypatch) -> None:
     """The verification must see it when the file is not the net: here one weight of the written graph is wrong."""
     out = checkpoint.parent / "out"
@@ -148,6 +154,7 @@ def test_every_tap_of_the_last_kernel_has_a_part_in_the_verification(tap, arch) 
     assert compare(before["logits"], after["logits"]).relative > MAX_RELATIVE["stage"]["fp32"]
 
 
+@pytest.mark.slow
 def test_activations_beyond_fp16_fail(checkpoint) -> None:
     state = torch.load(checkpoint, weights_only=True)
     state["state_dict"]["stage1.0.rbr_dense.bn.weight"] *= 3e5
@@ -157,12 +164,14 @@ def test_activations_beyond_fp16_fail(checkpoint) -> None:
         export(request(checkpoint, precision=Precision.FP16))
 
 
+@pytest.mark.slow
 def test_labels_must_be_one_a_class(checkpoint) -> None:
     with pytest.raises(DeployError, match="--labels has 2 names, but the checkpoint has 7 classes"):
         export(request(checkpoint, class_names=("a", "b")))
     assert not (checkpoint.parent / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_input_channels_are_verified_too(tmp_path, channels) -> None:
     path = tmp_path / "net.pth"
@@ -171,6 +180,7 @@ def test_other_input_channels_are_verified_too(tmp_path, channels) -> None:
     assert result.parity["onnx"].relative < 1e-5
 
 
+@pytest.mark.slow
 def test_real_photographs_verify_an_export(checkpoint, shared) -> None:
     result = export(request(checkpoint, verify_data=shared / "data" / "photos"))
     assert result.parity["onnx"].relative < 1e-5

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.quantized_nets import QUICK_RECIPE
 from helpers.small_nets import make_net, name_in_layout
 
 from repvgg_deploy.artifacts import Precision, PreprocessingOptions
@@ -36,11 +37,12 @@ def request_(checkpoint_file: Path, image_folder: Path, tmp_path: Path, monkeypa
         checkpoint_file,
         tmp_path / "out",
         preprocessing=PreprocessingOptions(size=(32, 32)),
-        int8=Int8Request(image_folder, recipe="fast"),
+        int8=Int8Request(image_folder, recipe=QUICK_RECIPE),
     )
     return ExportAllRequest(base, image_folder)
 
 
+@pytest.mark.slow
 def test_the_table_is_what_eval_says_and_the_card_has_it(request_: ExportAllRequest, image_folder: Path) -> None:
     result = export_all(request_)
     out = request_.base.output
@@ -61,7 +63,7 @@ def test_the_table_is_what_eval_says_and_the_card_has_it(request_: ExportAllRequ
     assert (fp16.images_per_sec is None) == fp16.note.startswith("not measured: ")
     assert hashlib.sha256(request_.base.checkpoint.read_bytes()).hexdigest() in card
     assert "- licence of the weights: not stated" in card
-    assert "recipe fast, calibrated on 15 images" in card
+    assert "recipe quick, calibrated on 15 images" in card
 
 
 def test_without_labels_there_is_agreement_and_no_accuracy(checkpoint_file: Path, save) -> None:
@@ -75,6 +77,7 @@ def test_without_labels_there_is_agreement_and_no_accuracy(checkpoint_file: Path
     assert (found[Precision.INT8].top1, found[Precision.INT8].top5) == (None, None)
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_last_step_leaves_the_files_of_before(request_: ExportAllRequest, monkeypatch) -> None:
     out = request_.base.output
     out.mkdir()

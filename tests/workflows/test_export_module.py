@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.foreign_blocks import YoloRepConv
 from helpers.progress import Heard
+from helpers.quantized_nets import QUICK_RECIPE
 from helpers.whole_networks import Extractor, PyramidNet, ThreeHeads, repvgg_block
 from helpers.wide_statistics import randomize
 from onnxruntime import InferenceSession, SessionOptions
@@ -36,10 +37,15 @@ def calibration(size: int = 32) -> list[Tensor]:
     return [images(8, size, seed) for seed in range(4)]
 
 
-def export_int8(net: nn.Module, path: Path, **options) -> ModuleExportResult:
-    return export_module(
-        net, images(1), path, precision="int8", calibration=calibration(), recipe="fast", engine=RTX, **options
-    )
+def export_int8(net: nn.Module, path: Path, engine: str = RTX, **options) -> ModuleExportResult:
+    how = {"precision": "int8", "calibration": calibration(), "recipe": QUICK_RECIPE, "engine": engine}
+    return export_module(net, images(1), path, **how, **options)
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory: pytest.TempPathFactory) -> ModuleExportResult:
+    """An extractor of features in INT8."""
+    return export_int8(randomize(Extractor()), tmp_path_factory.mktemp("extractor") / "net.onnx")
 
 
 def integer_convolutions(path: Path) -> int:
@@ -52,6 +58,7 @@ def integer_convolutions(path: Path) -> int:
     return ops.count("QLinearConv")
 
 
+@pytest.mark.slow
 def test_a_segmentation_net_becomes_a_verified_graph_and_an_engine(tmp_path) -> None:
     net = randomize(PyramidNet())
     result = export_module(net, images(1, 64), tmp_path / "net.onnx", engine=RTX)
@@ -69,6 +76,7 @@ def test_a_segmentation_net_becomes_a_verified_graph_and_an_engine(tmp_path) -> 
         assert result.engine.side.profile == (1, 2, 16)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_the_types_of_inputs_and_outputs(tmp_path) -> None:
     result = export_module(randomize(PyramidNet()), images(1, 64), tmp_path / "net.onnx", precision="fp16", engine=RTX)
     assert 1e-5 < result.parity["onnx"]["output"].relative < 3e-3
@@ -79,6 +87,7 @@ def test_half_precision_keeps_the_types_of_inputs_and_outputs(tmp_path) -> None:
     assert RTX == "none" or result.engine.side.convolutions == {"fp16": 10}
 
 
+@pytest.mark.slow
 def test_the_chains_of_a_detector_are_quantized_and_run_in_integers(tmp_path) -> None:
     result = export_int8(randomize(ThreeHeads()), tmp_path / "net.onnx")
     assert result.outputs == ("level2", "level1", "level0")
@@ -90,21 +99,23 @@ def test_the_chains_of_a_detector_are_quantized_and_run_in_integers(tmp_path) ->
     assert RTX == "none" or result.engine.side.convolutions["int8"] == 10
 
 
-def test_outputs_that_later_stages_read_are_quantized_once(tmp_path) -> None:
-    result = export_int8(randomize(Extractor()), tmp_path / "net.onnx")
-    assert result.outputs == ("output_0", "output_1", "output_2")
-    assert integer_convolutions(result.onnx) == 3
-    assert all(parity.relative < INT8_ERROR for parity in result.parity["quantized"].values())
+@pytest.mark.slow
+def test_outputs_that_later_stages_read_are_quantized_once(extractor) -> None:
+    assert extractor.outputs == ("output_0", "output_1", "output_2")
+    assert integer_convolutions(extractor.onnx) == 3
+    assert all(parity.relative < INT8_ERROR for parity in extractor.parity["quantized"].values())
 
 
+@pytest.mark.slow
 def test_all_convolutions_are_quantized_where_that_is_asked_for(tmp_path) -> None:
     net = randomize(nn.Sequential(repvgg_block(3, 8, 2), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)))
-    blocks = export_int8(net, tmp_path / "blocks.onnx")
+    blocks = export_int8(net, tmp_path / "blocks.onnx", engine="none")
     everything = export_int8(net, tmp_path / "all.onnx", int8_layers="convolutions")
     assert [len(chain.layers) for chain in blocks.chains] == [1]
     assert [len(chain.layers) for chain in everything.chains] == [3]
 
 
+@pytest.mark.slow
 def test_what_another_activation_reads_is_left_exact(tmp_path) -> None:
     net = randomize(nn.Sequential(repvgg_block(3, 8), YoloRepConv(8, 8), YoloRepConv(8, 8)))
     result = export_int8(net, tmp_path / "net.onnx")
@@ -113,6 +124,7 @@ def test_what_another_activation_reads_is_left_exact(tmp_path) -> None:
     assert result.parity["quantized"]["output"].relative < INT8_ERROR
 
 
+@pytest.mark.slow
 def test_height_and_width_may_be_dynamic(tmp_path) -> None:
     net = randomize(ThreeHeads())
     result = export_module(
@@ -135,17 +147,17 @@ class TwoInputs(nn.Module):
         return left + right, (left * right).mean((2, 3))
 
 
+@pytest.mark.slow
 def test_several_inputs_and_outputs(tmp_path) -> None:
     net = randomize(TwoInputs())
     examples = [(images(4, seed=s), images(4, seed=s + 50)[:, :1]) for s in range(8)]
-    result = export_module(
-        net, examples[0], tmp_path / "net.onnx", precision="int8", calibration=examples, recipe="fast", engine=RTX,
-        output_names=["sum", "means"],
-    )  # fmt: skip
+    how = {"precision": "int8", "calibration": examples, "recipe": QUICK_RECIPE, "engine": RTX}
+    result = export_module(net, examples[0], tmp_path / "net.onnx", output_names=["sum", "means"], **how)
     assert (result.inputs, result.outputs) == (("picture", "depth"), ("sum", "means"))
     assert len(result.chains) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(RTX == "none", reason="TensorRT-RTX is not installed")
 @pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
 def test_what_was_built_and_not_run_is_said(tmp_path) -> None:
@@ -160,19 +172,18 @@ def test_what_was_built_and_not_run_is_said(tmp_path) -> None:
     )
 
 
-def test_the_same_module_gives_the_same_bytes(tmp_path) -> None:
-    net = randomize(Extractor())
-    first, second = (export_int8(net, tmp_path / name / "net.onnx") for name in "ab")
-    assert first.onnx.read_bytes() == second.onnx.read_bytes()
+@pytest.mark.slow
+def test_the_same_module_gives_the_same_bytes(extractor, tmp_path) -> None:
+    again = export_int8(randomize(Extractor()), tmp_path / "net.onnx", engine="none")
+    assert again.onnx.read_bytes() == extractor.onnx.read_bytes()
 
 
-def test_the_graph_says_where_it_comes_from_and_nothing_of_this_machine(tmp_path) -> None:
-    result = export_int8(randomize(Extractor()), tmp_path / "net.onnx")
-    properties = {item.key: item.value for item in onnx.load(result.onnx).metadata_props}
+def test_the_graph_says_where_it_comes_from_and_nothing_of_this_machine(extractor) -> None:
+    properties = {item.key: item.value for item in onnx.load(extractor.onnx).metadata_props}
     assert properties["repvgg_deploy.arch"] == "Extractor"
-    assert properties["repvgg_deploy.sha256"] == result.sha256
+    assert properties["repvgg_deploy.sha256"] == extractor.sha256
     assert '"images": 32' in properties["repvgg_deploy.quantization"]
-    assert b"site-packages" not in result.onnx.read_bytes()
+    assert b"site-packages" not in extractor.onnx.read_bytes()
 
 
 class Branching(nn.Module):
@@ -185,6 +196,7 @@ class Branching(nn.Module):
         return y if y.sum() > 0 else -y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
@@ -221,7 +233,7 @@ def test_dimensions_that_the_module_fixes_are_refused_by_name(tmp_path) -> None:
         export_module(randomize(FixedSize()), images(1), tmp_path / "net.onnx", dynamic=("height",))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_feature_extractor_of_timm(timm, tmp_path) -> None:
     torch.manual_seed(0)
     net = randomize(timm.create_model("repvgg_a0", features_only=True, out_indices=(0, 1, 2)))

@@ -52,6 +52,7 @@ def backbone(net, save):
     return save({name: tensor for name, tensor in state.items() if not name.startswith("linear.")})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_head_is_inspected_fused_and_exported(backbone, net, images) -> None:
     described = json.loads(command("inspect", backbone, "--json").stdout)
     assert described["classes"] == 0
@@ -96,6 +97,7 @@ def test_pooled_features_are_the_output_in_half_precision_too(checkpoint_file, n
     assert np.abs(given["features"] - expected).max() < 2e-2 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maps", [(), (4,), (0, 2, 3)])
 def test_int8_features_are_integer_for_integer_what_is_simulated(checkpoint_file, images, tmp_path, maps) -> None:
     from repvgg_deploy.fusion.fuse import fuse
@@ -119,6 +121,7 @@ def test_int8_features_are_integer_for_integer_what_is_simulated(checkpoint_file
     assert graph.op_histogram()["QuantizeLinear"] == len(list(fused.named_blocks())) + 1
 
 
+@pytest.mark.slow
 def test_int8_features_from_the_command_line(checkpoint_file, tmp_path) -> None:
     write_image_folder(tmp_path / "images", 40, seed=1, size=32)
     options = ("--int8", "--calib", tmp_path / "images", "--recipe", "fast", "--json")
@@ -128,6 +131,7 @@ def test_int8_features_from_the_command_line(checkpoint_file, tmp_path) -> None:
     assert model.classes == 0
 
 
+@pytest.mark.slow
 def test_stages_may_follow_the_option_or_a_checkpoint_may(checkpoint_file) -> None:
     out = ("--size", 32, "--engine", "none", "-o", checkpoint_file.parent / "out")
     for options in (
@@ -145,6 +149,7 @@ def test_features_have_no_classes(checkpoint_file, option) -> None:
     assert "class" in export(checkpoint_file, "--features", option, code=1).stderr
 
 
+@pytest.mark.slow
 def test_two_graphs_of_features_are_compared_and_not_evaluated(checkpoint_file, image_folder) -> None:
     export(checkpoint_file, "--features", "2,4")
     export(checkpoint_file, "--features", "2,4", "--fp16")
@@ -155,6 +160,7 @@ def test_two_graphs_of_features_are_compared_and_not_evaluated(checkpoint_file, 
         evaluate(open_model(graphs[0]), image_folder)
 
 
+@pytest.mark.slow
 def test_verify_takes_strides_and_activation_of_a_checkpoint_from_the_graph(net, save) -> None:
     path = save(name_in_layout(net, "official"))
     export(path, "--act", "silu", "--strides", "1,2,2,2,2")
@@ -166,12 +172,14 @@ def test_verify_takes_strides_and_activation_of_a_checkpoint_from_the_graph(net,
     assert open_model(graph).structure.strides == (1, 2, 2, 2, 2)
 
 
+@pytest.mark.slow
 def test_softmax_of_one_logit_is_refused(save) -> None:
     path = save(name_in_layout(make_net(classes=1), "official"))
     assert "sigmoid" in export(path, "--softmax", code=1).stderr
     export(path)
 
 
+@pytest.mark.slow
 def test_what_nobody_said_ends_the_export_and_is_warned_of(checkpoint_file) -> None:
     result = command("export", checkpoint_file, "--engine", "none", "-o", checkpoint_file.parent / "out", "--size", 32)
     assert "strides        2,2,2,2,2 (assumed)" in result.stdout

@@ -82,6 +82,7 @@ def test_deploy_form_is_written_as_it_was(net, save: Save, tmp_path: Path) -> No
     assert all(torch.equal(again[key], state[key]) for key in state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fused.safetensors", "fused.pth"])
 def test_written_file_is_the_same_each_time(name: str, checkpoint_file: Path, tmp_path: Path) -> None:
     first, second = (write_fused(checkpoint_file, tmp_path / folder / name).path for folder in ("a", "b"))
@@ -168,6 +169,7 @@ def test_the_checkpoint_is_never_replaced_by_its_deploy_form(checkpoint_file: Pa
     assert checkpoint_file.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of a file's size is one of Linux")
 @pytest.mark.parametrize("name", ["fused.pth", "fused.safetensors"])
 def test_a_full_disk_is_an_error_and_leaves_the_older_file(name: str, checkpoint_file: Path, tmp_path: Path) -> None:
@@ -220,6 +222,7 @@ def _loads_in_timm(timm: ModuleType, model: nn.Module, twin: nn.Module, source: 
     return relative(logits_of(deployed, x), logits_of(model, x)) < 1e-6
 
 
+@pytest.mark.slow
 def test_timm_loads_the_fused_file_strictly_and_gives_the_same_logits(
     timm: ModuleType, save: Save, tmp_path: Path
 ) -> None:
@@ -243,6 +246,7 @@ def test_timm_loads_grouped_nets_and_such_with_squeeze_excite(
     assert _loads_in_timm(timm, model, twin, source, tmp_path / "fused.pth")
 
 
+@pytest.mark.slow
 def test_fused_file_of_timm_itself_loads_here(timm: ModuleType, save: Save) -> None:
     model = timm.create_model("repvgg_a0", num_classes=6).eval()
     deployed = timm.utils.model.reparameterize_model(model)
@@ -252,6 +256,7 @@ def test_fused_file_of_timm_itself_loads_here(timm: ModuleType, save: Save) -> N
     assert relative(logits_of(build(checkpoint), x), logits_of(model, x)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["official", "timm"])
 def test_a_stem_of_two_blocks_has_no_place_in_either_layout(layout: str, shared: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="one block in its stem, but the net has 2"):

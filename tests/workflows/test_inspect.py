@@ -55,6 +55,7 @@ def test_what_was_assumed_is_in_the_description(save) -> None:
     assert assumed["mean"]["source"] == "assumed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.npz"])
 def test_a_checkpoint_is_described_without_torch(
     name: str, state: dict[str, torch.Tensor], save: Callable[..., Path], tmp_path: Path
@@ -72,6 +73,7 @@ def test_a_checkpoint_is_described_without_torch(
     assert int(printed) == inspect_file(path)["parameters"]
 
 
+@pytest.mark.slow
 def test_a_graph_is_described_without_torch(checkpoint_file: Path, tmp_path: Path) -> None:
     graph = export(ExportRequest(checkpoint_file, tmp_path, preprocessing=PreprocessingOptions((32, 32)))).onnx
     script = (

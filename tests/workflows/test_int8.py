@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.quantized_nets import QUICK_RECIPE
 from helpers.wide_statistics import narrow, randomize
 from onnx import TensorProto
 
@@ -40,11 +41,12 @@ def export(*arguments: str | Path, code: int = 0):
 
 
 def int8(images: Path, out: Path, *more: str | Path, code: int = 0):
-    return export(
-        DEMO, "--int8", "--calib", images, "--recipe", "fast", "--engine", "none", "-o", out, *more, code=code
-    )
+    """INT8 with the fewest images and samples that still quantize well; `more` may name another recipe."""
+    arguments = ("--int8", "--calib", images, "--recipe", QUICK_RECIPE, "--engine", "none", "-o", out)
+    return export(DEMO, *arguments, *more, code=code)
 
 
+@pytest.mark.slow
 def test_int8_is_one_command(images, tmp_path) -> None:
     values = json.loads(int8(images, tmp_path, "--json").stdout)
     assert list(values["parity"]) == ["fused", "quantized", "onnx"]
@@ -54,7 +56,7 @@ def test_int8_is_one_command(images, tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["demo.int8.onnx"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kernel_is_int8_and_the_file_a_quarter_of_fp32(images, tmp_path) -> None:
     int8(images, tmp_path)
     export(DEMO, "--engine", "none", "-o", tmp_path)
@@ -66,9 +68,9 @@ def test_every_kernel_is_int8_and_the_file_a_quarter_of_fp32(images, tmp_path) -
     assert sizes[0] < 0.3 * sizes[1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_accuracy_on_unseen_images_survives(images, tmp_path) -> None:
-    int8(images, tmp_path)
+    int8(images, tmp_path, "--recipe", "fast")
     write_image_folder(tmp_path / "val", 600, seed=12, size=64)
     accuracy = {}
     for model in (DEMO, tmp_path / "demo.int8.onnx"):
@@ -78,8 +80,9 @@ def test_accuracy_on_unseen_images_survives(images, tmp_path) -> None:
     assert quantized >= trained - 1.0
 
 
+@pytest.mark.slow
 def test_the_metadata_name_recipe_images_and_seed(images, tmp_path) -> None:
-    int8(images, tmp_path)
+    int8(images, tmp_path, "--recipe", "fast")
     properties = {p.key: p.value for p in onnx.load(tmp_path / "demo.int8.onnx").metadata_props}
     about = json.loads(properties["repvgg_deploy.quantization"])
     assert about["recipe"] == "fast"
@@ -88,13 +91,14 @@ def test_the_metadata_name_recipe_images_and_seed(images, tmp_path) -> None:
     assert about["seed"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_same_images_give_the_same_file(images, tmp_path) -> None:
     int8(images, tmp_path / "a")
     int8(images, tmp_path / "b")
     assert (tmp_path / "a" / "demo.int8.onnx").read_bytes() == (tmp_path / "b" / "demo.int8.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_list_of_files_calibrates_like_the_folder(images, tmp_path) -> None:
     paths = sorted(images.rglob("*.png"))
     (tmp_path / "list.txt").write_text("\n".join(map(str, paths)), encoding="utf-8")
@@ -103,6 +107,7 @@ def test_a_list_of_files_calibrates_like_the_folder(images, tmp_path) -> None:
     assert (tmp_path / "a" / "demo.int8.onnx").read_bytes() == (tmp_path / "b" / "demo.int8.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_few_images_are_warned_of_and_none_is_an_error(images, tmp_path) -> None:
     result = int8(images, tmp_path / "few", "--calib-count", "8")
     assert "warning: 8 calibration images are few" in result.stderr
@@ -112,6 +117,7 @@ def test_few_images_are_warned_of_and_none_is_an_error(images, tmp_path) -> None
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_broken_calibration_images_are_named_and_left_out(images, tmp_path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -122,7 +128,7 @@ def test_broken_calibration_images_are_named_and_left_out(images, tmp_path) -> N
     assert "0.png" in values.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_statistics_cache_belongs_to_one_checkpoint_and_its_images(images, tmp_path) -> None:
     cache = tmp_path / "demo.npz"
     int8(images, tmp_path / "a", "--calib-cache", cache)
@@ -139,6 +145,7 @@ def test_the_statistics_cache_belongs_to_one_checkpoint_and_its_images(images, t
     assert cache.read_bytes() == written
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_named_stays_float(images, tmp_path) -> None:
     values = json.loads(int8(images, tmp_path, "--keep-float", "stages.1.1", "--json").stdout)
     assert values["quantization"]["kept_float"] == ["stages.1.1"]
@@ -147,12 +154,14 @@ def test_a_layer_that_is_named_stays_float(images, tmp_path) -> None:
     assert "no layer is called" in int8(images, tmp_path / "x", "--keep-float", "stages.9.9", code=1).stderr
 
 
+@pytest.mark.slow
 def test_what_stays_float_can_be_fp16(images, tmp_path) -> None:
     int8(images, tmp_path, "--rest", "fp16")
     types = {w.data_type for w in onnx.load(tmp_path / "demo.int8.onnx").graph.initializer}
     assert types == {TensorProto.INT8, TensorProto.UINT8, TensorProto.FLOAT16}
 
 
+@pytest.mark.slow
 def test_the_layer_table_has_a_row_a_layer(images, tmp_path) -> None:
     lines = int8(images, tmp_path, "--layers").stdout.splitlines()
     assert sum(line.startswith(("stages.", "classifier")) for line in lines) == 11
@@ -178,6 +187,7 @@ def test_options_that_contradict_each_other_are_wrong_usage(arguments, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_export_ends_with_an_engine(precision, images, tmp_path) -> None:
@@ -202,6 +212,7 @@ def test_a_missing_backend_is_an_error_before_any_work(tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_quantized_logits_are_those_of_onnx_runtime(images, tmp_path) -> None:
     parity = json.loads(int8(images, tmp_path, "--json", "--uint8-input").stdout)["parity"]
     assert parity["onnx"]["relative"] < 1e-5
@@ -209,6 +220,7 @@ def test_the_quantized_logits_are_those_of_onnx_runtime(images, tmp_path) -> Non
     assert np.isfinite(parity["quantized"]["cosine"])
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_drop_keeps_as_few_layers_in_float_as_it_takes(images, tmp_path) -> None:
     write_image_folder(tmp_path / "val", 240, seed=12, size=64)
     loose = int8(images, tmp_path / "a", "--val", tmp_path / "val", "--max-drop", "50", "--json")
@@ -216,6 +228,7 @@ def test_a_limit_on_the_drop_keeps_as_few_layers_in_float_as_it_takes(images, tm
     assert "0 layers in float: top-1 drops by" in loose.stderr
 
 
+@pytest.mark.slow
 def test_layers_named_to_stay_float_do_so_in_every_candidate(images, tmp_path) -> None:
     write_image_folder(tmp_path / "val", 24, seed=12, size=64)
     limit = ("--val", tmp_path / "val", "--max-drop", "50", "--rest", "fp16")
@@ -225,6 +238,7 @@ def test_layers_named_to_stay_float_do_so_in_every_candidate(images, tmp_path) -
     assert "no layer is called" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", ["fp32", "fp16"])
 def test_the_drop_is_that_of_the_file_with_its_scales(rest, images, tmp_path, monkeypatch) -> None:
     rounded = []
@@ -239,6 +253,7 @@ def test_the_drop_is_that_of_the_file_with_its_scales(rest, images, tmp_path, mo
     assert len(rounded) == (1 if rest == "fp16" else 0)
 
 
+@pytest.mark.slow
 def test_an_unreadable_folder_is_told_of_with_a_cache_too(images, tmp_path) -> None:
     int8(images, tmp_path / "a", "--calib-cache", tmp_path / "cache.npz")
     (tmp_path / "broken").mkdir()
@@ -247,6 +262,7 @@ def test_an_unreadable_folder_is_told_of_with_a_cache_too(images, tmp_path) -> N
     assert "none of the calibration images can be read" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_drop_that_no_set_of_float_layers_mends_is_refused(images, tmp_path, monkeypatch) -> None:
     """The fused net is measured first, and as it is; every quantized one ten points too low."""
     write_image_folder(tmp_path / "val", 24, seed=12, size=64)
@@ -266,6 +282,7 @@ def test_a_drop_that_no_set_of_float_layers_mends_is_refused(images, tmp_path, m
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_int8_zero_points_are_for_old_releases_of_tensorrt(images, tmp_path) -> None:
     result = json.loads(
         int8(images, tmp_path, "--activation-type", "int8", "--opset", "13", "--engine", "none", "--json").stdout
@@ -308,7 +325,7 @@ def without_images(recipe: Path, out: Path, *more: str | Path, checkpoint: str |
     return export(checkpoint, *arguments, *more, code=code)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_int8_without_images_says_so_everywhere(quick_pictures, tmp_path) -> None:
     result = without_images(quick_pictures, tmp_path / "a")
     words = "no images (32 images of 64x64, synthesized from BN statistics)"
@@ -334,13 +351,14 @@ def test_a_deploy_form_needs_images(quick_pictures, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_time_for_pictures_can_be_limited(quick_pictures, tmp_path) -> None:
     result = without_images(quick_pictures, tmp_path, "--calib-seconds", "0.5", "--calib-count", "128")
     assert "warning: the time limit ended the synthesis after" in result.stderr
     assert "of 30 steps" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_images_the_demo_model_loses_half_a_point_at_most(tmp_path) -> None:
     without_images(Path("accurate"), tmp_path, "--calib-count", "64")
     write_image_folder(tmp_path / "val", 1200, seed=12, size=64)

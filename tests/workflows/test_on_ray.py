@@ -23,7 +23,7 @@ from repvgg_deploy.workflows.evaluate import evaluate
 from repvgg_deploy.workflows.on_ray import RayEvaluationRequest, evaluate_on_ray, predict_on_ray
 from repvgg_deploy.workflows.predict import PredictRequest, predict
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 parquet: Any = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
 SMALL = PreprocessingOptions(size=(32, 32))
 CLUSTER = RayOptions(actors=2, cpus=1)

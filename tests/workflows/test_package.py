@@ -64,6 +64,7 @@ def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_graph_becomes_three_entries_that_pass_their_self_test(graph: Path, tmp_path: Path) -> None:
     result = package(PackageRequest((graph,), tmp_path / "repo", "net"))
     assert result.entries == ("net", "net_preprocess", "net_images")
@@ -141,6 +142,7 @@ def test_another_model_s_name_is_not_taken(graph: Path, tmp_path: Path) -> None:
     assert files_below(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_is_served_without_batching(tmp_path: Path) -> None:
     several = make_graph(tmp_path / "graph", batch=4)
     with pytest.raises(DeployError, match="batches of 4") as caught:
@@ -153,6 +155,7 @@ def test_a_fixed_batch_is_served_without_batching(tmp_path: Path) -> None:
     assert run_self_test(tmp_path / "repo").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_graph_of_pixels_gets_pixels(tmp_path: Path) -> None:
     pixels = make_graph(tmp_path / "graph", uint8_input=True)
     package(PackageRequest((pixels,), tmp_path / "repo", "net"))

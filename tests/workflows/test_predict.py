@@ -73,6 +73,7 @@ def test_same_rows_in_every_format(request_: PredictRequest, image_folder: Path)
         assert [row["class_1"], row["class_2"]] == list(map(str, known.get("classes", ["", ""])))
 
 
+@pytest.mark.slow
 def test_parquet_has_typed_columns_and_the_same_rows(request_: PredictRequest, image_folder: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     (image_folder / "class1" / "0.png").write_bytes(b"no image")
@@ -116,6 +117,7 @@ def test_images_come_from_folders_patterns_lists_archives_and_standard_input(
     assert list(rows_of(request_.output)[9]) == ["path", "error"]
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_wherever_it_was_cut_with_the_same_bytes(
     request_: PredictRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +234,7 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_process_that_is_killed_loses_and_doubles_nothing(
     checkpoint_file: Path, image_folder: Path, tmp_path: Path
 ) -> None:

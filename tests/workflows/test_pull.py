@@ -242,6 +242,7 @@ def test_pull_copies_the_file_and_says_what_it_was_held_to(own_table: Path, tmp_
     assert run("pull", "holocron/A0", "--list").exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_table")
 def test_export_takes_a_published_checkpoint_and_its_input_size(tmp_path: Path) -> None:
     out = tmp_path / "out"

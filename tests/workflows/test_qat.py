@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.quantized_nets import QUICK_RECIPE
 
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.cli.main import main
@@ -27,7 +28,7 @@ from repvgg_deploy.workflows.qat import run_qat
 from repvgg_deploy.workflows.qat_request import QatRequest, state_path
 
 DEMO = data_folder("models") / "demo.safetensors"
-SHORT = ("--recipe", "fast", "--steps", "4", "--batch", "8")
+SHORT = ("--recipe", QUICK_RECIPE, "--steps", "4", "--batch", "8")
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def export_with(checkpoint: Path, scales: Path, out: Path, *more: str, code: int
     return run("export", checkpoint, "--int8", "--calib-cache", scales, "--engine", "none", "-o", out, *more, code=code)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("form", ["train", "deploy"])
 def test_from_a_checkpoint_to_an_int8_graph_as_accurate_as_the_trained_net(form, images, tmp_path) -> None:
     source, more = DEMO, ()
@@ -81,6 +82,7 @@ def test_from_a_checkpoint_to_an_int8_graph_as_accurate_as_the_trained_net(form,
     assert json.loads(result.stdout)["top1"] >= trained - 1.0
 
 
+@pytest.mark.slow
 def test_the_curves_are_a_table_and_a_picture(images, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     qat(DEMO, images, tmp_path / "trained.pth")
@@ -121,10 +123,10 @@ class Stop:
 
 def request_for(images: Path, out: Path) -> QatRequest:
     training = TrainingOptions(steps=4, batch=8)
-    return QatRequest(DEMO, out, images, images, training, recipe="fast", interval_s=0.0)
+    return QatRequest(DEMO, out, images, images, training, recipe=QUICK_RECIPE, interval_s=0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_stopped_run_goes_on_and_ends_as_it_would_have(images, tmp_path) -> None:
     whole, stopped = (tmp_path / name / "trained.safetensors" for name in ("whole", "stopped"))
     run_qat(request_for(images, whole))
@@ -147,6 +149,7 @@ def test_a_stopped_run_goes_on_and_ends_as_it_would_have(images, tmp_path) -> No
         assert layer.input == second[0].layers[name].input
 
 
+@pytest.mark.slow
 def test_a_state_of_other_settings_is_not_taken(images, tmp_path) -> None:
     request = request_for(images, tmp_path / "trained.pth")
     with pytest.raises(KeyboardInterrupt):
@@ -163,7 +166,7 @@ def test_a_file_that_is_no_state_is_told_of_and_kept(images, tmp_path) -> None:
     assert state_path(request.output).read_bytes() == b"no state"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_train_as_one_does(images, tmp_path) -> None:
     arguments = ["qat", DEMO, "--data", images, "--calib", images, "--recipe", "fast", "--steps", "2", "--batch", "8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -182,6 +185,7 @@ def test_two_processes_train_as_one_does(images, tmp_path) -> None:
     assert float((first - second).norm() / first.norm()) < 0.02
 
 
+@pytest.mark.slow
 def test_made_pictures_take_the_place_of_images(tmp_path) -> None:
     text = (data_folder("calibration") / "fast.toml").read_text(encoding="utf-8")
     (tmp_path / "quick.toml").write_text(f"{text}\n[pictures]\ncount = 32\nsteps = 10\n", encoding="utf-8")
@@ -207,6 +211,7 @@ def test_what_does_not_fit_is_told_before_any_work(images, tmp_path) -> None:
     qat(DEMO, images, out, "--epochs", "1", code=2)
 
 
+@pytest.mark.slow
 def test_scales_are_those_of_their_checkpoint(images, tmp_path) -> None:
     out, scales = tmp_path / "trained.pth", tmp_path / "trained.scales.npz"
     qat(DEMO, images, out)

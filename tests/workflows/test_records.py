@@ -38,6 +38,7 @@ def locked(checkpoint_file: Path, image_folder: Path, tmp_path: Path) -> Path:
     return lock
 
 
+@pytest.mark.slow
 def test_an_int8_export_is_made_again_byte_for_byte_and_refused_where_an_input_differs(
     locked: Path, checkpoint_file: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def assert_refused(lock: Path, tmp_path: Path, message: str, *options: object) -
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_the_lock_and_the_statement_name_what_was_read_and_written(
     locked: Path, checkpoint_file: Path, image_folder: Path, tmp_path: Path
 ) -> None:
@@ -105,6 +107,7 @@ def test_the_lock_and_the_statement_name_what_was_read_and_written(
     assert statement["predicate"]["runDetails"]["builder"]["version"] == values["tools"]
 
 
+@pytest.mark.slow
 def test_the_lock_lies_beside_the_graph_and_what_is_typed_wins(checkpoint_file: Path, tmp_path: Path) -> None:
     lock = tmp_path / "deploy.toml"
     assert run("export", checkpoint_file, *PLAIN, "--fp16", "-o", tmp_path, "--lock", lock).exit_code == 0

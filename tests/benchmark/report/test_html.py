@@ -44,6 +44,7 @@ def plots(record: dict[str, Any]) -> list[Plot]:
     return draw_plots([record])
 
 
+@pytest.mark.slow
 def test_every_kind_of_plot_is_drawn(plots: list[Plot]) -> None:
     names = {plot.name for plot in plots}
     assert names == {
@@ -68,6 +69,7 @@ def test_plots_are_pictures_that_name_the_models(plots: list[Plot]) -> None:
         assert "A2" in plot.svg or plot.name == "fused_over_training"
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_files(record: dict[str, Any], plots: list[Plot]) -> None:
     assert draw_plots([record]) == plots
 
@@ -116,6 +118,7 @@ def test_unstable_results_are_marked_beside_the_model(record: dict[str, Any]) ->
     assert any("unstable" in line for line in summarize(shaky, "ResNet-50"))
 
 
+@pytest.mark.slow
 def test_the_accuracy_axis_of_int8_says_that_it_is_fp32s(record: dict[str, Any], plots: list[Plot]) -> None:
     int8 = {**record, "results": [{**r, "precision": "int8"} for r in record["results"]]}
     (plot, *_) = (plot for plot in draw_plots([int8]) if plot.name.startswith("accuracy"))
@@ -176,6 +179,7 @@ def report(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["report", *map(str, arguments)], catch_exceptions=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "occupy", "message"),
     [("plots", Path.touch, "cannot write to"), ("page.html", Path.mkdir, "page.html is a directory")],
@@ -204,6 +208,7 @@ def test_without_matplotlib_the_error_says_what_to_install(result_file: Path, tm
     assert done.stderr.startswith("error: matplotlib is not installed")
 
 
+@pytest.mark.slow
 def test_the_largest_and_smallest_figures_and_the_oddest_names_that_are_read_are_drawn_too() -> None:
     record = make_record()
     for number, result in enumerate(record["results"]):
