@@ -16,7 +16,7 @@ from helpers.small_nets import logits_of, randomize, relative
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.benchmark.baseline_graphs import BaselineFloats, BaselineIntegers, find_ranges, to_baseline_onnx
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.graphs.builder import write_graph
+from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.simplification import find_simplification
 from repvgg_deploy.nets.baselines import build_baseline, fold_batch_norms
@@ -63,6 +63,11 @@ def pictures() -> np.ndarray:
 def ranges(spec: ResNetSpec | VggSpec) -> dict[str, float]:
     """What the activations of `make(spec)` reach on the pictures."""
     return find_ranges(make(spec), noise())
+
+
+@cache
+def int8_graph(spec: ResNetSpec | VggSpec, for_engine: bool) -> OnnxGraph:
+    return to_baseline_onnx(make(spec), BaselineIntegers(ranges(spec), for_engine), GraphOptions(64, 64), {})
 
 
 @cache
@@ -153,8 +158,7 @@ def test_the_graph_gives_the_nets_logits(
 def test_the_int8_graph_is_near_and_all_its_convolutions_are_int8(
     spec: ResNetSpec | VggSpec, for_engine: bool, pictures: np.ndarray, tmp_path: Path
 ) -> None:
-    net = make(spec)
-    graph = to_baseline_onnx(net, BaselineIntegers(ranges(spec), for_engine), GraphOptions(64, 64), {})
+    graph = int8_graph(spec, for_engine)
     assert find_simplification(graph.without_values()) is None
     made_by = {node.output[0]: node.op_type for node in graph.model.graph.node}
     convolutions = [node for node in graph.model.graph.node if node.op_type in ("Conv", "Gemm")]
@@ -180,8 +184,7 @@ def test_the_int8_graph_is_near_and_all_its_convolutions_are_int8(
 def test_onnx_runtime_runs_all_convolutions_of_the_int8_graph_as_integers(
     spec: ResNetSpec | VggSpec, tmp_path: Path
 ) -> None:
-    net = make(spec)
-    graph = to_baseline_onnx(net, BaselineIntegers(ranges(spec)), GraphOptions(64, 64), {})
+    graph = int8_graph(spec, for_engine=False)
     write_graph(graph, tmp_path / "net.onnx")
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
