@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import repvgg_deploy
 from repvgg_deploy.files import data_folder
@@ -115,15 +116,19 @@ def test_a_users_script_is_checked_with_the_types_of_the_package(tmp_path: Path)
 @pytest.mark.slow
 def test_the_readmes_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its blocks of Python but the last, which needs a GPU, on the demo model."""
+    pytest.importorskip("onnxscript")
     readme = Path(__file__).resolve().parents[1] / "README.md"
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     checkpoint = data_folder("models") / "demo.safetensors"
     write_image_folder(tmp_path / "images", 36, seed=5, size=64)
     monkeypatch.chdir(tmp_path)
     images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    names: dict[str, object] = {"batch": images.numpy(), "batches": [images]}
-    for block in blocks[:2]:
+    model = nn.Sequential(repvgg_deploy.build(repvgg_deploy.load_checkpoint(checkpoint)), nn.Softmax(1)).eval()
+    names: dict[str, object] = {"batch": images.numpy(), "batches": [images], "model": model}
+    for block in blocks[:3]:
         exec(compile(block.replace("net.pth", str(checkpoint)), "README.md", "exec"), names)
     assert names["logits"].shape == (32, 12)
     assert names["int8"](images).shape == (32, 12)
+    assert len(names["prediction"].classes) == 5
+    assert names["whole"].onnx.is_file()
