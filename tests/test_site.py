@@ -85,6 +85,7 @@ def test_every_error_belongs_to_one_section_of_the_troubleshooting_page() -> Non
     assert len(explained) == len(script.find_errors())
 
 
+@pytest.mark.slow
 def test_every_section_names_what_is_there_and_raises() -> None:
     script = load_script("raised_errors")
     for section in script.sections_of(TROUBLESHOOTING):

@@ -109,6 +109,7 @@ def test_the_canary_sees_what_a_command_must_not_do(tmp_path: Path) -> None:
     assert result.stdout.split() == ["0", *["True"] * 9]
 
 
+@pytest.mark.slow
 def test_the_oracle_agrees_with_the_package_on_a_whole_net(tmp_path: Path) -> None:
     net = build(load_checkpoint(checkpoints.checkpoint_file(tmp_path)))
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -70,6 +70,7 @@ def test_stress_measures_the_named_cases(tmp_path, data) -> None:
     assert [(row["case"], row["images"]) for row in record["results"]] == [("one channel 1000 x", 20)] * 2
 
 
+@pytest.mark.slow
 def test_faults_describes_the_planted_nets(tmp_path, data) -> None:
     record = run(tmp_path, "faults", *data, "--case", "as it was", "--name", "demo")
     assert record["kind"] == "int8-stress-demo-float"

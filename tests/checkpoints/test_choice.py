@@ -49,6 +49,7 @@ ARRANGEMENTS: dict[str, tuple[Callable[[State, State], Any], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("larger", [False, True])
 def test_several_nets_are_an_error_that_lists_them_and_an_option_chooses(

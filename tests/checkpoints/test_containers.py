@@ -207,6 +207,7 @@ def test_flipped_bytes_give_a_net_or_an_error_never_a_traceback(
         assert build(load_checkpoint(path)).spec.classes > 0
 
 
+@pytest.mark.slow
 @ONCE
 @given(content=st.binary(max_size=400), head=st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x10\0\0\0\0\0\0\0{"]))
 def test_noise_is_refused(content: bytes, head: bytes, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_golden_file_fused_in_float64_gives_its_logits(golden: Golden) -> None:
     assert golden.error(fused(torch.from_numpy(golden.images).double()).detach().numpy()) < golden.tolerance
 
 
+@pytest.mark.slow
 def test_golden_file_gives_its_logits_through_onnx_runtime(golden: Golden, tmp_path: Path) -> None:
     request = ExportRequest(golden.path, tmp_path, preprocessing=PreprocessingOptions(size=(64, 64)))
     session = onnxruntime.InferenceSession(export(request).onnx, providers=["CPUExecutionProvider"])

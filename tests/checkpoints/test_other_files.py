@@ -230,6 +230,7 @@ def test_packed_file_is_called_by_its_name(head: bytes, kind: str, tmp_path: Pat
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 def test_whole_pickled_net_is_read_without_its_class(zipped: bool, images: Tensor, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"

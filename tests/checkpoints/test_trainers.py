@@ -51,6 +51,7 @@ class Classifier(nn.Module):
         return self.head["fc"](self.backbone(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("timm")
 def test_checkpoint_of_mmengines_runner(images: Tensor, tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_arbitrary_instructions_do_not_escape(instructions: list[bytes], protoco
             stack += item
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.binary(max_size=80), st.integers(0, 5))
 def test_arbitrary_bytes_do_not_escape(content: bytes, protocol: int) -> None:

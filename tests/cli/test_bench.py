@@ -112,6 +112,7 @@ def test_the_baseline_runs_as_the_model_does(graph: Path) -> None:
     assert theirs["roofline"]["tflops"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_turns")
 @pytest.mark.parametrize(
     ("option", "limit", "status"),

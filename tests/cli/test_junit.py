@@ -36,6 +36,7 @@ def cases(path: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_eval_reports_its_limit_met_and_missed(checkpoint_file: Path, image_folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "reports" / "eval.xml"
     command = ["eval", checkpoint_file, "--data", image_folder, "--size", 32, "--junit", report]
@@ -79,6 +80,7 @@ def test_verify_reports_every_limit_and_prints_its_values_when_one_is_missed(
     assert cases(report) == {"verify": "passed", "relative difference, by default for fp32": "failure"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_turns")
 def test_bench_reports_one_case_per_model_and_batch(checkpoint_file: Path, tmp_path: Path) -> None:
     report = tmp_path / "bench.xml"

@@ -161,6 +161,7 @@ def test_on_a_terminal_notes_stay_and_bars_vanish() -> None:
     assert result == "result"
 
 
+@pytest.mark.slow
 def test_no_color_means_no_colour() -> None:
     assert re.search(r"\x1b\[[0-9;]*33m", _in_a_terminal(_LIVE))
     assert not re.search(r"\x1b\[[0-9;]*3\dm", _in_a_terminal(_LIVE, NO_COLOR="1"))

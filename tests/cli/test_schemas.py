@@ -110,6 +110,7 @@ def test_export_and_what_looks_at_its_graphs(folder: Path) -> None:
     check(run("predict", folder / "net.fp16.onnx", folder / "images", "-o", folder / "rows.jsonl"), "predict")
 
 
+@pytest.mark.slow
 def test_inspect_of_an_engine(tmp_path: Path) -> None:
     from helpers.engine_graphs import rtx_backend, small_onnx
 
@@ -126,6 +127,7 @@ def test_qat(folder: Path) -> None:
     check(value, "qat")
 
 
+@pytest.mark.slow
 def test_fuse(folder: Path) -> None:
     check(run("fuse", folder / "net.pth", "-o", folder / "fused.pth"), "fuse")
 
@@ -138,6 +140,7 @@ def test_eval_and_a_limit_that_it_misses(folder: Path, image_folder: Path) -> No
     assert "below --min-top1 101" in missed["error"]
 
 
+@pytest.mark.slow
 def test_verify_and_limits_that_it_misses(folder: Path) -> None:
     torch.save(name_in_layout(make_net(seed=4), "official"), folder / "other.pth")
     models = ["verify", folder / "net.pth", folder / "other.pth", "--size", 32]

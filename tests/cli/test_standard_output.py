@@ -38,6 +38,7 @@ def test_the_error_of_a_command_is_told_although_its_object_is_not(tmp_path: Pat
     assert "there is no file" in result.stderr.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     reading, writing = os.pipe()
     os.close(reading)

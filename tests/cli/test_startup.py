@@ -43,6 +43,7 @@ def test_torch_has_as_many_threads_as_a_container_has_cores(monkeypatch: pytest.
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_is_kept() -> None:
     measure = (

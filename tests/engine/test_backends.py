@@ -118,6 +118,7 @@ def test_only_listed_names_may_be_asked_for() -> None:
         has(rtx_backend().module, "Builder.create_network")
 
 
+@pytest.mark.slow
 @without_gpu
 def test_running_without_a_gpu_is_one_clear_error(tmp_path: Path) -> None:
     engine = build_engine(small_onnx(tmp_path), rtx_backend(), NO_CACHE, tmp_path)
@@ -126,6 +127,7 @@ def test_running_without_a_gpu_is_one_clear_error(tmp_path: Path) -> None:
     assert raised.value.hint
 
 
+@pytest.mark.slow
 def test_an_engine_that_was_not_built_for_it_takes_no_new_weights(tmp_path: Path) -> None:
     onnx = small_onnx(tmp_path)
     engine = build_engine(onnx, rtx_backend(), NO_CACHE, tmp_path)
@@ -153,6 +155,7 @@ def side_of(tmp_path: Path, precision: Precision, options: GraphOptions) -> Side
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -166,6 +169,7 @@ def test_the_graph_for_new_weights_is_read_from_the_sidecar(tmp_path: Path, opti
     assert graph_options(side_of(tmp_path, Precision.FP16, options)) == options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{"arch": "RepVGG-A1"}, {"precision": Precision.FP32}])
 def test_weights_of_another_net_are_refused(tmp_path: Path, changed: dict[str, object]) -> None:
     side = side_of(tmp_path, Precision.FP16, GraphOptions(32, 32))
@@ -192,6 +196,7 @@ def test_a_checkpoint_becomes_the_graph_that_fits_the_engine(tmp_path: Path) -> 
     assert {key for key in settings[0] if settings[0][key] != settings[1][key]} <= {"repvgg_deploy.assumed"}
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.parametrize(
     "options",

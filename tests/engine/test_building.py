@@ -90,6 +90,7 @@ def test_full_size_nets_build(card: str, precision: Precision, tmp_path: Path) -
     assert side.convolutions == {str(precision): len(net.spec.blocks)}
 
 
+@pytest.mark.slow
 def test_the_sidecar_says_what_the_plan_is(tmp_path: Path) -> None:
     onnx = small_onnx(tmp_path, Precision.FP16)
     backend = rtx_backend()
@@ -107,12 +108,14 @@ def test_the_sidecar_says_what_the_plan_is(tmp_path: Path) -> None:
     assert read_sidecar(engine.plan) == engine.side
 
 
+@pytest.mark.slow
 def test_the_plan_is_a_plain_plan_of_the_library(tmp_path: Path) -> None:
     engine = build_engine(small_onnx(tmp_path), rtx_backend(), NO_CACHE, tmp_path)
     # The mark that the library's own serializer puts in front.
     assert engine.plan.read_bytes()[1:4] == b"trt"
 
 
+@pytest.mark.slow
 def test_progress_begins_at_zero_ends_at_one_and_never_falls(tmp_path: Path) -> None:
     heard = Heard()
     build_engine(small_onnx(tmp_path), rtx_backend(), NO_CACHE, tmp_path, heard)
@@ -124,6 +127,7 @@ def test_progress_begins_at_zero_ends_at_one_and_never_falls(tmp_path: Path) -> 
     assert {name for name, _, _ in heard.steps} == {"building the engine"}
 
 
+@pytest.mark.slow
 def test_options_reach_the_builder(tmp_path: Path) -> None:
     options = replace(NO_CACHE, workspace_bytes=1 << 28, optimization_level=0, tf32=False)
     engine = build_engine(small_onnx(tmp_path), rtx_backend(), options, tmp_path)

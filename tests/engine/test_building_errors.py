@@ -177,6 +177,7 @@ def test_a_runtime_and_a_refitter_that_do_not_start_are_errors(tmp_path: Path) -
         _put_weights(simulate(backend), small_onnx(tmp_path))
 
 
+@pytest.mark.slow
 @without_gpu
 def test_a_plan_that_does_not_load_leaves_no_gpu_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = SimulatedCuda()

@@ -66,6 +66,7 @@ def test_both_kinds_of_file_build_at_every_opset_that_the_table_names(
     assert engine.side.convolutions == {"int8": graph.op_histogram()["Conv"]}
 
 
+@pytest.mark.slow
 def test_the_parser_reads_unsigned_activations_as_int8(tmp_path: Path) -> None:
     """What the one file rests on: a uint8 zero-point of 0 is int8 to TensorRT."""
     graph = to_qdq_onnx(quantized_net("A0"), GraphOptions(PIXELS, PIXELS), make_metadata(provenance(Precision.INT8)))

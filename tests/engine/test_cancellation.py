@@ -108,6 +108,7 @@ def test_a_failing_progress_bar_is_raised_not_swallowed(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.plan*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")

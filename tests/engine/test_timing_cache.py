@@ -62,6 +62,7 @@ def test_backend_version_and_gpu_each_have_a_cache_of_their_own() -> None:
     assert all("/" not in path.name and " " not in path.name for path in paths)
 
 
+@pytest.mark.slow
 def test_a_build_keeps_its_cache_for_the_next_one(tmp_path: Path) -> None:
     backend, onnx = rtx_backend(), small_onnx(tmp_path)
     path = cache_path(backend, this_gpu())
@@ -73,11 +74,13 @@ def test_a_build_keeps_its_cache_for_the_next_one(tmp_path: Path) -> None:
         assert was_there
 
 
+@pytest.mark.slow
 def test_no_cache_is_written_where_none_is_wanted(tmp_path: Path, own_cache: Path) -> None:
     build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(timing_cache=False), tmp_path)
     assert not own_cache.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_replaced(tmp_path: Path) -> None:
     backend, onnx = rtx_backend(), small_onnx(tmp_path)
     path = cache_path(backend, this_gpu())
@@ -87,6 +90,7 @@ def test_a_damaged_cache_is_replaced(tmp_path: Path) -> None:
     assert b"no timing cache" not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_costs_the_cache_not_the_build(tmp_path: Path, own_cache: Path) -> None:
     own_cache.write_text("a file where the folder should be", encoding="utf-8")
     heard = Heard()
@@ -144,6 +148,7 @@ def test_the_lock_is_given_back_after_a_failed_build(tmp_path: Path) -> None:
     assert not heard.notes
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home_folder_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Path:
         raise RuntimeError("Could not determine home directory.")

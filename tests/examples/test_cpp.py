@@ -50,6 +50,7 @@ def test_golden_outputs_agree_and_others_do_not(program: Path, tmp_path: Path, n
     assert (status, "logits: FAILED" in said) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_small_difference_agrees_and_nan_does_not(program: Path, tmp_path: Path) -> None:
     plan = PLAN.format("float")
     images = np.random.default_rng(0).standard_normal((2, 3, 2, 2)).astype(np.float32)
@@ -77,6 +78,7 @@ def make_toolkits(folder: Path, compiler: str) -> list[str]:
     return [f"-DTENSORRT_ROOT={tensorrt}", f"-DCUDAToolkit_ROOT={cuda}"]
 
 
+@pytest.mark.slow
 def test_cmake_finds_both_libraries_and_builds_the_program(tmp_path: Path) -> None:
     cmake, compiler = shutil.which("cmake"), shutil.which("g++") or shutil.which("clang++")
     if cmake is None or compiler is None:

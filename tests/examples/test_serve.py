@@ -65,6 +65,7 @@ def photos(tmp_path: Path) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_the_client_prints_the_classes_of_predict(
     protocol: str,

@@ -110,6 +110,7 @@ def test_fusing_leaves_the_original_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(load_cards()))
 def test_every_architecture_fuses_exactly_in_float64(name) -> None:
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ def test_the_graph_costs_what_the_net_costs() -> None:
     assert total_cost(of_graph) == total_cost(of_net)
 
 
+@pytest.mark.slow
 def test_costs_leave_the_net_as_it_is() -> None:
     net = make_net()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}

@@ -77,6 +77,7 @@ def test_onnx_runtime_gives_the_fused_nets_logits_at_any_batch(name, tmp_path) -
         assert relative(logits, logits_of(net, images)) <= 2 * error_of_float32_sums(wide, images)
 
 
+@pytest.mark.slow
 def test_the_file_passes_the_full_checker_and_declares_the_contract(tmp_path) -> None:
     path = written(tmp_path, fused_net())
     onnx.checker.check_model(str(path), full_check=True)

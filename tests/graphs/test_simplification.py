@@ -53,6 +53,7 @@ def test_int8_graphs_cannot_be_simpler(shape: str, kept: tuple[str, ...]) -> Non
         assert find_simplification(graph.without_values()) is None
 
 
+@pytest.mark.slow
 def test_training_graphs_cannot_be_simpler() -> None:
     for shape in SHAPES.values():
         graph = to_training_onnx(make_net(**shape), GraphOptions(32, 32))

@@ -126,6 +126,7 @@ def test_an_unknown_baseline_is_an_error_that_lists_the_known() -> None:
     assert "resnet50" in caught.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SMALL[:2], ids=["basic", "bottleneck"])
 def test_folding_the_norms_keeps_the_logits(spec: ResNetSpec, pictures: np.ndarray) -> None:
     net = make(spec)

@@ -115,6 +115,7 @@ def test_values_that_no_statistics_can_have_are_refused(tmp_path: Path) -> None:
         refused(path, load_learned, "classifier/weight has scales that are not positive")
 
 
+@pytest.mark.slow
 def test_each_field_that_is_known_of_them_is_needed_and_none_may_be_wrong(cache: tuple[Path, Load]) -> None:
     path, load = cache
     about, arrays = content_of(path)

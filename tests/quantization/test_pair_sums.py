@@ -123,6 +123,7 @@ def test_no_input_saturates_an_emulated_kernel(net: str, across_taps: bool) -> N
             assert torch.equal(exact, kernel), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["plain", "grouped"])
 def test_the_emulated_kernel_saturates_on_a_stem_that_uses_all_of_its_bits(shape: str) -> None:
     """As it was before pairs were limited: the images, held 128 higher, meet two large weights side by side."""

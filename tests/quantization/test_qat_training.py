@@ -114,6 +114,7 @@ def test_the_seed_decides_the_pictures(start) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_labels_add_their_part_to_the_loss(start) -> None:
     plain, labelled = (
         begin(start, TrainingOptions(steps=2, batch=8, labels=weight)).step(take, len(IMAGES), LIMITS)["loss"]

@@ -89,6 +89,7 @@ def test_pairs_stand_in_front_of_every_convolution_the_pool_and_the_classifier(q
     assert checked == len(quantized.integers()) + 1
 
 
+@pytest.mark.slow
 def test_no_pair_stands_between_a_convolution_and_its_relu(quantized: QuantizedNet, shape: str) -> None:
     model = to_qdq_onnx(quantized, OPTIONS, {}).to_proto()
     made = producers(model)

@@ -35,6 +35,7 @@ def graph(tmp_path: Path) -> Path:
     return small_onnx(tmp_path / "inside")
 
 
+@pytest.mark.slow
 def test_data_beside_the_graph_are_read(graph: Path) -> None:
     images = np.random.default_rng(0).standard_normal((1, 3, PIXELS, PIXELS)).astype(np.float32)
     expected = OnnxRunner(graph).run(images)

@@ -121,6 +121,7 @@ def test_instructions_are_read_from_the_flags(tmp_path: Path) -> None:
     assert read_cpu(tmp_path / "none").integer_instructions == "unknown"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saturating_cpu")
 def test_a_foreign_graph_is_run_exactly_and_a_note_says_so(safe: Path, foreign: Path) -> None:
     exact, native = (open_model(foreign, exact_integers=wanted) for wanted in (True, False))

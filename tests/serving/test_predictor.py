@@ -81,6 +81,7 @@ def test_model_without_names_gives_none_and_fewer_classes_than_asked_for(checkpo
     assert row.to_dict() == {"path": "0", "classes": list(row.classes), "names": None, "scores": list(row.scores)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"softmax": True}, {"batch": 4}, {"topk": 3, "softmax": True}])
 def test_graphs_of_every_output_are_predicted_as_their_checkpoint(
     options: dict[str, Any], checkpoint_file: Path, image_folder: Path, tmp_path: Path

@@ -41,6 +41,7 @@ def test_parts_are_whole_batches_enough_for_all_actors(images: int, batch: int, 
     assert images <= batch * 4 * actors or -(-images // size) >= 2 * actors
 
 
+@pytest.mark.slow
 def test_actor_predicts_what_a_predictor_does(checkpoint_file: Path, image_folder: Path) -> None:
     spec = PredictorSpec(checkpoint_file, options=PredictOptions(topk=2))
     sources = sorted(image_folder.rglob("*.*"))

@@ -44,6 +44,7 @@ def test_real_outputs_pass(scores: np.ndarray) -> None:
     require_signal(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(find_gpus().gpus), reason="this machine has a GPU")
 def test_an_engine_that_cannot_run_here_is_said_to_be_unverified(tmp_path: Path) -> None:
     engine = build_engine(small_onnx(tmp_path), rtx_backend(), BuildOptions(timing_cache=False), tmp_path)

@@ -180,6 +180,7 @@ def test_scores_that_are_no_numbers_are_an_error_not_an_accuracy(value: float, g
         evaluate(open_model(damage_classifier(graph, value)), image_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_scores_that_do_not_tell_images_or_classes_apart_are_an_error(
     value: float, graph: Path, image_folder: Path

@@ -127,6 +127,7 @@ def test_a_graph_that_computes_something_else_is_not_written(checkpoint, monkeyp
     assert (out / "net.fp32.onnx").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_fused_net_that_differs_is_not_exported(checkpoint, monkeypatch) -> None:
     def fuse_wrong(net):
         fused = fuse_in_place(net)

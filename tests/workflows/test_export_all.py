@@ -66,6 +66,7 @@ def test_the_table_is_what_eval_says_and_the_card_has_it(request_: ExportAllRequ
     assert "recipe quick, calibrated on 15 images" in card
 
 
+@pytest.mark.slow
 def test_without_labels_there_is_agreement_and_no_accuracy(checkpoint_file: Path, save) -> None:
     size = PreprocessingOptions(size=(32, 32))
     other = save(name_in_layout(make_net(seed=4), "official"), "other.pth")
@@ -95,6 +96,7 @@ def test_a_failure_of_the_last_step_leaves_the_files_of_before(request_: ExportA
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_read_once_and_the_graphs_are_those_of_single_exports(
     request_: ExportAllRequest, tmp_path: Path, monkeypatch
 ) -> None:

@@ -178,6 +178,7 @@ def test_the_same_module_gives_the_same_bytes(extractor, tmp_path) -> None:
     assert again.onnx.read_bytes() == extractor.onnx.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_graph_says_where_it_comes_from_and_nothing_of_this_machine(extractor) -> None:
     properties = {item.key: item.value for item in onnx.load(extractor.onnx).metadata_props}
     assert properties["repvgg_deploy.arch"] == "Extractor"

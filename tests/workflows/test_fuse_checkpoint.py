@@ -196,6 +196,7 @@ def test_directory_as_target_is_an_error(checkpoint_file: Path, tmp_path: Path) 
         write_fused(checkpoint_file, tmp_path)
 
 
+@pytest.mark.slow
 def test_written_file_that_does_not_agree_is_not_kept(
     checkpoint_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +233,7 @@ def test_timm_loads_the_fused_file_strictly_and_gives_the_same_logits(
     assert _loads_in_timm(timm, model, twin, source, tmp_path / "fused.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [None, "se"])
 def test_timm_loads_grouped_nets_and_such_with_squeeze_excite(
     attention: str | None, timm: ModuleType, save: Save, tmp_path: Path

@@ -299,6 +299,7 @@ def test_int8_zero_points_are_for_old_releases_of_tensorrt(images, tmp_path) -> 
     assert about["largest_pair_sum"] <= 32767
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_quantizing_on_a_gpu_needs_one(images, tmp_path) -> None:
     result = int8(images, tmp_path, "--calib-device", "cuda", code=1)
@@ -343,6 +344,7 @@ def test_int8_without_images_says_so_everywhere(quick_pictures, tmp_path) -> Non
     assert (tmp_path / "a" / "demo.int8.onnx").read_bytes() == (tmp_path / "b" / "demo.int8.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_deploy_form_needs_images(quick_pictures, tmp_path) -> None:
     CliRunner().invoke(main, ["fuse", DEMO, "-o", str(tmp_path / "fused.pth")])
     result = without_images(quick_pictures, tmp_path / "out", checkpoint=tmp_path / "fused.pth", code=1)

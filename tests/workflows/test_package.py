@@ -85,6 +85,7 @@ def test_a_graph_becomes_three_entries_that_pass_their_self_test(graph: Path, tm
     assert (done.returncode, done.stdout.count(": ok")) == (0, 3), done
 
 
+@pytest.mark.slow
 def test_the_ensemble_s_graphs_give_the_scores_of_predict(graph: Path, tmp_path: Path) -> None:
     package(PackageRequest((graph,), tmp_path, "net"))
     picture = np.asarray(noise(90, 130))
@@ -124,6 +125,7 @@ def test_the_configs_are_read_by_triton_s_protobuf_and_agree_with_the_graphs(gra
                 assert types[module.DataType.Name(tensor.data_type)] == kind.elem_type
 
 
+@pytest.mark.slow
 def test_a_second_call_adds_a_version_and_keeps_what_was_changed_by_hand(graph: Path, tmp_path: Path) -> None:
     package(PackageRequest((graph,), tmp_path, "net"))
     config = tmp_path / "net" / "config.pbtxt"
@@ -188,6 +190,7 @@ def test_plans_for_several_gpus_are_one_entry(tmp_path: Path) -> None:
     assert "KIND_GPU" in config
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_golden_outputs_of_the_graph_that_it_was_built_from(graph: Path, tmp_path: Path) -> None:
     shutil.copyfile(graph, tmp_path / "net.onnx")
     tensors = {

@@ -158,6 +158,7 @@ def test_a_state_of_other_settings_is_not_taken(images, tmp_path) -> None:
         run_qat(replace(request, training=replace(request.training, rate=0.5)))
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_state_is_told_of_and_kept(images, tmp_path) -> None:
     request = request_for(images, tmp_path / "trained.pth")
     state_path(request.output).write_bytes(b"no state")

@@ -58,6 +58,7 @@ def test_every_kind_of_plot_is_drawn(plots: list[Plot]) -> None:
     }
 
 
+@pytest.mark.slow
 def test_plots_are_pictures_that_name_the_models(plots: list[Plot]) -> None:
     for plot in plots:
         with Image.open(io.BytesIO(plot.png)) as image:
@@ -200,6 +201,7 @@ def test_a_baseline_that_no_ratio_has_is_an_error(result_file: Path, tmp_path: P
     assert "they have ratios to: RepVGG-A0, ResNet-50" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_error_says_what_to_install(result_file: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['matplotlib'] = None; from repvgg_deploy.cli.main import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "report", str(result_file), "-o", str(tmp_path / "page.html")]

@@ -39,6 +39,7 @@ def test_every_name_of_cuda_bindings_that_is_used_exists() -> None:
     assert not [name for name in used if not hasattr(runtime, name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["bindings", "pycuda"])
 def test_both_libraries_have_every_method_of_the_interface(module: str) -> None:
     # Read from the source: pycuda cannot be imported without a driver.
