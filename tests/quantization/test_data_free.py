@@ -167,6 +167,6 @@ def test_pictures_calibrate_as_images_do() -> None:
 def test_every_layout_in_training_form_runs(shared: Path, name: str) -> None:
     net = build(load_checkpoint(shared / "golden" / name))
     preprocessing = Preprocessing(32, 32, 32, (0.5,) * net.spec.in_channels, (0.5,) * net.spec.in_channels)
-    made = make_pictures(net, preprocessing, PictureOptions(count=12, batch=12, steps=6))
+    made = make_pictures(net, preprocessing, PictureOptions(count=12, batch=12, steps=16))
     assert made.summary.distance < made.summary.start_distance
     assert torch.isfinite(quantize(fuse(net, torch.float32), made, QUICK)(made.pictures[:4])).all()
