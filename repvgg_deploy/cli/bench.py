@@ -19,6 +19,7 @@ from repvgg_deploy.cli.options import (
     preprocessing_options,
     take_preprocessing,
 )
+from repvgg_deploy.cli.startup import share_cores
 from repvgg_deploy.cli.types import (
     BACKEND,
     BASELINE,
@@ -276,6 +277,7 @@ def _profile(models: Sequence[str], options: dict[str, Any]) -> Outcome:
 
 
 def _bench_files(models: Sequence[str], options: dict[str, Any]) -> Outcome:
+    share_cores()
     from repvgg_deploy.benchmark.from_files import measure_end_to_end
     from repvgg_deploy.cli.tables import print_end_to_end
 
