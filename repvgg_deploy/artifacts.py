@@ -40,6 +40,8 @@ ColorOrder = Literal["rgb", "bgr"]
 _Pixels = Annotated[int, Meta(ge=1, le=1 << 16)]
 _Means = Annotated[tuple[Annotated[float, Meta(ge=-1e6, le=1e6)], ...], Meta(min_length=1, max_length=4096)]
 _Stds = Annotated[tuple[Annotated[float, Meta(gt=0, le=1e6)], ...], Meta(min_length=1, max_length=4096)]
+MOST_PIXELS = 8192 * 8192
+"""Of an image that a net takes: as float32 of three channels it has 768 MiB."""
 _NAME, _HINT = "the preprocessing in the metadata", "export the model again"
 
 
@@ -151,6 +153,11 @@ class PreprocessingOptions:
             )
         if min(changed.std) <= 0 or min(changed.height, changed.width, changed.resize) < 1:
             raise DeployError("std, size and resize must be positive", "check the preprocessing options")
+        if changed.height * changed.width > MOST_PIXELS:
+            raise DeployError(
+                f"images of {changed.height}x{changed.width} are too large: at most {MOST_PIXELS:,} pixels",
+                "a smaller size",
+            )
         return changed
 
 

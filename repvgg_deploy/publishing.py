@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Any
 
@@ -40,6 +40,8 @@ from repvgg_deploy.work_folders import (
 
 _PREFIX = ".repvgg-deploy-"
 _JOURNAL, _ROLLBACK = "journal", "rollback"
+# A line per file.
+_MOST_BYTES = 64 << 20
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -188,16 +190,28 @@ def _write_journal(work: Path, moves: Sequence[_Move]) -> None:
 
 
 def _read_journal(path: Path, folder: Path) -> list[_Move]:
-    """The moves; none if the file is not whole, or is about other places than those in `folder`."""
+    """The moves; none if the file is not whole, or is about other places than those in `folder`.
+
+    Whoever made the folder, or packed it into an archive, may have made the journal as well.
+    """
+    import msgspec
+
+    from repvgg_deploy.typed_values import read_file
+
     try:
-        moves = [
-            _Move(str(move["path"]), tuple(move["new"]), None if move["old"] is None else tuple(move["old"]))
-            for move in json.loads(path.read_text(encoding="utf-8"))
-        ]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        # Not the typed reader's parser: a file's name that is not UTF-8 has lone surrogates.
+        moves = msgspec.convert(json.loads(read_file(path, str(path), "", _MOST_BYTES)), list[_Move])
+    except (OSError, DeployError, ValueError, RecursionError, msgspec.ValidationError):
         return []
-    is_inside = all(".." not in (folder / move.path).relative_to(folder).parts for move in moves)
-    return moves if is_inside else []
+    return moves if all(_is_inside(folder, move.path) for move in moves) else []
+
+
+def _is_inside(folder: Path, path: str) -> bool:
+    """Whether what `path` names lies below `folder`, and not where a link leads to."""
+    parts = PurePosixPath(path).parts
+    if not parts or "\0" in path or path.startswith("/") or ".." in parts:
+        return False
+    return not any(folder.joinpath(*parts[:count]).is_symlink() for count in range(1, len(parts)))
 
 
 def _forget(journal: Path) -> None:

@@ -144,7 +144,15 @@ def test_files_that_somebody_has_changed_since_are_left_alone(tmp_path: Path) ->
     assert read(folder)["net.plan"] == "old plan"
 
 
-@pytest.mark.parametrize("journal", ["", "{", "[1]", '[{"path": "x"}]', '[{"path": "../x", "new": [1], "old": null}]'])
+NO_JOURNALS = (
+    "", "{", "[1]", '[{"path": "x"}]', '[{"path": "../x", "new": [1], "old": null}]', "[" * 100_000, "9" * 5000,
+    '[{"path": "/x", "new": [1], "old": [1]}]', '[{"path": "", "new": [1], "old": [1]}]',
+    '[{"path": "x", "new": ["1"], "old": null}]', '[{"path": 1, "new": [1], "old": null}]',
+    '[{"path": "a\\u0000b", "new": [1], "old": null}]', '[{"path": "x/../../y", "new": [1], "old": [1]}]',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("journal", NO_JOURNALS, ids=lambda text: text[:40])
 def test_a_journal_that_is_none_moves_nothing(journal: str, tmp_path: Path) -> None:
     work = tmp_path / "out" / ".repvgg-deploy-0"
     write(work, {"new/x": "1", "journal": journal, "old/x": "2"})
@@ -161,6 +169,28 @@ def test_a_journal_moves_nothing_out_of_the_folder(tmp_path: Path) -> None:
     (work / "journal").write_text(json.dumps([moved, {"path": "a", "new": [0, 0, 0], "old": None}]))
     finish_interrupted(tmp_path / "out")
     assert read(tmp_path) == {"x": "foreign"}
+
+
+@pytest.mark.parametrize("name", ["journal", "rollback"])
+def test_a_journal_that_was_made_up_moves_nothing_through_a_link(name: str, tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    work = folder / ".repvgg-deploy-0"
+    write(work, {"new/link/x": "evil", "old/link/x": "evil"})
+    (folder / "link").symlink_to(outside)
+    # The old file aside, the new one not there yet: no inode has to be known for that.
+    (work / name).write_text(json.dumps([{"path": "link/x", "new": [1, 1, 1], "old": [2, 2, 2]}]))
+    finish_interrupted(folder)
+    assert list(outside.iterdir()) == []
+    assert not work.exists()
+
+
+def test_a_pipe_in_the_place_of_a_journal_is_not_waited_for(tmp_path: Path) -> None:
+    work = tmp_path / "out" / ".repvgg-deploy-0"
+    write(work, {"new/x": "1"})
+    os.mkfifo(work / "journal")
+    finish_interrupted(tmp_path / "out")
+    assert read(tmp_path / "out") == {}
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_one_but_a_living_one_is_not_disturbed(

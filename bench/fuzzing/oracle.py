@@ -102,8 +102,10 @@ def compute_logits(tensors: Tensors, images: Tensor) -> Tensor:
     if not stems:
         raise UnreadableError("no stem")
     prefix = min(stems, key=len)
-    net = {key.removeprefix(prefix): value.double() for key, value in tensors.items() if key.startswith(prefix)}
+    # Counters take no part in the logits, whatever they claim to be.
+    parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     try:
+        net = {key: value.double() for key, value in parts.items() if not key.endswith("num_batches_tracked")}
         with torch.no_grad():
             value = _run_block(net, "stage0", images.double(), 2)
             for stage in _STAGES:

@@ -58,6 +58,9 @@ class Archive:
         """The entries' names, in the directory's order."""
         return tuple(self._entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
     def size_of(self, name: str) -> int:
         """The bytes of an entry, unpacked."""
         return self._entries[name].info.file_size

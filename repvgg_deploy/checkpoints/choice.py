@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,8 @@ def choose_net(contents: Contents, path: Path, ema: bool | None, wanted: str | N
         CheckpointError: there is none, or there are several.
     """
     nets = find_nets(contents.places)
-    found = [net for net in nets if _is_repvgg(net, contents)]
+    sizes = Counter(contents.places.values())
+    found = [net for net in nets if _is_repvgg(net, contents, sizes)]
     shown = printable(str(path))
     if not found:
         raise _not_a_repvgg(shown, contents)
@@ -103,13 +105,16 @@ def _tensors_of(net: FoundNet, places: set[str], contents: Contents, foreign: se
     }
 
 
-def _is_repvgg(net: FoundNet, contents: Contents) -> bool:
-    """Whether the stem is there; or most of the rest, so that the stem can be said to be missing."""
+def _is_repvgg(net: FoundNet, contents: Contents, sizes: Mapping[str, int]) -> bool:
+    """Whether the stem is there; or most of the rest, so that the stem can be said to be missing.
+
+    `sizes` are the numbers of tensors in each place.
+    """
     names = net.keys.names
     if any(name.startswith("stages.0.0.") for name in names.values()):
         return True
     place = contents.places[net.full_name(next(iter(names)))]
-    return 2 * len(names) > sum(other == place for other in contents.places.values())
+    return 2 * len(names) > sizes[place]
 
 
 def _without_twins(nets: list[FoundNet], contents: Contents) -> list[FoundNet]:
@@ -149,14 +154,15 @@ def _select(nets: list[FoundNet], wanted: str, contents: Contents, shown: str) -
 def _split(nets: list[FoundNet], contents: Contents) -> tuple[list[FoundNet], list[FoundNet]]:
     """The plain nets, and the EMA copies."""
     swapped = _is_swapped(contents)
-    averaged = []
+    plain: list[FoundNet] = []
+    averaged: list[FoundNet] = []
     for net in nets:
         if swapped and net.prefix.split(".")[0] in ("state_dict", "ema_state_dict"):
             is_ema = net.prefix.split(".")[0] == "state_dict"
         else:
             is_ema = any(_EMA.search(word) for word in net.prefix.split("."))
-        averaged += [net] * is_ema
-    return [net for net in nets if net not in averaged], averaged
+        (averaged if is_ema else plain).append(net)
+    return plain, averaged
 
 
 def _is_swapped(contents: Contents) -> bool:

@@ -23,6 +23,9 @@ _BLOCK = 1 << 16
 # Seconds to connect, and between two blocks.
 _TIMEOUT = (10, 60)
 _ATTEMPTS = 3
+# Of a file whose size is not published; the largest checkpoints have half a gigabyte.
+_MOST_BYTES = 4 << 30
+_CHANGED = "try again; if it stays so, the publisher has changed the file, or somebody between has"
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class _Resuming:
 
         done = self._size()
         headers = {"Accept-Encoding": "identity"}
-        validator = self.validator.read_text(encoding="utf-8") if self.validator.exists() else ""
+        validator = self.validator.read_text(encoding="ascii", errors="ignore") if self.validator.exists() else ""
         if done and validator:
             headers |= {"Range": f"bytes={done}-", "If-Range": validator}
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
@@ -203,15 +206,24 @@ class _Resuming:
             tag = answer.headers.get("ETag", "")
             # A weak tag may stand for other bytes.
             strong = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
-            self.validator.write_text(strong, encoding="utf-8")
-            total = done + int(answer.headers.get("Content-Length") or 0)
+            self.validator.write_text(strong, encoding="ascii", errors="ignore")
+            length = answer.headers.get("Content-Length", "")
+            total = done + (int(length) if length.isdecimal() and len(length) < 20 else 0)
             self._store(answer.iter_content(_BLOCK), done, total)
 
     def _store(self, blocks: Iterator[bytes], done: int, total: int) -> None:
+        most = self.file.bytes or _MOST_BYTES
         with self.part.open("ab" if done else "wb") as output:
             for block in blocks:
                 output.write(block)
                 done += len(block)
+                if done > most:
+                    self._forget()
+                    raise DeployError(
+                        f"{self.file.url} gives more than the {most:,} bytes that {self.file.name} may have; "
+                        "nothing was kept",
+                        _CHANGED,
+                    )
                 self._progress.step("downloading, MB", done / 1e6, max(total, done) / 1e6)
 
     def _require_checksum(self) -> None:
@@ -225,7 +237,7 @@ class _Resuming:
             what = f"it has {size:,} bytes, not {self.file.bytes:,}"
         raise DeployError(
             f"what {self.file.url} gives is not {self.file.name}: {what}; nothing was kept",
-            "try again; if it stays so, the publisher has changed the file, or somebody between has",
+            _CHANGED,
         )
 
     def _forget(self) -> None:

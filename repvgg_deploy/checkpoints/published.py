@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 from urllib.parse import urlsplit
+
+from msgspec import Meta
 
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import data_folder
-from repvgg_deploy.typed_values import convert, parse_toml
+from repvgg_deploy.typed_values import Line, convert, parse_toml, read_file
 
 _HINT = "models/published has the tables of this release"
+
+# A file in the cache, and nowhere else.
+_FileName = Annotated[str, Meta(max_length=200, pattern=r"\A[A-Za-z0-9_][A-Za-z0-9._-]*\Z")]
+_Url = Annotated[str, Meta(max_length=2000, pattern=r"\Ahttps?://[!-~]+\Z")]
+_Pixels = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
 @dataclass(frozen=True)
@@ -47,19 +55,19 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class _Row:
-    arch: str
-    url: str
-    input_size: int
-    resize: int | None = None
-    sha256: str = ""
-    bytes: int = 0
-    name: str = ""
+    arch: _FileName
+    url: _Url
+    input_size: _Pixels
+    resize: _Pixels | None = None
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{0,64}\Z")] = ""
+    bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
+    name: _FileName | None = None
 
 
 @dataclass(frozen=True)
 class _Table:
-    source: str
-    classes: int
+    source: Line
+    classes: Annotated[int, Meta(ge=1, le=1 << 24)]
     file: tuple[_Row, ...]
 
 
@@ -71,9 +79,11 @@ def load_published(folder: Path | None = None) -> tuple[PublishedFile, ...]:
     """
     found = []
     for path in sorted((folder or data_folder("models") / "published").glob("*.toml")):
-        table = convert(parse_toml(path.read_bytes(), str(path), _HINT), _Table, str(path), _HINT)
+        values = parse_toml(read_file(path, str(path), _HINT), str(path), _HINT)
+        table = convert(values, _Table, str(path), _HINT)
         for row in table.file:
-            name = row.name or PurePosixPath(urlsplit(row.url).path).name
+            last = PurePosixPath(urlsplit(row.url).path).name
+            name = row.name or convert(last, _FileName, f"{path}: the name in {row.url}", _HINT)
             found.append(
                 PublishedFile(
                     source=path.stem,

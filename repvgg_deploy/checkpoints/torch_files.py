@@ -28,14 +28,14 @@ class Tree:
 def read_torch_archive(archive: Archive, depth: int = 0) -> Tree:
     """The value in a zip file of `torch.save`."""
     root = find_root(archive.names)
-    order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.names else b"little"
+    order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive else b"little"
     blobs: dict[str, Blob] = {}
 
     def find_storage(identifier: Any) -> Any:
         kind, key, count = _parse_identifier(identifier)
         name = f"{root}data/{key}"
         if name not in blobs:
-            if name not in archive.names:
+            if name not in archive:
                 raise PickleError(f"the storage {key} is missing")
             blobs[name] = archive.blob(name)
         if count * kind.dtype.itemsize > blobs[name].nbytes:

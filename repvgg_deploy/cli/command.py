@@ -141,11 +141,14 @@ class Command(click.Command):
             if not isinstance(outcome, Outcome):
                 raise TypeError(f"the command {ctx.info_name} returns {type(outcome).__name__}, not an Outcome")
         except Exception as error:
+            failure = _explain(error)
             if junit is not None:
-                failure = _explain_usage(error, ctx) if isinstance(error, click.UsageError) else error
-                suite = JUnitSuite(str(ctx.info_name), time.perf_counter() - start, failure)
+                told = _explain_usage(error, ctx) if isinstance(error, click.UsageError) else failure
+                suite = JUnitSuite(str(ctx.info_name), time.perf_counter() - start, told)
                 _write_junit_of_failure(junit, suite)
-            raise
+            if failure is error:
+                raise
+            raise failure from error
         if junit is not None:
             suite = JUnitSuite(str(ctx.info_name), time.perf_counter() - start, outcome.failure, outcome.checks)
             write_junit(junit, suite)
@@ -198,6 +201,18 @@ def show_progress() -> AbstractContextManager[Progress]:
     """Show notes and steps on standard error while the block runs, as the running command was asked to."""
     session = click.get_current_context().ensure_object(Session)
     return progress.show_progress(session.verbosity)
+
+
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory")
+"""What torch says; NumPy, Pillow and Python itself raise MemoryError."""
+
+
+def _explain(error: Exception) -> Exception:
+    """`error`, or one that a user can fix in its place where memory was too small, wherever that happened."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY):
+        return DeployError("there is too little memory for this", "a smaller batch, size or model, or more memory")
+    return error
 
 
 class _ReportedError(Exception):

@@ -20,6 +20,8 @@ _OF_ONE_VALUE = (
     click.types.StringParamType, click.types.IntParamType, click.types.FloatParamType, click.Choice, click.Path,
     click.IntRange, click.FloatRange, Name,
 )  # fmt: skip
+# A file of options may come from anywhere; what runs code has to be typed.
+_NAMES_CODE = ("module", "kwargs")
 # What a file is about itself, and what every run decides anew.
 _NOT_SAVED = ("config", "save_config", "from", "as_json", "quiet", "verbose", "help")
 
@@ -78,6 +80,8 @@ def set_defaults(ctx: click.Context, values: Mapping[str, Any], source: str) -> 
             raise click.UsageError(f"{source} has an unknown option {key!r}. {suggest(plain, list(known))}", ctx)
         name = known[plain]
         option = options[name]
+        if name in _NAMES_CODE:
+            raise click.UsageError(f"{source}: {key} names code, so it is taken from the command line only.", ctx)
         wrong = _find_fault(option, value)
         if wrong is not None:
             raise click.UsageError(f"{source}: {key} {wrong}.", ctx)
@@ -117,7 +121,9 @@ def given_options(ctx: click.Context) -> dict[str, Any]:
     return {
         _key(option): _plain(ctx.params[name])
         for name, option in _options(ctx).items()
-        if name in ctx.params and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if name in ctx.params
+        and name not in _NAMES_CODE
+        and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
 
 

@@ -27,6 +27,12 @@ def _read_lock(ctx: click.Context, _option: click.Parameter, path: Path | None) 
 
     options = dict(read_lock(path).options)
     checkpoint = options.pop(_CHECKPOINT, None)
+    if not isinstance(checkpoint, str | None):
+        raise click.UsageError(f"--from {path}: {_CHECKPOINT} is not the name of a file.", ctx)
+    # Where files go is for whoever runs the command to say, not for a file that others may have written.
+    misplaced = next((key for key in options if key.replace("_", "-") in _NOT_LOCKED), None)
+    if misplaced is not None:
+        raise click.UsageError(f"--from {path}: {misplaced} is no option of a lock file.", ctx)
     set_defaults(ctx, options, f"--from {path}")
     if checkpoint is not None:
         ctx.default_map = {**(ctx.default_map or {}), _CHECKPOINT: checkpoint}

@@ -129,7 +129,8 @@ def _open(data: bytes, name: str, options: DecodingOptions) -> Image.Image:
 
 
 def _decoded_bytes(image: Image.Image) -> int:
-    return image.width * image.height * 4
+    # The decoder of WebP keeps a frame of its own beside the one that it gives.
+    return image.width * image.height * (8 if image.format == "WEBP" else 4)
 
 
 def _memory(image: Image.Image) -> threading.Lock | nullcontext[None]:
@@ -194,7 +195,7 @@ def crop_image(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """
     size, box = _plan_crop(image.size, preprocessing)
     interpolation = Image.Resampling[preprocessing.interpolation.upper()]
-    if _is_strip(image.size):
+    if _is_strip(image.size) or size[0] * size[1] > _MOST_RESIZED:
         return _resize_inside(image, size, box, interpolation)
     if size != image.size:
         image = image.resize(size, interpolation)
@@ -206,7 +207,8 @@ def crop_pixels(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
     height, width = pixels.shape[:2]
     size, (left, top, right, bottom) = _plan_crop((width, height), preprocessing)
     inside = left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1]
-    if _is_strip((width, height)) or not inside or preprocessing.interpolation != "bilinear":
+    too_large = _is_strip((width, height)) or size[0] * size[1] > _MOST_RESIZED
+    if too_large or not inside or preprocessing.interpolation != "bilinear":
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         return np.asarray(crop_image(image.convert("RGB"), preprocessing), dtype=np.uint8)
     if size != (width, height):
@@ -214,6 +216,9 @@ def crop_pixels(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
     cropped = pixels[top:bottom, left:right]
     return np.ascontiguousarray(cropped if cropped.shape[2] == 3 else np.repeat(cropped, 3, axis=2))
 
+
+_MOST_RESIZED = 1 << 26
+"""Pixels up to which an image is resized as a whole before it is cropped."""
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]

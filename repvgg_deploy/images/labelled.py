@@ -9,13 +9,14 @@ from pathlib import Path, PurePosixPath
 
 from repvgg_deploy.errors import DeployError, ImageError
 from repvgg_deploy.images.archives import TarMember, index_archive
-from repvgg_deploy.images.sources import ARCHIVES, SUFFIXES, ImageSource, Unreadable, find_images, walk_folder
+from repvgg_deploy.images.sources import ARCHIVES, SUFFIXES, ImageSource, Tally, Unreadable, find_images, walk_folder
 from repvgg_deploy.typed_values import read_file
 
 _LAYOUTS = "expected DIR/<class>/<image>.jpg, tar archives, or a flat folder with a ground-truth file"
 _MAP = "map_clsloc.txt"
 # A line per image, of millions.
 _MOST_BYTES = 256 << 20
+_MOST_DIGITS = 19
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ def list_labelled_images(source: Path, ground_truth: Path | None = None) -> Labe
         if source.suffix.lower() not in ARCHIVES:
             raise ImageError(f"there is no folder {source}", "give a folder with one folder of images per class")
         return _from_archives(_match(source), source)
-    entries = _enter(source)
-    classes = tuple(sorted(p.name for p in entries if p.is_dir() and not p.name.startswith(".")))
-    found = [(image, label) for label, name in enumerate(classes) for image in walk_folder(source / name)]
+    folders, entries = _enter(source)
+    classes = tuple(sorted(p.name for p in folders if not p.name.startswith(".")))
+    tally = Tally()
+    found = [(image, label) for label, name in enumerate(classes) for image in walk_folder(source / name, tally)]
     if any(not isinstance(image, Unreadable) for image, _ in found):
         return _collect(found, classes)
     archives = sorted(p for p in entries if p.suffix.lower() in ARCHIVES)
@@ -59,9 +61,11 @@ def list_labelled_images(source: Path, ground_truth: Path | None = None) -> Labe
     return _from_archives(archives, source)
 
 
-def _enter(folder: Path) -> list[Path]:
+def _enter(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders in a folder, and everything in it; a folder may be listed and yet not be entered."""
     try:
-        return list(folder.iterdir())
+        entries = list(folder.iterdir())
+        return [entry for entry in entries if entry.is_dir()], entries
     except OSError as error:
         raise ImageError(f"{folder} cannot be read ({error.strerror})", "check its permissions") from error
 
@@ -118,10 +122,14 @@ def _sample_key(member: TarMember) -> str:
 
 
 def _read_index(member: TarMember) -> int:
+    hint = "a .cls member holds one number"
     try:
-        return int(member.read()[:32])
+        text = member.read()[:32].strip()
     except (OSError, ValueError, OverflowError) as error:
-        raise ImageError(f"{member} is not the index of a class", "a .cls member holds one number") from error
+        raise ImageError(f"{member} cannot be read", hint) from error
+    if not text.isdigit() or len(text) >= _MOST_DIGITS:
+        raise ImageError(f"{member} is not the index of a class", hint)
+    return int(text)
 
 
 def _class_of(member: TarMember, several: bool) -> str | None:
@@ -152,7 +160,8 @@ def _with_ground_truth(found: tuple[ImageSource, ...], path: Path) -> LabelledIm
             raise ImageError(f"{missing} is not in {path}", "give the ground truth of these images")
         named = [known[_stem(_base_name(image))] for image in images]
     unreadable = tuple(image for image in found if isinstance(image, Unreadable))
-    if all(name.isdecimal() for name in named):
+    # What is longer is a name, whatever it is made of.
+    if all(name.isdecimal() and len(name) < _MOST_DIGITS for name in named):
         return LabelledImages(tuple(images), tuple(map(int, named)), None, unreadable)
     classes = tuple(sorted(set(named)))
     number = {name: label for label, name in enumerate(classes)}
@@ -163,9 +172,9 @@ def _read_rows(path: Path) -> list[list[str]]:
     """The fields of each line, split at commas, tabs or spaces; without a header and empty lines."""
     try:
         text = read_file(path, f"the ground truth {path}", "a text file", _MOST_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, DeployError) as error:
+        rows = [row for line in text.splitlines() if (row := next(csv.reader([line]), [])) and not line.startswith("#")]
+    except (OSError, UnicodeDecodeError, csv.Error, DeployError) as error:
         raise ImageError(f"{path} cannot be read as a ground truth ({error})", "a text file") from error
-    rows = [row for line in text.splitlines() if (row := next(csv.reader([line]), [])) and not line.startswith("#")]
     # Kaggle's: `ImageId,PredictionString`, and boxes after the class.
     rows = [[field for part in row for field in part.split()] for row in rows]
     rows = [row for row in rows if row and row[0] != "ImageId"]

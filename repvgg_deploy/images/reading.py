@@ -18,6 +18,9 @@ from repvgg_deploy.images.decoding import DecodingOptions, ImageData, Pixels, re
 from repvgg_deploy.images.sources import ImageSource
 from repvgg_deploy.threads import start_workers
 
+# What cropped images that wait for their consumer may take.
+_AHEAD_BYTES = 1 << 29
+
 
 @dataclass
 class BrokenImages:
@@ -62,10 +65,11 @@ def decode_ahead(
 ) -> Generator[Pixels | ImageError, None, None]:
     """The cropped pixels (H, W, 3) of each image, or why there are none; in order, decoded by threads.
 
-    At most `ahead` images are decoded before the caller takes them. Libraries release the interpreter's lock while
-    they decode and resize, so threads use all cores.
+    At most `ahead` images are decoded before the caller takes them, fewer if they are large. Libraries release the
+    interpreter's lock while they decode and resize, so threads use all cores.
     """
     options = options or DecodingOptions()
+    ahead = max(1, min(ahead, _AHEAD_BYTES // (3 * preprocessing.height * preprocessing.width)))
 
     def decode(source: ImageData) -> Pixels | ImageError:
         try:

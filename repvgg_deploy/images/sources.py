@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ SUFFIXES = frozenset({
 ARCHIVES = frozenset({".tar"})
 # A path per line, of millions of images.
 _MOST_BYTES = 1 << 30
+# The largest sets have 22,000 classes, and as many folders of annotations.
+_MOST_BARREN = 50_000
 
 _KNOWN = "JPEG, PNG, WebP, TIFF, BMP or GIF files, a folder or a tar archive of them, or a list of their paths"
 
@@ -121,39 +124,105 @@ def _expand(source: Path) -> Iterator[ImageSource]:
     elif source.exists():
         yield source
     elif glob.has_magic(str(source)):
-        for match in sorted(map(Path, glob.glob(str(source), recursive=True))):  # noqa: PTH207 (a pattern may be absolute)
-            if match.suffix.lower() in SUFFIXES | ARCHIVES and not match.is_dir():
+        for match in _match(source):
+            if isinstance(match, Unreadable):
+                yield match
+            elif match.suffix.lower() in SUFFIXES | ARCHIVES and not match.is_dir():
                 yield from _expand(match)
     else:
         raise ImageError(f"there is no folder {source}, nor an image or a list of that name", f"give {_KNOWN}")
 
 
-def walk_folder(folder: Path) -> Iterator[ImageSource]:
+@dataclass
+class Tally:
+    """How many folders a walk has seen, with and without images of their own."""
+
+    fruitful: int = 0
+    barren: int = 0
+
+    def add(self, is_fruitful: bool, start: Path) -> None:
+        """Count a folder below `start`; raise ImageError once nearly all of very many are without images."""
+        self.fruitful += is_fruitful
+        self.barren += not is_fruitful
+        if self.barren > max(_MOST_BARREN, 3 * self.fruitful):
+            raise ImageError(
+                f"{start} has more than {_MOST_BARREN:,} folders without an image below it",
+                "give the folder of the images",
+            )
+
+
+def walk_folder(folder: Path, tally: Tally | None = None) -> Iterator[ImageSource]:
     """All images below a folder and in archives below it, sorted; links are followed, each folder once.
 
-    A folder that cannot be entered is `Unreadable`.
+    A link that leads to a folder around the one given is not followed, as it leads to everything. A folder that cannot
+    be entered is `Unreadable`. `tally` is that of several walks that belong together.
+
+    Raises:
+        ImageError: it is no folder of images, but a whole system of other files.
     """
+    for entry in _sorted(_list_files(folder, tally or Tally())):
+        if isinstance(entry, Path) and entry.suffix.lower() in ARCHIVES:
+            yield from list_archive(entry)
+        else:
+            yield entry
+
+
+def _list_files(folder: Path, tally: Tally) -> list[Path | Unreadable]:
+    """The images and archives below a folder, and the folders that cannot be entered."""
     problems: list[Unreadable] = []
 
     def note(error: OSError) -> None:
         problems.append(Unreadable(Path(error.filename), error.strerror or type(error).__name__))
 
     paths: list[Path] = []
-    seen: set[tuple[int, int]] = set()
+    seen = {_identity(around) for around in folder.resolve().parents}
     for place, folders, files in os.walk(folder, onerror=note, followlinks=True):
-        status = Path(place).stat()
-        if (status.st_dev, status.st_ino) in seen:
+        identity = _identity(Path(place))
+        if identity in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         folders.sort()
-        paths += [Path(place) / name for name in files if Path(name).suffix.lower() in SUFFIXES | ARCHIVES]
-    entries: list[Path | Unreadable] = [*paths, *problems]
-    for entry in sorted(entries, key=lambda entry: entry if isinstance(entry, Path) else entry.path):
-        if isinstance(entry, Path) and entry.suffix.lower() in ARCHIVES:
-            yield from list_archive(entry)
-        else:
-            yield entry
+        found = [Path(place) / name for name in files if Path(name).suffix.lower() in SUFFIXES | ARCHIVES]
+        tally.add(bool(found), folder)
+        paths += found
+    return [*paths, *problems]
+
+
+def _sorted(entries: Iterable[Path | Unreadable]) -> list[Path | Unreadable]:
+    return sorted(entries, key=lambda entry: entry if isinstance(entry, Path) else entry.path)
+
+
+def _match(pattern: Path) -> list[Path | Unreadable]:
+    """What a pattern matches, sorted; `**` stands for any folders, as `walk_folder` enters them: each once."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return _sorted(map(Path, glob.glob(str(pattern))))  # noqa: PTH207 (a pattern may be absolute)
+    first = parts.index("**")
+    start, rest = Path(*parts[:first]), parts[first:]
+    found: list[Path | Unreadable] = []
+    for base in map(Path, glob.glob(str(start))):  # noqa: PTH207
+        found += [
+            entry
+            for entry in (_list_files(base, Tally()) if base.is_dir() else [])
+            if isinstance(entry, Unreadable) or _fits(entry.relative_to(base).parts, rest)
+        ]
+    return _sorted(found)
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the words of a path fit those of a pattern; a hidden name fits only a word that begins with a dot too."""
+    if not parts or not pattern:
+        return not parts and all(word == "**" for word in pattern)
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or (not parts[0].startswith(".") and _fits(parts[1:], pattern))
+    is_shown = pattern[0].startswith(".") or not parts[0].startswith(".")
+    return is_shown and fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def list_archive(path: Path) -> Iterator[ImageSource]:

@@ -14,7 +14,7 @@ from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images.decoding import Pixels, normalize
 from repvgg_deploy.images.reading import BrokenImages, read_batches
-from repvgg_deploy.images.sources import ImageSource, list_images
+from repvgg_deploy.images.sources import ImageSource, Unreadable, list_images
 from repvgg_deploy.progress import SILENT, Progress
 
 _BATCH = 32
@@ -58,9 +58,12 @@ def choose_sources(source: Path, count: int, seed: int) -> tuple[ImageSource, ..
         ImageError: there is no image.
     """
     paths = list_images(source)
+    # Of a folder that cannot be read nothing can be drawn, but that there is one is told.
+    closed = [path for path in paths if isinstance(path, Unreadable)]
+    paths = tuple(path for path in paths if not isinstance(path, Unreadable))
     if len(paths) > count:
         paths = tuple(sorted(random.Random(seed).sample(paths, count), key=lambda image: Path(str(image))))
-    return paths
+    return (*paths, *closed)
 
 
 def choose_images(

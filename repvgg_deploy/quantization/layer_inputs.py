@@ -16,6 +16,9 @@ MEMORY_BYTES = 1 << 29
 """What the kept activations may take, of the widest point and both streams together."""
 
 
+# In how many units of the last place a sum of many products is off.
+_ROUNDINGS = 4
+
 _USUAL = 4.0
 """How many times the median energy an image may have and still count in full."""
 
@@ -60,7 +63,8 @@ class Moments:
 
     `covariance` (columns, columns) is that of the rounded inputs with themselves, `drift` (filters, columns) that of
     the error they bring to the group's outputs (its weights on exact minus rounded inputs) with them; `samples` pixels
-    were used for both. A pixel counts by `Streams.image_weights` and by `weights_of_errors` of its outputs.
+    were used for both. A pixel counts by `Streams.image_weights` and by `weights_of_errors` of its outputs. `noise`
+    bounds what float32 has changed of the covariance's eigenvalues: of inputs that hardly differ nothing else is left.
     """
 
     exact_mean: Tensor
@@ -68,6 +72,7 @@ class Moments:
     covariance: Tensor
     drift: Tensor
     samples: int
+    noise: float
 
 
 def input_moments(streams: Streams, layer: nn.Conv2d | nn.Linear, samples: int, seed: int) -> list[Moments]:
@@ -118,7 +123,10 @@ def _moments(sums: list[Tensor], weight: Tensor, count: int) -> Moments:
     mass = float(sums[0])
     exact, rounded, square, drift = (part / mass for part in sums[1:])
     covariance = square - torch.outer(rounded, rounded)
-    return Moments(exact, rounded, covariance, drift - torch.outer(weight @ (exact - rounded), rounded), count)
+    drift = drift - torch.outer(weight @ (exact - rounded), rounded)
+    # An entry of `square` is off by no more than a few ε √(sᵢ sⱼ), s being its diagonal: a matrix of norm ε Σ s.
+    noise = _ROUNDINGS * torch.finfo(square.dtype).eps * float(square.diagonal().sum())
+    return Moments(exact, rounded, covariance, drift, count, noise)
 
 
 def _patches(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,15 @@ from torch import Tensor
 from repvgg_deploy.quantization.points import BATCH
 from repvgg_deploy.quantization.qat_training import QatTraining, set_saturation
 from repvgg_deploy.quantization.target import CLIPPING, UNSIGNED_HIGHEST
+
+
+@dataclass(frozen=True)
+class BestSoFar:
+    """What `BestState` continues from: the step, its divergence, and the student's tensors; none before the first."""
+
+    step: int
+    divergence: float
+    student: Mapping[str, Tensor]
 
 
 class BestState:
@@ -61,13 +70,13 @@ class BestState:
         """Give the student the values that it had at the best step."""
         training.student.load_state_dict(self._student)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> BestSoFar:
         """Everything that `restore` needs to continue."""
-        return {"step": self.step, "divergence": self.divergence, "student": self._student}
+        return BestSoFar(self.step, self.divergence, self._student)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: BestSoFar) -> None:
         """Continue from what `state` returned."""
-        self.step, self.divergence, self._student = state["step"], state["divergence"], dict(state["student"])
+        self.step, self.divergence, self._student = state.step, state.divergence, dict(state.student)
 
     def _run(self, net: torch.nn.Module) -> Tensor:
         device = next(net.parameters()).device

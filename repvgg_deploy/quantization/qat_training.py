@@ -74,6 +74,23 @@ class _WithStages(nn.Module):
         return self.net.head(x), outputs
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that a run continues from.
+
+    Attributes:
+        done: steps.
+        rates: of the groups of tensors at the start, which come from the initial scales.
+        since: sums of what the steps returned since the last row of the curves, and how many steps these are.
+        tensors: `student.NAME`, and the moments of Adam `optimizer.INDEX.NAME`.
+    """
+
+    done: int
+    rates: tuple[float, ...]
+    since: Mapping[str, float]
+    tensors: Mapping[str, Tensor]
+
+
 class QatTraining:
     """A student, its teacher and its optimizer, and the number of steps done.
 
@@ -144,24 +161,37 @@ class QatTraining:
         self._since = {}
         return means
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> TrainingState:
         """Everything that `restore` needs to continue."""
-        return {
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            # They come from the initial scales.
-            "rates": self._rates,
-            "done": self.done,
-            "since": dict(self._since),
-        }
+        tensors = {f"student.{name}": value for name, value in self.student.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        return TrainingState(self.done, tuple(self._rates), dict(self._since), tensors)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def known_tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """The tensors that every state of this run has, and those that one may have, by name, with other values."""
+        parameters = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        moments: dict[str, Tensor] = {}
+        for index, parameter in enumerate(parameters):
+            moments[f"optimizer.{index}.step"] = torch.zeros(())
+            moments |= {f"optimizer.{index}.{name}": parameter for name in ("exp_avg", "exp_avg_sq")}
+        return {f"student.{name}": value for name, value in self.student.state_dict().items()}, moments
+
+    def restore(self, state: TrainingState) -> None:
         """Continue from what `state` returned."""
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._rates = list(state["rates"])
-        self.done = state["done"]
-        self._since = dict(state["since"])
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in state.tensors.items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = value
+        self.student.load_state_dict(groups["student"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in groups.get("optimizer", {}).items():
+            index, _, rest = name.partition(".")
+            moments.setdefault(int(index), {})[rest] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self._rates = list(state.rates)
+        self.done = state.done
+        self._since = dict(state.since)
 
     def _set_rate(self) -> None:
         decay = 0.5 * (1 + math.cos(math.pi * self.done / self.options.steps)) * min(1.0, (self.done + 1) / _WARM_UP)

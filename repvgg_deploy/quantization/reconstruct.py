@@ -225,7 +225,7 @@ def _refit(weight: Tensor, moments: Moments, damping: float) -> _Fit:
     # As many samples as unknowns determine nothing: the fewer there are, the closer the answer stays to `weight`.
     damping = damping * weight.shape[1] / moments.samples * mean_strength
     identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    covariance = moments.covariance + max(damping, 1e-4 * mean_strength) * identity
+    covariance = moments.covariance + max(damping, 1e-4 * mean_strength, moments.noise) * identity
     # Least squares of ‖W x − W′ x̂‖² + damping · ‖W′ − W‖², which is W + drift · (covariance + damping)⁻¹.
     return _Fit(weight + torch.linalg.solve(covariance, moments.drift.t()).t(), covariance)
 

@@ -100,6 +100,27 @@ class CalibrationStatistics:
         return cls(points, about.images, about.augmentations, about.sha256, about.images_sha256)
 
 
+def check_cache(path: Path, augmentations: int) -> None:
+    """Check what can be checked of a calibration cache before anything else is known; without a file nothing is.
+
+    Raises:
+        DeployError: it is damaged, or its images were taken in another number of variants than `augmentations`.
+    """
+    if not path.exists():
+        return
+    name = f"the calibration cache {path}"
+    file = ArrayFile(path, name, "delete it to calibrate anew")
+    if file.kind is not None:
+        # Not statistics, but the scales that training has learned.
+        return
+    about = file.about(_About)
+    if about.augmentations != augmentations:
+        raise DeployError(
+            f"{name} is of {about.augmentations} augmentations of each image, but the recipe takes {augmentations}",
+            _ANOTHER,
+        )
+
+
 def _add_to(digest: hashlib._Hash, batch: Tensor) -> None:
     digest.update(batch.cpu().contiguous().numpy().tobytes())
 

@@ -24,6 +24,9 @@ from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchRunner
 
+_BATCH_BYTES = 1 << 30
+_MOST_PADDING = 4 << 30
+
 
 @dataclass(frozen=True)
 class Model:
@@ -60,6 +63,13 @@ class Model:
         if self.classes == 0:
             raise DeployError(f"{self.path} gives features, not classes", "take a model that has its classifier")
 
+    def images_per_run(self, wanted: int) -> int:
+        """The model's own batch, or `wanted` images, or as many of them as take a gigabyte; at least one."""
+        if self.runner.batch is not None:
+            return self.runner.batch
+        bytes_per_image = 4 * len(self.preprocessing.mean) * self.preprocessing.height * self.preprocessing.width
+        return max(1, min(wanted, _BATCH_BYTES // bytes_per_image))
+
     def run_pixels(self, pixels: Pixels) -> dict[str, Array]:
         """The outputs for cropped pixels (n, H, W, channels); of RGB pixels a net of one channel gets the luma.
 
@@ -86,6 +96,8 @@ class Model:
         parts = []
         what = f"the batch of {size} that {self.path} takes"
         require_memory(size * images[:1].nbytes, what)
+        if (size - len(images)) * images[:1].nbytes > _MOST_PADDING:
+            raise DeployError(f"{what} would be zeros but for {len(images)} images", "export it with a smaller batch")
         for start in range(0, len(images), size):
             chunk = images[start : start + size]
             try:

@@ -28,6 +28,7 @@ _CUDA_OPTIONS = {"use_tf32": "0", "prefer_nhwc": "1", "enable_cuda_graph": "1"}
 _GRAPH_OF_A_RUN = "gpu_graph_id"
 _NO_GRAPH = "-1"
 
+_CLASSIFIER = "an image classifier has one output N,classes"
 _INSTALL = "install what that provider needs, or leave it out; see `repvgg-deploy doctor`"
 
 
@@ -116,7 +117,7 @@ class OnnxRunner:
         self.input_shape = tuple(size if isinstance(size, int) else None for size in first_input.shape)
         outputs = self._session.get_outputs()
         if not outputs:
-            raise GraphError(f"{path} has no output", "an image classifier has one output N,classes")
+            raise GraphError(f"{path} has no output", _CLASSIFIER)
         self.output_names: tuple[str, ...] = tuple(output.name for output in outputs)
         self.output_types = {output.name: str(output.type) for output in outputs}
         self.output_shapes = [tuple(s if isinstance(s, int) else None for s in output.shape) for output in outputs]
@@ -139,10 +140,18 @@ class OnnxRunner:
         """The outputs by name for a batch of images as the graph declares its input.
 
         Raises:
-            GraphError: the graph cannot be run on them.
+            GraphError: the graph cannot be run on them, or gives something else than a row of numbers per image.
         """
         with self._explaining(images):
             values = self._session.run(None, {self.input_name: images}, self._run_options(_NO_GRAPH))
+        for name, value in zip(self.output_names, values, strict=True):
+            if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+                raise GraphError(f"the output {name} of {self._path} is not of numbers", _CLASSIFIER)
+            if value.shape[:1] != (len(images),) or value.size == 0:
+                shape = "x".join(map(str, value.shape)) or "no dimensions"
+                raise GraphError(
+                    f"the output {name} of {self._path} has {shape}, where {len(images)} images were given", _CLASSIFIER
+                )
         return dict(zip(self.output_names, values, strict=True))
 
     def bind(self, images: Array) -> BoundRun:

@@ -106,7 +106,7 @@ class Predictor:
     @property
     def batch(self) -> int:
         """Images per run of the model."""
-        return self.model.runner.batch or self.options.batch
+        return self.model.images_per_run(self.options.batch)
 
     def __call__(self, images: Sequence[ImageInput]) -> list[Prediction]:
         """A prediction per image, in their order; one that cannot be decoded has an `error`."""

@@ -24,6 +24,8 @@ from onnx import numpy_helper
 def load_tensors(folder: Path, kind: str) -> dict[str, Any]:
     """The tensors `input_*.pb` or `output_*.pb` of a folder, by name."""
     protos = [onnx.TensorProto.FromString(path.read_bytes()) for path in sorted(folder.glob(f"{kind}_*.pb"))]
+    if any(proto.data_location == onnx.TensorProto.EXTERNAL for proto in protos):
+        raise ValueError("a golden tensor lies in another file")
     return {proto.name: numpy_helper.to_array(proto) for proto in protos}
 
 
@@ -53,8 +55,26 @@ def find_graphs(version: Path) -> list[Path]:
 
 
 def check_folder(data: Path, max_relative: float) -> bool | None:
-    """Whether the graphs of a version give the outputs in its `test_data_set_0`; None if they are not all ONNX."""
+    """Whether the graphs of a version give the outputs in its `test_data_set_0`; None if they are not all ONNX.
+
+    Files that cannot be read, and graphs that do not run, are a failure.
+    """
     name = f"{data.parent.parent.name}/{data.parent.name}"
+    try:
+        return run_folder(name, data, max_relative)
+    except Exception as error:  # protobuf, onnx and ONNX Runtime have no common class of exceptions
+        return tell_failure(name, error)
+
+
+def tell_failure(name: str, error: Exception) -> bool:
+    """Print what is wrong, on one line; False."""
+    said = str(error).splitlines()
+    print(f"{name}: FAILED, {ascii(said[0])[1:300] if said else type(error).__name__}")
+    return False
+
+
+def run_folder(name: str, data: Path, max_relative: float) -> bool | None:
+    """As `check_folder`, with whatever exception reading and running raise."""
     graphs = find_graphs(data.parent)
     if not all(graph.exists() for graph in graphs):
         print(f"{name}: not run, it is no ONNX graph")
@@ -76,6 +96,14 @@ def compare(name: str, expected: dict[str, Any], actual: dict[str, Any], max_rel
 def check_exported(version: Path, exported: Path, max_relative: float) -> bool:
     """Whether the outputs that trtexec wrote, as text, are those of a version's golden files."""
     version = version.resolve()
+    try:
+        return compare_exported(version, exported, max_relative)
+    except Exception as error:  # as above
+        return tell_failure(f"{version.parent.name}/{version.name}", error)
+
+
+def compare_exported(version: Path, exported: Path, max_relative: float) -> bool:
+    """As `check_exported`, with whatever exception reading raises."""
     expected = load_tensors(version / "test_data_set_0", "output")
     actual = {}
     for tensor in json.loads(exported.read_text(encoding="utf-8")):

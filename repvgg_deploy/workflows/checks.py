@@ -44,10 +44,13 @@ def check_request(request: ExportRequest, backend: Any) -> None:
 
 def _check_int8(request: Int8Request) -> None:
     from repvgg_deploy.quantization.recipe import load_recipe
+    from repvgg_deploy.quantization.statistics import check_cache
 
     if request.device == "cuda" and not torch.cuda.is_available():
         raise DeployError("--calib-device cuda: torch sees no CUDA GPU here", "leave it out, or install torch for CUDA")
-    load_recipe(request.recipe)
+    recipe = load_recipe(request.recipe)
+    if request.cache is not None:
+        check_cache(request.cache, recipe.augmentations)
     if request.images is not None:
         _check("--calib", list_images, request.images)
     if request.validation is not None:

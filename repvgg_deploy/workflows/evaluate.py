@@ -21,6 +21,9 @@ from repvgg_deploy.progress import SILENT, Progress, count_steps
 from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.model import Model, rank_classes
 
+# Without the model's own number of classes, one beyond all that there are is a damaged ground truth.
+_MOST_CLASSES = 1 << 24
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -93,7 +96,7 @@ def evaluate(
     to_class = map_classes(images, model.class_names, model.classes)
     advance = count_steps(progress, "evaluating", len(images.paths))
     broken = BrokenImages({entry: f"{entry} cannot be read ({entry.reason})" for entry in images.unreadable})
-    size = model.runner.batch or batch
+    size = model.images_per_run(batch)
     hits, scores = Hits(), ScoreCheck(str(model.path))
     begin = time.perf_counter()
     for pixels, indices in read_batches(images.paths, model.preprocessing, size, broken, options.decoding):
@@ -231,6 +234,8 @@ def map_classes(images: LabelledImages, class_names: tuple[str, ...] | None, cla
     if names is None:
         # The ground truth has the model's own numbers.
         highest = max(images.labels)
+        if classes is None and highest >= _MOST_CLASSES:
+            raise DeployError(f"the ground truth has class {highest}", "number the classes from 0")
         if classes is not None and highest >= classes:
             raise DeployError(
                 f"the ground truth has class {highest}, but the model's classes are 0 to {classes - 1}",

@@ -31,7 +31,7 @@ from repvgg_deploy.quantization.qat_scales import apply_scales, load_scales
 from repvgg_deploy.quantization.qdq import with_fp16_scales
 from repvgg_deploy.runtime.model import Model
 from repvgg_deploy.runtime.torch import TorchOptions, TorchRunner
-from repvgg_deploy.workflows.evaluate import evaluate
+from repvgg_deploy.workflows.evaluate import Evaluation, evaluate
 from repvgg_deploy.workflows.export_request import Int8Request
 
 
@@ -138,25 +138,28 @@ class _Drop:
         self.request = request
         self.progress = progress
         self._as_tensorrt = for_engine or request.activation_type == "int8"
-        self._exact = self._top1(source.fused)
+        exact = self._evaluate(source.fused)
+        for reason in exact.broken.values():
+            progress.note(f"left out: {reason}")
+        self._exact = exact.top1
 
     def measure(self, net: QuantizedNet) -> float:
         """What `net` loses, as it will be run."""
         if self.request.rest is Precision.FP16:
             net = with_fp16_scales(net)
-        drop = self._exact - self._top1(net.as_tensorrt() if self._as_tensorrt else net)
+        drop = self._exact - self._evaluate(net.as_tensorrt() if self._as_tensorrt else net).top1
         kept = len(net.float_layers())
         self.progress.note(f"{kept} layers in float: top-1 drops by {drop:.2f} points from {self._exact:.2f} %")
         return drop
 
-    def _top1(self, net: nn.Module) -> float:
+    def _evaluate(self, net: nn.Module) -> Evaluation:
         validation = self.request.validation
         if validation is None:
             raise AssertionError("a drop is measured on labelled images")
         device, spec = self.source.fused.device.type, self.source.fused.spec
         runner = TorchRunner(net, None if device == "cpu" else TorchOptions(device))
         model = Model(validation, runner, self.source.preprocessing, None, spec.classes, spec.in_channels)
-        return evaluate(model, validation).top1
+        return evaluate(model, validation)
 
 
 def _quantize_within(

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repvgg_deploy.checkpoints.containers import Contents, read_contents
+from repvgg_deploy.checkpoints.sources import open_source
+from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError, DeployError
 
 _WRAPPERS = ("state_dict", "model", "model_ema", "ema_state_dict", "ema", "net")
@@ -57,7 +60,7 @@ def make_module(factory: str, kwargs: str | None, checkpoint: Path) -> nn.Module
 def _parse_kwargs(text: str | None) -> dict[str, Any]:
     try:
         values = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DeployError(f"--kwargs is not JSON: {error}", """--kwargs '{"classes": 19}'""") from error
     if not isinstance(values, dict):
         raise DeployError("--kwargs is not a JSON object", """--kwargs '{"classes": 19}'""")
@@ -66,49 +69,41 @@ def _parse_kwargs(text: str | None) -> dict[str, Any]:
 
 def _load(module: nn.Module, path: Path) -> None:
     wanted = module.state_dict()
-    tensors = _strip(_read(path), wanted)
-    missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"{path} does not fit {type(module).__name__}: {len(missing)} tensors are missing"
-            f" ({', '.join(missing[:3])}), {len(unknown)} do not belong to the module ({', '.join(unknown[:3])})",
-            "give the factory the keywords that the net was trained with: --kwargs",
-        )
-    try:
-        module.load_state_dict(dict(tensors))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path} does not fit {type(module).__name__}: {reason}", "check --kwargs") from error
+    with open_source(path) as source:
+        stored = _strip(_choose(read_contents(source, path), path), wanted)
+        missing, unknown = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+        if missing or unknown:
+            raise CheckpointError(
+                f"{path} does not fit {type(module).__name__}: {len(missing)} tensors are missing"
+                f" ({', '.join(missing[:3])}), {len(unknown)} do not belong to the module ({', '.join(unknown[:3])})",
+                "give the factory the keywords that the net was trained with: --kwargs",
+            )
+        for name, tensor in stored.items():
+            # Before it is read: a file can claim any shape.
+            if tensor.shape != tuple(wanted[name].shape):
+                raise CheckpointError(
+                    f"{path} does not fit {type(module).__name__}: {name} is {tensor.shape!s:.60},"
+                    f" not {tuple(wanted[name].shape)}",
+                    "check --kwargs",
+                )
+        module.load_state_dict({name: torch.from_numpy(tensor.load(name)) for name, tensor in stored.items()})
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """The first dict of tensors in a file, which may be wrapped as trainers do."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}", "check the path; random weights are never used instead")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # A damaged pickle is a corrupted program, so reading it can raise nearly any exception.
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(
-            f"{path} cannot be read as tensors only: {reason}", "torch.save(net.state_dict(), 'net.pth')"
-        ) from error
-    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
-        key = next((name for name in _WRAPPERS if isinstance(found.get(name), Mapping)), None)
+def _choose(contents: Contents, path: Path) -> Mapping[str, StoredTensor]:
+    """The first dict of tensors in a file, which may be wrapped as trainers do, by their names there."""
+    place = ""
+    while not any(where == place for where in contents.places.values()):
+        inside = f"{place}." if place else ""
+        places = contents.places.values()
+        key = next((w for w in _WRAPPERS if any(f"{where}.".startswith(f"{inside}{w}.") for where in places)), None)
         if key is None:
-            break
-        found = found[key]
-    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
-    if not tensors:
-        raise CheckpointError(f"{path} does not contain a state dict", "torch.save(net.state_dict(), 'net.pth')")
-    return tensors
+            raise CheckpointError(f"{path} does not contain a state dict", "torch.save(net.state_dict(), 'net.pth')")
+        place = f"{inside}{key}"
+    start = len(place) + 1 if place else 0
+    return {name[start:]: tensor for name, tensor in contents.tensors.items() if contents.places[name] == place}
 
 
-def _strip(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _strip(tensors: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> Mapping[str, StoredTensor]:
     """The tensors under the module's own names, without the prefix of a wrapper that all of them have."""
     while not tensors.keys() & wanted.keys():
         prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)

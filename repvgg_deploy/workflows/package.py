@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.artifacts import Array
-from repvgg_deploy.errors import DeployError
+from repvgg_deploy.errors import DeployError, VerificationError
 from repvgg_deploy.files import stage_files
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
 from repvgg_deploy.graphs.preprocessing import PIXELS, NetInput, make_preprocessing
+from repvgg_deploy.hardware.cpu import require_memory
 from repvgg_deploy.images.decoding import Pixels
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.session import GraphSession
@@ -30,6 +31,7 @@ from repvgg_deploy.serving.triton import (
     ServedTensor,
     make_labels,
 )
+from repvgg_deploy.typed_values import read_file
 from repvgg_deploy.workflows.package_checks import PreprocessingParity, compare_with_pillow, prepare, read_pictures
 from repvgg_deploy.workflows.package_sources import Source, read_source
 
@@ -117,12 +119,13 @@ def package(request: PackageRequest, progress: Progress = SILENT) -> PackageResu
         VerificationError: the preprocessing is too far from Pillow's.
     """
     source = read_source(request.models)
+    if request.preprocess:
+        _require_single(source)
     name = _entry_name(request)
     served = _served_model(source, name, request.serving)
     pictures = read_pictures(request.data)
     parity, entries = None, [_model_entry(source, served, pictures)]
     if request.preprocess:
-        _require_single(source)
         graph = make_preprocessing(
             source.preprocessing, NetInput(source.input.name, source.input.dtype, source.takes_pixels)
         )
@@ -204,10 +207,15 @@ def _model_entry(source: Source, served: ServedModel, pictures: Sequence[Pixels]
     golden = None
     if source.graph is not None:
         count = source.fixed_batch or 2
-        inputs = {
-            source.input.name: np.concatenate([prepare(pictures[i % len(pictures)], source) for i in range(count)])
-        }
+        prepared = [prepare(picture, source) for picture in pictures[:count]]
+        require_memory(count * prepared[0].nbytes, f"the batch of {count} that {source.files[0]} takes")
+        inputs = {source.input.name: np.concatenate([prepared[i % len(prepared)] for i in range(count)])}
         outputs = GraphSession(source.graph).run(inputs)
+        if not all(np.isfinite(values).all() for values in outputs.values() if values.dtype.kind == "f"):
+            raise VerificationError(
+                f"{source.graph} gives NaN or Inf",
+                "in FP16: values beyond 65504; compare it with its checkpoint: `verify`",
+            )
         golden = GoldenSet(inputs, outputs, tuple(names), dynamic_batch=not source.fixed_batch)
     return _Entry(served, files, None, golden, source.class_names)
 
@@ -272,13 +280,14 @@ def _keep_config(folder: Path, entry: _Entry, progress: Progress) -> bool:
         DeployError: it is another model's.
     """
     path, labels = folder / "config.pbtxt", folder / LABELS_FILE
+    hint = "remove it, or choose another --name"
     try:
-        config = path.read_text(encoding="utf-8")
-        known = labels.read_text(encoding="utf-8") if labels.exists() else ""
+        config = read_file(path, str(path), hint).decode()
+        known = read_file(labels, str(labels), hint).decode() if labels.exists() else ""
     except FileNotFoundError:
         return False
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeployError(f"{path} cannot be read", "remove it, or choose another --name") from error
+    except UnicodeDecodeError as error:
+        raise DeployError(f"{path} or {labels.name} beside it is not text", hint) from error
     same_labels = entry.labels is None or known == make_labels(entry.labels)
     if not config.startswith(entry.config.head()) or not same_labels:
         raise DeployError(

@@ -88,6 +88,8 @@ def _read_graph(path: Path) -> Source:
     shapes = zip(runner.output_names, runner.output_shapes, strict=True)
     outputs = [ServedTensor(name, _dtype(runner.output_types[name]), _dims(shape)) for name, shape in shapes]
     first = ServedTensor(runner.input_name, _dtype(runner.input_type), _dims(runner.input_shape))
+    if model.channels is None:
+        raise DeployError(f"{path} takes any number of channels", "export it with the number that its images have")
     return _with_labels(
         Source(
             "onnxruntime",

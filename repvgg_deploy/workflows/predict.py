@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -140,11 +141,27 @@ def find_sources(images: Sequence[str]) -> tuple[ImageSource, ...]:
     """
     found: dict[str, ImageSource] = {}
     for source in images:
-        listed = list_lines(sys.stdin, Path()) if source == "-" else find_images([source])
+        listed = list_lines(_standard_input(), Path()) if source == "-" else find_images([source])
         found.update((str(image), image) for image in listed if str(image) not in found)
     if not found:
         raise ImageError("there is no image on standard input", "give one path per line")
     return tuple(found.values())
+
+
+def _standard_input() -> Iterator[str]:
+    """The lines of standard input; a name that is not UTF-8 becomes what the names of such files are in Python.
+
+    Raises:
+        ImageError: it is closed, or cannot be read.
+    """
+    if sys.stdin is None:
+        raise ImageError("there is no standard input", "give one path per line")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    try:
+        yield from sys.stdin
+    except OSError as error:
+        raise ImageError(f"cannot read standard input: {error.strerror}", "give one path per line") from error
 
 
 def _run_missing(

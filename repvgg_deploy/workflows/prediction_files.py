@@ -6,6 +6,7 @@ import csv
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -16,8 +17,9 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files import stage_files
 from repvgg_deploy.printable import dump_json
 from repvgg_deploy.serving.tables import as_text, import_pyarrow, make_table, prediction_schema
+from repvgg_deploy.workflows.prediction_rows import Row, RowError, read_lines, read_names, read_row, shape_of
 
-Row = Mapping[str, Any]
+_START_OVER = "leave --resume out to start over, or choose another -o"
 # Rows per row group of a Parquet file; one group is in memory at a time.
 _ROW_GROUP = 4096
 
@@ -31,25 +33,30 @@ class Journal:
     """The finished rows of a run, one JSON object per line, in `FILE.partial` until FILE is whole.
 
     Its first line says what the run is; each row is written by one call after its batch is finished. A line that a
-    killed process left half-written is removed when the journal is opened again.
+    killed process left half-written is removed when the journal is opened again; any other damage is an error.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], resume: bool) -> None:
         """Open the journal of `output`: with `resume` as it is, else empty.
 
         Raises:
-            DeployError: it cannot be written, belongs to another model or to other options, or is in use.
+            DeployError: it cannot be written, is damaged, belongs to another model or to other options, or is in use.
         """
         self.path = output.with_name(f"{output.name}.partial")
         self._places: dict[str, tuple[int, int]] = {}
         self._written = 0
+        self._shape: object = None
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            # Whoever may write to the folder could lead the rows to a file of the user's with a link.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(self.path, flags, 0o666)
         except OSError as error:
             raise DeployError(f"cannot write {self.path}: {error.strerror}", "choose another -o") from error
         self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise DeployError(f"{self.path} is a pipe or a device", "remove it, or choose another -o")
             self._lock()
             header = encode_row({"run": dict(identity)})
             if resume:
@@ -69,22 +76,31 @@ class Journal:
             raise DeployError(f"another process is writing {self.path}", "wait for it, or choose another -o") from error
 
     def _recover(self, header: bytes) -> None:
-        """Find the whole rows, and cut off what follows the last of them."""
+        """Find the whole rows, and cut off the half-written line that may follow the last of them."""
+        end = 0
         with self.path.open("rb") as file:
-            first = file.readline()
-            if first and first != header and first.endswith(b"\n"):
-                raise DeployError(
-                    f"{self.path} was written with another model or with other options",
-                    "leave --resume out to start over, or choose another -o",
-                )
-            end = len(first) if first == header else 0
-            for line in file if end else ():
-                if (name := _name_of(line)) is None:
-                    break
-                self._places.setdefault(name, (end, len(line)))
-                end += len(line)
+            first = file.readline(len(header))
+            if not header.startswith(first):
+                raise DeployError(f"{self.path} was written with another model or with other options", _START_OVER)
+            if first == header:
+                end = len(header)
+                try:
+                    for number, line in enumerate(read_lines(file), 2):
+                        self._add(read_row(line, number), end, line)
+                        end += len(line)
+                except RowError as error:
+                    raise DeployError(f"{self.path} is damaged: {error}", _START_OVER) from error
         self._file.truncate(end)
         self._written = len(self._places)
+
+    def _add(self, row: Row, place: int, line: bytes) -> None:
+        """Note where a row is; those of one run have the same fields, and as many values in each."""
+        shape = shape_of(row)
+        if shape is not None:
+            if self._shape not in (None, shape):
+                raise RowError(f"the row of {row['path']} has other fields than those before it")
+            self._shape = shape
+        self._places.setdefault(row["path"], (place, len(line)))
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -100,7 +116,10 @@ class Journal:
             if row["path"] in self._places:
                 continue
             line = encode_row(row)
-            self._places[row["path"]] = (place, len(line))
+            try:
+                self._add(row, place, line)
+            except RowError as error:
+                raise DeployError(f"{self.path} is not of this run: {error}", _START_OVER) from error
             place += len(line)
             parts.append(line)
         self._write(b"".join(parts))
@@ -143,18 +162,6 @@ class Journal:
         self._file.close()
 
 
-def _name_of(line: bytes) -> str | None:
-    """The name in a whole row; None for anything else."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    name = row.get("path") if isinstance(row, dict) else None
-    return name if isinstance(name, str) else None
-
-
 def write_predictions(output: Path, lines: Callable[[], Iterator[bytes]]) -> None:
     """Write rows, given as lines of JSON, in the format that the ending of `output` says; all of them or nothing.
 
@@ -173,6 +180,8 @@ def check_format(output: Path) -> None:
         import_pyarrow()
     if output.is_dir():
         raise DeployError(f"{output} is a directory, so no file can take its place", "choose another -o")
+    if output.exists() and not output.is_file():
+        raise DeployError(f"{output} is a pipe or a device, so no file can take its place", "choose another -o")
 
 
 def _write_jsonl(path: Path, lines: Callable[[], Iterator[bytes]]) -> None:
@@ -236,21 +245,9 @@ def count_errors(output: Path, names: Sequence[str]) -> int | None:
     if not output.is_file():
         return None
     try:
-        rows = list(_read_back(output))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows = list(islice(read_names(output, len(names)), len(names) + 1))
+    except (OSError, RowError) as error:
         raise DeployError(f"{output} cannot be read ({error})", "leave --resume out to write it anew") from error
     if [as_text(name) for name, _ in rows] != list(map(as_text, names)):
         return None
     return sum(broken for _, broken in rows)
-
-
-def _read_back(output: Path) -> Iterator[tuple[str, bool]]:
-    """The name in each row, and whether it has an error."""
-    ending = output.suffix.lower()
-    if ending == ".parquet":
-        table = import_pyarrow().parquet.read_table(output, columns=["path", "error"])
-        yield from ((row["path"], row["error"] is not None) for row in table.to_pylist())
-        return
-    with output.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file) if ending == ".csv" else map(json.loads, file):
-            yield row["path"], bool(row.get("error"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
+import math
 import os
-import pickle
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.settings import StructureOptions
 from repvgg_deploy.progress import SILENT, Progress
-from repvgg_deploy.quantization.calibration_images import choose_images
+from repvgg_deploy.quantization.calibration_images import CalibrationImages, choose_images
 from repvgg_deploy.quantization.data_free import make_pictures
 from repvgg_deploy.quantization.points import Images
 from repvgg_deploy.quantization.qat import convert_qat
@@ -42,12 +43,11 @@ from repvgg_deploy.verification.parity import compare, require_parity
 from repvgg_deploy.workflows.qat_images import TrainingImages, hold_out, image_limits, made_images, read_training_images
 from repvgg_deploy.workflows.qat_request import QatRequest, QatResult, curves_path, scales_path, state_path
 from repvgg_deploy.workflows.qat_rows import describe_row, measure_row, to_csv
+from repvgg_deploy.workflows.qat_state import SavedRun, load_run, save_run
 
 _MAX_RELATIVE = 1e-1
 _VALIDATION = 2000
 _SEEN = 64
-# Of the saved state: raised when what it contains changes.
-_FORMAT = "2"
 
 
 def run_qat(request: QatRequest, progress: Progress = SILENT) -> QatResult | None:
@@ -72,12 +72,12 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
     validation = None
     if request.validation is not None and rank == 0:
         validation = read_training_images(request.validation, preprocessing, _VALIDATION, labelled=True)
-    kept = _read_state(request, checkpoint, progress)
-    if kept is None:
-        run = _Run(_begin(request, net, preprocessing, progress), BestState(images.held_out), [])
+        _note_left_out(validation.left_out, progress)
+    best = BestState(images.held_out)
+    if state_path(request.output).exists():
+        run = _continue(request, checkpoint, net, best, progress)
     else:
-        run = _Run(_continue(request, net, kept), BestState(images.held_out), kept["rows"])
-        run.best.restore(kept["best"])
+        run = _Run(_begin(request, net, preprocessing, progress), best, [])
     resumed = run.training.done
     limits = image_limits(preprocessing)
     steps = request.training.steps
@@ -87,8 +87,10 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
         _save(run, request, checkpoint)
     saved = time.perf_counter()
     while run.training.done < steps:
-        run.training.step(images.take, len(images), limits)
+        taken = run.training.step(images.take, len(images), limits)
         done = run.training.done
+        if not math.isfinite(taken["loss"]):
+            raise DeployError(f"the loss of step {done} is not finite", "a lower --rate; delete the saved run")
         progress.step("training", done, steps)
         if rank != 0:
             continue
@@ -175,8 +177,14 @@ def _training_images(
             f"{request.data} has {images.classes} classes, but the net has {net.spec.classes}",
             "one folder per class, in the order of the outputs; or leave out --label-weight",
         )
+    _note_left_out(images.left_out, progress)
     progress.note(f"training on {len(images)} images of {request.data}")
     return images
+
+
+def _note_left_out(reasons: Iterable[str], progress: Progress) -> None:
+    for reason in reasons:
+        progress.note(f"left out: {reason}")
 
 
 def _with_steps(request: QatRequest, count: int) -> QatRequest:
@@ -200,57 +208,37 @@ def _begin(request: QatRequest, net: RepVGG, preprocessing: Preprocessing, progr
         begun = start_training(net, calibration, recipe, request.options, progress)
     for warning in caught:
         progress.note(f"warning: {warning.message}")
+    if isinstance(calibration, CalibrationImages):
+        _note_left_out(calibration.broken.reasons.values(), progress)
     return QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
 
 
-def _continue(request: QatRequest, net: RepVGG, kept: Mapping[str, Any]) -> QatTraining:
+def _continue(request: QatRequest, checkpoint: Checkpoint, net: RepVGG, best: BestState, progress: Progress) -> _Run:
     """The run whose state was saved."""
     begun = empty_start(net, request.options)
-    begun.teacher.load_state_dict(kept["teacher"])
     training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
-    training.restore(kept["training"])
-    return training
+    saved = load_run(state_path(request.output), _identity(request, checkpoint), training)
+    training.teacher.net.load_state_dict(saved.teacher)
+    training.restore(saved.training)
+    best.restore(saved.best)
+    progress.note(f"continuing after step {saved.training.done}")
+    return _Run(training, best, list(saved.rows))
 
 
-def _read_state(request: QatRequest, checkpoint: Checkpoint, progress: Progress) -> dict[str, Any] | None:
-    """The saved state, if there is one, read without executing code that it may contain."""
-    path = state_path(request.output)
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DeployError(
-            f"{path} is not the saved state of a run", "delete it to start over, or give another -o"
-        ) from error
-    if state["identity"] != _identity(request, checkpoint):
-        raise DeployError(
-            f"{path} belongs to another run, with other settings or another checkpoint",
-            "delete it to start over, or give another -o",
-        )
-    progress.note(f"continuing after step {state['training']['done']}")
-    return state
-
-
-def _identity(request: QatRequest, checkpoint: Checkpoint) -> dict[str, str]:
-    """What must be the same for a run to continue."""
+def _identity(request: QatRequest, checkpoint: Checkpoint) -> str:
+    """The sha256 of what must be the same for a run to continue."""
     values = asdict(replace(request, output=Path(), interval_s=0.0, validation=None))
-    return {"format": _FORMAT, "sha256": checkpoint.sha256, **{name: str(value) for name, value in values.items()}}
+    text = json.dumps({"checkpoint sha256": checkpoint.sha256, **{name: str(value) for name, value in values.items()}})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
-    state = {
-        "identity": _identity(request, checkpoint),
-        "teacher": run.training.teacher.net.state_dict(),
-        "training": run.training.state(),
-        "best": run.best.state(),
-        "rows": run.rows,
-    }
-    content = io.BytesIO()
-    torch.save(state, content)
+    teacher = run.training.teacher.net.state_dict()
+    identity = _identity(request, checkpoint)
+    saved = SavedRun(identity, tuple(run.rows), run.training.state(), teacher, run.best.state())
     path = state_path(request.output).absolute()
-    with stage_files(path.parent) as staging:
-        (staging / path.name).write_bytes(content.getbuffer())
+    with stage_files(path.parent) as staging, (staging / path.name).open("wb") as file:
+        save_run(saved, file)
 
 
 def _write(request: QatRequest, checkpoint: Checkpoint, run: _Run, images: TrainingImages) -> Parity:

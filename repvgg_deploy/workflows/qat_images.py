@@ -16,7 +16,7 @@ from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images.decoding import Pixels, normalize, read_pixels
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.images.reading import BrokenImages, read_batches
-from repvgg_deploy.images.sources import ImageSource, list_images
+from repvgg_deploy.images.sources import ImageSource, Unreadable, list_images
 from repvgg_deploy.quantization.data_free import MadePictures
 
 # Decoded pixels are kept in memory up to this many bytes.
@@ -31,7 +31,10 @@ _MOST_HELD_OUT = 128
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images by index; `labels` are their classes, of which there are `classes`, or None."""
+    """Images by index; `labels` are their classes, of which there are `classes`, or None.
+
+    `left_out` says of what cannot be read why.
+    """
 
     paths: tuple[ImageSource, ...]
     preprocessing: Preprocessing
@@ -39,6 +42,7 @@ class TrainingImages:
     classes: int = 0
     kept: Pixels | None = None
     made: Tensor | None = None
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths) if self.made is None else len(self.made)
@@ -67,17 +71,23 @@ def read_training_images(
     """
     labels: NDArray[np.int64] | None = None
     classes = 0
+    paths: tuple[ImageSource, ...]
     if labelled:
         found = list_labelled_images(folder)
-        paths, labels = found.paths, np.asarray(found.labels, np.int64)
+        paths, closed, labels = found.paths, found.unreadable, np.asarray(found.labels, np.int64)
         classes = 0 if found.class_names is None else len(found.class_names)
     else:
-        paths = list_images(folder)
+        listed = list_images(folder)
+        closed = tuple(path for path in listed if isinstance(path, Unreadable))
+        paths = tuple(path for path in listed if not isinstance(path, Unreadable))
+    left_out = tuple(f"{path} cannot be read ({path.reason})" for path in closed)
+    if not paths:
+        raise ImageError(f"none of the images of {folder} can be read: {left_out[0]}", "give another folder")
     if most is not None and len(paths) > most:
         chosen = np.linspace(0, len(paths), most, endpoint=False).astype(np.int64)
         paths = tuple(paths[i] for i in chosen)
         labels = None if labels is None else labels[chosen]
-    images = TrainingImages(paths, preprocessing, labels, classes)
+    images = TrainingImages(paths, preprocessing, labels, classes, left_out=left_out)
     if len(paths) * preprocessing.height * preprocessing.width * 3 > _KEPT_BYTES:
         return images
     broken = BrokenImages()
@@ -92,6 +102,7 @@ def read_training_images(
         None if labels is None else labels[indices],
         classes,
         np.concatenate([pixels for pixels, _ in batches]),
+        left_out=(*left_out, *broken.reasons.values()),
     )
 
 

@@ -124,6 +124,24 @@ def test_a_limit_fails_the_command(option: str, limit: float, status: int, graph
     assert ("error:" in result.stderr) == bool(status)
 
 
+@pytest.mark.parametrize("ending", ["onnx", "pth"])
+def test_a_model_that_gives_no_numbers_passes_no_limit_however_fast_it_is(ending: str, tmp_path: Path) -> None:
+    net = make_net()
+    with torch.no_grad():
+        # Finite, as a checkpoint's weights have to be; their products are not.
+        net.classifier.weight.fill_(3e38)
+    if ending == "pth":
+        torch.save(name_in_layout(net, "official"), tmp_path / "small.pth")
+    else:
+        fused: Any = fuse(net, torch.float32)
+        graph = to_onnx(fused, FloatLayers(), GraphOptions(32, 32), {"repvgg_deploy.precision": "fp32"})
+        write_graph(graph, tmp_path / "small.onnx")
+    where = ["--backend", "torch-cpu"] if ending == "pth" else []
+    result = run("bench", tmp_path / f"small.{ending}", "--min-images-per-sec", 1e-3, *where, *QUICK)
+    assert result.exit_code == 3
+    assert "the outputs are NaN or Inf, so no speed of it counts" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

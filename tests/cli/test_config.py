@@ -77,8 +77,10 @@ def test_a_file_may_be_written_by_hand(tmp_path: Path) -> None:
         ("\0", "cannot read"),
         ('opset = "many"\n', "'many' is not a valid integer"),
         ("[other]\nopset = 17\n", "unknown option 'other'"),
+        ('module = "os:system"\n', "module names code, so it is taken from the command line only"),
+        ("kwargs = '{}'\n", "kwargs names code"),
     ],
-    ids=["key", "syntax", "a number", "a list", "deep", "control character", "value", "table"],
+    ids=["key", "syntax", "a number", "a list", "deep", "control character", "value", "table", "code", "its keywords"],
 )  # fmt: skip
 def test_a_file_that_cannot_be_meant_is_wrong_usage(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "options.toml"

@@ -120,6 +120,24 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert "Error: " in result.stderr
 
 
+NO_MEMORY = (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to …"))
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["Python", "torch"])
+def test_too_little_memory_is_an_error_wherever_it_shows(
+    error: Exception, checkpoint_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("repvgg_deploy.workflows.fuse_checkpoint.write_fused", fail)
+    result = run("fuse", checkpoint_file, "-o", tmp_path / "fused.pth")
+    assert failed(result) == "error: there is too little memory for this"
+    assert failed(run("fuse", checkpoint_file, "-o", tmp_path / "fused.pth", "--json")).startswith("error: there is")
+    monkeypatch.setattr("repvgg_deploy.workflows.fuse_checkpoint.write_fused", lambda *_, **__: 1 / 0)
+    assert isinstance(run("fuse", checkpoint_file, "-o", tmp_path / "fused.pth").exception, ZeroDivisionError)
+
+
 def test_version_is_printed() -> None:
     assert run("--version").stdout.strip().endswith(repvgg_deploy.__version__)
 

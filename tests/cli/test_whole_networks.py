@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from helpers.evil_pickles import make_evil_pickle
 from helpers.whole_networks import PyramidNet
 from helpers.wide_statistics import randomize
 
@@ -46,6 +48,32 @@ def test_a_net_of_the_users_own_code_is_exported(folder) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(__file__).parents[2] / "docs/schemas/export-module.json").read_text(encoding="utf-8"))
     jsonschema.validate(values, schema)
+
+
+def test_weights_of_a_net_of_the_users_own_are_read_as_all_others(folder) -> None:
+    options = ("--module", "own_nets:PyramidNet", "--kwargs", '{"classes": 3}', "--example", "1x3x32x32")
+    state = torch.load(folder / "net.pth", weights_only=True)["state_dict"]
+    name = next(key for key, value in state.items() if value.dim() == 4)
+    content = (folder / "net.pth").read_bytes()
+    place = content.index(state[name].numpy().tobytes())
+    (folder / "flipped.pth").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    (folder / "evil.pth").write_bytes(make_evil_pickle("reduce", folder / "made"))
+    torch.save({**state, name: torch.zeros(()).expand(1 << 20, 1 << 20)}, folder / "claim.pth")
+    torch.save({"model": {"epoch": 3}}, folder / "empty.pth")
+    os.mkfifo(folder / "pipe.pth")
+    said = {
+        "flipped": "its checksum does not match",
+        "evil": "does not contain a state dict",
+        "claim": "does not fit PyramidNet",
+        "empty": "does not contain a state dict",
+        "pipe": "is a pipe or a device",
+    }
+    for file, message in said.items():
+        result = run(folder, *options, "--checkpoint", f"{file}.pth")
+        assert result.exit_code == 1, result.output
+        assert message in result.output
+    assert not (folder / "made").exists()
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(

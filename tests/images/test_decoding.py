@@ -337,6 +337,23 @@ def test_images_are_resized_with_the_filter_asked_for(name, size, tmp_path: Path
     assert np.abs(given.astype(int) - expected).max() <= (0 if max(size) < 16 * min(size) else 1)
 
 
+def test_a_webp_image_counts_with_what_its_decoder_keeps(tmp_path: Path) -> None:
+    path = saved(Image.fromarray(noise(32, 32)), tmp_path / "image.webp")
+    assert decode_image(path, DecodingOptions(max_bytes=32 * 32 * 8)).size == (32, 32)
+    with pytest.raises(ImageError, match="is too large"):
+        decode_image(path, DecodingOptions(max_bytes=32 * 32 * 8 - 1))
+
+
+def test_only_the_crop_is_computed_where_the_whole_image_would_be_resized_to_gigabytes(tmp_path: Path) -> None:
+    pixels = noise(40, 60)
+    path = saved(Image.fromarray(pixels), tmp_path / "image.png")
+    for decoder in ("auto", "pillow"):
+        options = DecodingOptions(decoder=decoder)
+        given = read_pixels(path, Preprocessing(8, 8, 65536), options)
+        # Some pixels around the middle one, enlarged beyond the crop.
+        assert np.abs(given.astype(int) - pixels[19:21, 29:31].mean((0, 1))).max() <= 2
+
+
 def test_a_bgr_net_gets_its_channels_in_that_order_and_a_gray_one_the_luma_of_rgb(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")

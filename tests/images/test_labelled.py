@@ -65,6 +65,13 @@ def test_shards_of_webdataset_have_their_labels_beside_the_images(tmp_path: Path
     assert (found.class_names, found.labels) == (None, (0, 1, 7, 8))
 
 
+@pytest.mark.parametrize("index", [b"-3", b"x", b"", b"1.5", b"\xff", b"9" * 32, "²".encode()])
+def test_index_that_no_class_has_is_an_error(index: bytes, tmp_path: Path) -> None:
+    archive = write_tar(tmp_path / "val.tar", {"a.jpg": jpeg(), "a.cls": index})
+    with pytest.raises(ImageError, match=r"a\.cls is not the index of a class"):
+        list_labelled_images(archive)
+
+
 def test_flat_archive_without_labels_is_an_error(tmp_path: Path) -> None:
     archive = write_tar(tmp_path / "val.tar", {name: jpeg() for name in VALIDATION})
     with pytest.raises(ImageError, match=r"_00000001\.JPEG has no class"):
@@ -137,6 +144,15 @@ def test_ground_truth_that_does_not_fit_is_an_error(text: str, message: str, fla
     truth.write_text(text)
     with pytest.raises(ImageError, match=message):
         list_labelled_images(flat, truth)
+
+
+def test_ground_truth_with_fields_that_no_line_has_is_an_error_or_made_of_names(flat: Path) -> None:
+    truth = flat / "truth.txt"
+    truth.write_text("x" * 200_000 + "\n")
+    with pytest.raises(ImageError, match="cannot be read as a ground truth"):
+        list_labelled_images(flat, truth)
+    truth.write_text("".join(f"{name} {'9' * 5000}\n" for name in VALIDATION))
+    assert list_labelled_images(flat, truth).class_names == ("9" * 5000,)
 
 
 def test_archive_that_is_cut_off_is_named(tmp_path: Path) -> None:

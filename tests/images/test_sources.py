@@ -10,6 +10,7 @@ from helpers.pictures import jpeg, noise, saved, write_tar
 from PIL import Image
 
 from repvgg_deploy.errors import ImageError
+from repvgg_deploy.images import sources
 from repvgg_deploy.images.archives import TarMember
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.images.sources import Unreadable, find_images, list_images, read_source
@@ -89,6 +90,54 @@ def test_links_to_folders_are_followed_and_a_circle_of_them_ends(tmp_path: Path)
     (tmp_path / "all" / "link").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "circle").symlink_to(tmp_path / "all")
     assert find_images([tmp_path / "all"]) == (tmp_path / "all" / "link" / "a.png",)
+
+
+def test_pattern_for_any_folders_enters_each_folder_once(tmp_path: Path) -> None:
+    names = ["a/1.png", "a/b/2.jpg", "a/b/c/3.png", ".hidden/4.png", "a/.5.png", "a/b/notes.txt", "6.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link in ("one", "two"):
+        (tmp_path / "a" / link).symlink_to(tmp_path)
+    for pattern, matched in {
+        "**/*.png": ["6.png", "a/1.png", "a/b/c/3.png"],
+        "**": ["6.png", "a/1.png", "a/b/2.jpg", "a/b/c/3.png"],
+        "a/**/?.*": ["a/1.png", "a/b/2.jpg", "a/b/c/3.png"],
+        "?/**/c/*": ["a/b/c/3.png"],
+        "**/b/**/*.png": ["a/b/c/3.png"],
+        ".hidden/**": [".hidden/4.png"],
+    }.items():
+        assert [str(image) for image in find_images([tmp_path / pattern])] == [f"{tmp_path}/{name}" for name in matched]
+    with pytest.raises(ImageError, match="there is no image in"):
+        find_images([tmp_path / "**" / "*.webp"])
+
+
+def test_link_to_a_folder_around_the_one_that_is_given_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for folder in (tmp_path, tmp_path / "set"):
+        saved(Image.fromarray(noise(3, 3)), folder / "a.png")
+    (tmp_path / "set" / "around").symlink_to(tmp_path)
+    (tmp_path / "set" / "everything").symlink_to("/")
+    assert find_images([tmp_path / "set"]) == (tmp_path / "set" / "a.png",)
+
+
+def test_folder_of_very_many_folders_without_images_is_no_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        (tmp_path / f"class{number % 2}" / f"empty{number:02}").mkdir(parents=True)
+    saved(Image.fromarray(noise(3, 3)), tmp_path / "class0" / "a.png")
+    assert len(find_images([tmp_path])) == 1
+    monkeypatch.setattr(sources, "_MOST_BARREN", 10)
+    with pytest.raises(ImageError, match="more than 10 folders without an image") as raised:
+        find_images([tmp_path])
+    assert raised.value.hint == "give the folder of the images"
+    # Classes are walked one by one, and counted together.
+    with pytest.raises(ImageError, match="more than 10 folders without an image"):
+        list_labelled_images(tmp_path)
+    for number in range(12):
+        saved(Image.fromarray(noise(3, 3)), tmp_path / f"class{number % 2}" / f"empty{number:02}" / "a.png")
+    assert len(find_images([tmp_path])) == 13
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.quantized_nets import QUICK, SHAPES, draw_images, fused_net, in_batches, kill_channel
+from helpers.small_nets import make_net
 from torch import Tensor
 
 from repvgg_deploy.benchmark.graphs import quantize_plainly
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.quantization import Recipe, collect_statistics, quantize
 from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS, AugmentedImages
 from repvgg_deploy.quantization.layer_inputs import Streams, input_moments
@@ -192,6 +194,19 @@ def test_layers_kept_float_are_the_ones_named_and_help() -> None:
 def test_a_layer_of_another_name_is_refused() -> None:
     with pytest.raises(DeployError, match=r"stages\.9\.9"):
         quantize(fused_net(), [draw_images(32)], QUICK, keep_float=["stages.9.9"])
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-3])
+def test_images_that_hardly_differ_leave_no_covariance_but_a_net_all_the_same(difference: float) -> None:
+    net = fuse(make_net(), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    one, noise = torch.randn(1, 3, 32, 32, generator=generator), torch.randn(12, 3, 32, 32, generator=generator)
+    images = one + difference * noise
+    with pytest.warns(UserWarning, match="12 calibration images"):
+        quantized = quantize(net, [images], Recipe("plain"))
+    with torch.no_grad():
+        expected = net(images)
+        assert float((quantized.as_tensorrt()(images) - expected).norm() / expected.norm()) < 0.1
 
 
 @pytest.mark.slow

@@ -197,6 +197,17 @@ def test_a_fixed_batch_of_nothing_or_of_more_than_memory_is_an_error(tmp_path: P
     with pytest.raises(DeployError, match=r"the batch of 10000000000 that .* takes needs .* GiB") as raised:
         model.run_pixels(np.zeros((2, 8, 8, 3), np.uint8))
     assert raised.value.hint
+    model = open_model(conv_graph(tmp_path / "many.onnx", size=8, batch=10**7), PreprocessingOptions(size=(8, 8)))
+    with pytest.raises(DeployError, match="would be zeros but for 2 images"):
+        model.run_pixels(np.zeros((2, 8, 8, 3), np.uint8))
+
+
+def test_images_larger_than_any_are_an_error_and_large_ones_are_run_in_small_batches(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="images of 100000x100000 are too large"):
+        open_model(conv_graph(tmp_path / "huge.onnx", size=100_000))
+    assert open_model(conv_graph(tmp_path / "large.onnx", size=4096)).images_per_run(64) == 5
+    assert open_model(conv_graph(tmp_path / "usual.onnx", size=224)).images_per_run(64) == 64
+    assert open_model(conv_graph(tmp_path / "fixed.onnx", size=4096, batch=7)).images_per_run(64) == 7
 
 
 @pytest.mark.parametrize("name", [b"images", b"Conv"])
@@ -254,6 +265,52 @@ def test_onnx_runtime_prints_nothing_of_a_tensor_larger_than_any_memory(
 def test_a_graph_without_outputs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(GraphError):
         OnnxRunner(conv_graph(tmp_path / "net.onnx", outputs=False))
+
+
+OUTPUTS = {
+    "rows of another number": ("Reshape", [-1, 8], onnx.TensorProto.FLOAT, "has 6x8, where 3 images were given"),
+    "no rows": ("ReduceSum", None, onnx.TensorProto.FLOAT, "has no dimensions, where 3 images"),
+    "no columns": ("Slice", [0], onnx.TensorProto.FLOAT, "has 3x0, where 3 images"),
+    "texts": ("Cast", None, onnx.TensorProto.STRING, "is not of numbers"),
+    "a sequence": ("SequenceConstruct", None, onnx.TensorProto.FLOAT, "is not of numbers"),
+}
+
+
+def graph_that_gives(kind: str, path: Path) -> Path:
+    """One row of 16 numbers per image of 4 x 4 pixels, given as something else."""
+    operator, numbers, element, _ = OUTPUTS[kind]
+    names = [] if numbers is None else ["numbers"] * (4 if operator == "Slice" else 1)
+    more: dict[str, object] = {"to": element} if operator == "Cast" else {}
+    if operator == "ReduceSum":
+        more = {"keepdims": 0}
+    nodes = [
+        onnx.helper.make_node("ReduceMean", ["images"], ["mean"], axes=[1], keepdims=0),
+        onnx.helper.make_node("Flatten", ["mean"], ["row"]),
+        onnx.helper.make_node(operator, ["row", *names[:1], *names[1:3]], ["logits"], **more),
+    ]
+    if operator == "Slice":
+        nodes[-1] = onnx.helper.make_node("Slice", ["row", "numbers", "numbers", "one"], ["logits"])
+    make = onnx.helper.make_tensor_sequence_value_info if kind == "a sequence" else onnx.helper.make_tensor_value_info
+    given = [onnx.numpy_helper.from_array(np.array([1], np.int64), "one")]
+    if numbers is not None:
+        given.append(onnx.numpy_helper.from_array(np.array(numbers, np.int64), "numbers"))
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", 3, 4, 4])],
+        [make("logits", element, None)],
+        given,
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_an_output_that_is_no_row_of_numbers_per_image_is_an_error(kind: str, tmp_path: Path) -> None:
+    runner = OnnxRunner(graph_that_gives(kind, tmp_path / "net.onnx"))
+    with pytest.raises(GraphError, match=OUTPUTS[kind][3]) as raised:
+        runner.run(np.ones((3, 3, 4, 4), np.float32))
+    assert raised.value.hint == "an image classifier has one output N,classes"
 
 
 def test_fp32_on_cuda_is_without_tf32(tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,40 @@ def test_what_trtexec_wrote_of_a_plan_is_compared(values: str, dimensions: str, 
     assert main(["--exported", str(exported), str(tmp_path / "plan" / "1")]) == status
 
 
+@pytest.mark.parametrize("name", ["input_0.pb", "output_0.pb", "model.onnx", "config.pbtxt"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 50, b"\x08"])
+def test_a_damaged_file_is_a_failure_on_one_line(
+    name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_model(tmp_path, "net", 3.0, 3.0)
+    next(tmp_path.rglob(name)).write_bytes(content)
+    status = main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    # A config without the steps of an ensemble is that of one model.
+    assert (status, "FAILED" in printed) == (
+        (0, False) if name == "config.pbtxt" and content != b"\xff" * 50 else (1, True)
+    )
+    assert len(printed.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[", "[1]", '[{"name": "y"}]', '[{"name": "y", "dimensions": "9", "values": [1]}]']
+)
+def test_damaged_outputs_of_trtexec_are_a_failure(text: str, tmp_path: Path) -> None:
+    add_model(tmp_path, "plan", 3.0, 3.0, has_graph=False)
+    (tmp_path / "found.json").write_text(text)
+    assert main(["--exported", str(tmp_path / "found.json"), str(tmp_path / "plan" / "1")]) == 1
+
+
+def test_a_golden_tensor_in_another_file_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_model(tmp_path, "net", 3.0, 3.0)
+    tensor = TensorProto(name="x", dims=[2], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret")
+    next(tmp_path.rglob("input_0.pb")).write_bytes(tensor.SerializeToString())
+    assert main([str(tmp_path)]) == 1
+    assert "lies in another file" in capsys.readouterr().out
+
+
 def test_nothing_that_was_run_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     add_model(tmp_path, "plan", 3.0, 3.0, has_graph=False)

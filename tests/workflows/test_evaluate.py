@@ -20,11 +20,11 @@ from helpers.small_nets import make_net, name_in_layout
 from repvgg_deploy.artifacts import Parity, Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.errors import DeployError, GraphError, ImageError, ThresholdError, VerificationError
 from repvgg_deploy.images.decoding import normalize, read_pixels
-from repvgg_deploy.images.labelled import list_labelled_images
+from repvgg_deploy.images.labelled import LabelledImages, list_labelled_images
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.runtime.model import Model, open_model, softmax
 from repvgg_deploy.verification.models import Tolerance, VerifyOptions, verify_models
-from repvgg_deploy.workflows.evaluate import EvaluationOptions, Hits, evaluate
+from repvgg_deploy.workflows.evaluate import EvaluationOptions, Hits, evaluate, map_classes
 from repvgg_deploy.workflows.export import export
 
 Save = Callable[..., Path]
@@ -243,6 +243,12 @@ def test_flat_folder_with_a_ground_truth_is_as_accurate_as_class_folders(
     (tmp_path / "truth.txt").write_text("\n".join([*lines[1:], lines[0].split()[0] + " 5"]))
     with pytest.raises(DeployError, match="the ground truth has class 5, but the model's classes are 0 to 4"):
         evaluate(model, flat, options=options)
+
+
+def test_class_number_beyond_all_that_there_are_is_an_error_where_the_model_does_not_say_how_many() -> None:
+    images = LabelledImages((Path("a.png"), Path("b.png")), (3, 2**40), None)
+    with pytest.raises(DeployError, match="the ground truth has class 1099511627776"):
+        map_classes(images, None, None)
 
 
 def test_softmax_is_stable_for_large_logits() -> None:

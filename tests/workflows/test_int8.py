@@ -19,6 +19,7 @@ from repvgg_deploy.cli.main import main
 from repvgg_deploy.files import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.quantization.array_files import save_arrays
 from repvgg_deploy.quantization.qdq import with_fp16_scales
 from repvgg_deploy.workflows import int8 as int8_export
 from repvgg_deploy.workflows.evaluate import evaluate
@@ -137,12 +138,27 @@ def test_the_statistics_cache_belongs_to_one_checkpoint_and_its_images(images, t
     assert (tmp_path / "a" / "demo.int8.onnx").read_bytes() == (tmp_path / "b" / "demo.int8.onnx").read_bytes()
     torch.save(name_state_dict(randomize(RepVGG(narrow("A0").spec(7))), "official"), tmp_path / "other.pth")
     arguments = ("--int8", "--calib", images, "--calib-cache", cache, "--size", "32", "--engine", "none")
+    arguments = (*arguments, "--recipe", "fast")
     result = export(tmp_path / "other.pth", *arguments, "-o", tmp_path / "c", code=1)
     assert "another checkpoint" in result.stderr
     for other in (("--calib-count", "40"), ("--size", "32"), ("--mean", "0.5,0.5,0.5")):
         result = int8(images, tmp_path / "d", "--calib-cache", cache, *other, code=1)
         assert "belongs to other images" in result.stderr
     assert cache.read_bytes() == written
+
+
+def test_a_cache_that_cannot_fit_is_told_of_before_anything_is_read(tmp_path) -> None:
+    cache = tmp_path / "cache.npz"
+    about = {"images": 8, "augmentations": 3, "sha256": "0" * 64, "images_sha256": "0" * 64}
+    save_arrays(cache, about, {})
+    arguments = ("--int8", "--calib", tmp_path / "none", "--calib-cache", cache, "--recipe", "fast", "--engine", "none")
+    result = export(tmp_path / "none.pth", *arguments, "-o", tmp_path / "out", code=1)
+    assert "is of 3 augmentations of each image, but the recipe takes 1" in result.stderr
+    save_arrays(cache, {**about, "augmentations": 1, "images": -1}, {})
+    result = export(tmp_path / "none.pth", *arguments, "-o", tmp_path / "out", code=1)
+    assert "images: Expected `int` >= 1" in result.stderr
+    cache.write_bytes(b"PK")
+    assert "truncated or damaged" in export(tmp_path / "none.pth", *arguments, "-o", tmp_path / "out", code=1).stderr
 
 
 @pytest.mark.slow

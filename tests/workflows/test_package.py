@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from helpers.pictures import noise
@@ -155,6 +157,43 @@ def test_a_fixed_batch_is_served_without_batching(tmp_path: Path) -> None:
     assert (result.max_batch, result.entries, result.preprocessing) == (0, ("net_fp32",), None)
     assert "dims: [ 4, 3, 64, 64 ]" in (tmp_path / "repo/net_fp32/config.pbtxt").read_text()
     assert run_self_test(tmp_path / "repo").returncode == 0
+
+
+def test_a_batch_larger_than_memory_or_any_number_of_channels_is_an_error(graph: Path, tmp_path: Path) -> None:
+    model = onnx.load(graph)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    dims[0].dim_value = 10**12
+    onnx.save(model, tmp_path / "batch.onnx")
+    for preprocess in (True, False):
+        with pytest.raises(DeployError, match=r"batches of 1000000000000|the batch of 1000000000000"):
+            package(PackageRequest((tmp_path / "batch.onnx",), tmp_path / "out", preprocess=preprocess))
+    dims[0].dim_param, dims[1].dim_param = "N", "C"
+    onnx.save(model, tmp_path / "channels.onnx")
+    with pytest.raises(DeployError, match="takes any number of channels"):
+        package(PackageRequest((tmp_path / "channels.onnx",), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_gives_no_numbers_is_not_packaged(graph: Path, tmp_path: Path) -> None:
+    model = onnx.load(graph)
+    bias = next(item for item in model.graph.initializer if item.name.endswith("bias"))
+    bias.raw_data = np.full(list(bias.dims), np.nan, np.float32).tobytes()
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(VerificationError, match="gives NaN or Inf"):
+        package(PackageRequest((tmp_path / "net.onnx",), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_is_no_text_is_an_error(graph: Path, tmp_path: Path) -> None:
+    config = tmp_path / "out" / "net_fp32" / "config.pbtxt"
+    config.parent.mkdir(parents=True)
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(DeployError, match="is not text"):
+        package(PackageRequest((graph,), tmp_path / "out"))
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(DeployError, match="is not a regular file"):
+        package(PackageRequest((graph,), tmp_path / "out"))
 
 
 @pytest.mark.slow

@@ -229,6 +229,21 @@ def test_old_output_stays_until_the_new_one_is_whole(request_: PredictRequest, m
     assert request_.output.read_text() == "old"
 
 
+def test_standard_input_that_is_not_utf_8_or_not_there_is_no_traceback(
+    request_: PredictRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = os.fsdecode(b"\xff.png")
+    Image.fromarray(noise(32, 32)).save(tmp_path / name)
+    request = replace(request_, images=("-",))
+    given = io.BytesIO(os.fsencode(f"{tmp_path}/{name}\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given, encoding="utf-8", errors="strict"))
+    summary = predict_to_file(request)
+    assert (summary.images, summary.broken) == (1, 0)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ImageError, match="there is no standard input"):
+        predict_to_file(request)
+
+
 def limit_files() -> None:
     """No file of this process may grow beyond a few rows, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from helpers.file_server import FileServer, serve_files
 
+from repvgg_deploy.checkpoints import downloads
 from repvgg_deploy.checkpoints.downloads import LocalFile, fetch_published, published_folder
 from repvgg_deploy.checkpoints.published import PublishedFile, find_published, load_published
 from repvgg_deploy.cli.main import main
@@ -126,7 +127,8 @@ def test_a_file_that_changed_between_two_runs_is_fetched_from_the_start(
     [
         ("0" * 64, 0, f"its sha256 is {SHA256}, not 0000"),
         ("12345678", 0, "…; nothing was kept"),
-        ("", 5, "it has 3,000,000 bytes, not 5"),
+        ("", 5, "gives more than the 5 bytes"),
+        ("", 3_000_001, "it has 3,000,000 bytes, not 3,000,001"),
     ],
 )
 def test_a_wrong_checksum_keeps_nothing(
@@ -143,6 +145,17 @@ def test_a_cached_file_that_was_damaged_is_fetched_again(file: PublishedFile, se
     path.write_bytes(CONTENT[:-1])
     fetched = fetch_published(file)
     assert (fetched.was_cached, path.read_bytes() == CONTENT, len(server.requests)) == (False, True, 2)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_server_that_gives_more_than_the_file_is_not_listened_to(
+    file: PublishedFile, own_cache: Path, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    monkeypatch.setattr(downloads, "_MOST_BYTES", 1_000_000)
+    smaller = replace(file, bytes=1_000_000) if is_known else replace(file, bytes=0, sha256="")
+    with pytest.raises(DeployError, match="gives more than the 1,000,000 bytes"):
+        fetch_published(smaller)
+    assert names(own_cache) == []
 
 
 def test_the_first_digits_of_a_sha256_are_enough(file: PublishedFile) -> None:
@@ -195,6 +208,43 @@ def test_every_published_file_is_of_a_known_architecture_and_has_its_own_name() 
         # The publishers end a file's name with the first digits.
         assert not file.sha256 or file.url.rpartition("-")[2].startswith(file.sha256[:8])
     assert len({(file.source, file.file_name) for file in files}) == len(files)
+
+
+TABLE = """source = "x"
+classes = 5
+
+[[file]]
+arch = "A0"
+url = "https://example.org/net.pth"
+input_size = 224
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("net.pth", ".."),
+        ("net.pth", "a%2Fb"),
+        ("https:", "file:"),
+        ("org/net", "org/n\\u001b[2J"),
+        ('arch = "A0"', 'arch = "A0"\nname = "../../net.pth"'),
+        ('arch = "A0"', 'arch = "A0"\nsha256 = "' + "g" * 64 + '"'),
+        ('arch = "A0"', 'arch = "A0"\nbytes = -1'),
+        ("224", "0"),
+        ("224", "true"),
+        ("classes = 5", "classes = 1e9"),
+        ("[[file]]", "[file]"),
+        (TABLE, "[" * 10_000),
+        (TABLE, "\xff"),
+    ],
+)
+def test_a_table_that_is_damaged_or_leads_out_of_the_cache_is_one_error(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(TABLE)
+    assert load_published(tmp_path)[0].file_name == "net.pth"
+    path.write_bytes(TABLE.replace(old, new).encode("latin-1"))
+    with pytest.raises(DeployError, match=r"x\.toml"):
+        load_published(tmp_path)
 
 
 @pytest.mark.parametrize(

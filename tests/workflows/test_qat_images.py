@@ -1,12 +1,18 @@
-"""The images of quantization-aware training: which of them are held out."""
+"""The images of quantization-aware training: which of them are held out, and what is told of those left out."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from helpers.pictures import jpeg, write_tar
 
 from repvgg_deploy.artifacts import Preprocessing
-from repvgg_deploy.workflows.qat_images import TrainingImages, hold_out
+from repvgg_deploy.errors import ImageError
+from repvgg_deploy.workflows.qat_images import TrainingImages, hold_out, read_training_images
+
+SMALL = Preprocessing(8, 8, 8)
 
 
 def numbered(count: int) -> TrainingImages:
@@ -31,3 +37,28 @@ def test_no_image_is_both_trained_on_and_held_out(count, held) -> None:
 def test_few_images_serve_both_purposes(count) -> None:
     split = hold_out(numbered(count))
     assert len(split) == len(split.held_out) == count
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_images_and_archives_that_cannot_be_read_are_left_out_by_name(tmp_path: Path, labelled: bool) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for number in range(3):
+            (tmp_path / label / f"{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "b" / "1.jpg").write_bytes(b"no image")
+    archive = write_tar(tmp_path / "b" / "more.tar", {"x.jpg": jpeg(1)})
+    # Its member is whole, and nothing follows it.
+    archive.write_bytes(archive.read_bytes()[: 512 * (1 + -(-len(jpeg(1)) // 512))])
+    images = read_training_images(tmp_path, SMALL, None, labelled)
+    assert len(images) == 6
+    assert images.labels is None or images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    damaged, broken = images.left_out
+    assert "more.tar cannot be read" in damaged
+    assert "1.jpg is not an image" in broken
+
+
+def test_folder_with_nothing_that_can_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.tar").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"none of the images of .* can be read"):
+        read_training_images(tmp_path / "a", SMALL, None, labelled=False)

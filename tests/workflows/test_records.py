@@ -6,6 +6,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,28 @@ def test_a_file_that_is_no_lock_is_refused(damage: Callable[[str], str], message
         read_lock(path)
     assert message in raised.value.message
     assert run("export", "--from", path).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ckpt": 3}, "ckpt is not the name of a file"),
+        ({"ckpt": ["net.pth"]}, "ckpt is not the name of a file"),
+        ({"output": "/elsewhere"}, "output is no option of a lock file"),
+        ({"lock": "x.toml"}, "lock is no option of a lock file"),
+        ({"junit": "x.xml"}, "junit is no option of a lock file"),
+        ({"module": "os:system"}, "module names code"),
+        ({"nothing": 1}, "unknown option 'nothing'"),
+    ],
+)
+def test_a_lock_says_neither_where_files_go_nor_which_code_runs(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_lock(replace(LOCK, options=options), tmp_path / "deploy.toml")
+    result = run("export", "--from", tmp_path / "deploy.toml", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_artifact_that_differs_names_the_versions_that_do(tmp_path: Path) -> None:
