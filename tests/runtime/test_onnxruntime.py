@@ -202,12 +202,25 @@ def test_a_fixed_batch_of_nothing_or_of_more_than_memory_is_an_error(tmp_path: P
         model.run_pixels(np.zeros((2, 8, 8, 3), np.uint8))
 
 
+def pooled_graph(path: Path, size: int, batch: int | str = "batch") -> Path:
+    """The mean of each channel, of images of any size."""
+    value = onnx.helper.make_tensor_value_info
+    nodes = [
+        onnx.helper.make_node("GlobalAveragePool", ["images"], ["mean"]),
+        onnx.helper.make_node("Flatten", ["mean"], ["logits"]),
+    ]
+    images = value("images", onnx.TensorProto.FLOAT, [batch, 3, size, size])
+    graph = onnx.helper.make_graph(nodes, "graph", [images], [value("logits", onnx.TensorProto.FLOAT, [batch, 3])])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
 def test_images_larger_than_any_are_an_error_and_large_ones_are_run_in_small_batches(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="images of 100000x100000 are too large"):
-        open_model(conv_graph(tmp_path / "huge.onnx", size=100_000))
-    assert open_model(conv_graph(tmp_path / "large.onnx", size=4096)).images_per_run(64) == 5
-    assert open_model(conv_graph(tmp_path / "usual.onnx", size=224)).images_per_run(64) == 64
-    assert open_model(conv_graph(tmp_path / "fixed.onnx", size=4096, batch=7)).images_per_run(64) == 7
+        open_model(pooled_graph(tmp_path / "huge.onnx", 100_000))
+    assert open_model(pooled_graph(tmp_path / "large.onnx", 4096)).images_per_run(64) == 5
+    assert open_model(pooled_graph(tmp_path / "usual.onnx", 224)).images_per_run(64) == 64
+    assert open_model(pooled_graph(tmp_path / "fixed.onnx", 4096, batch=7)).images_per_run(64) == 7
 
 
 @pytest.mark.parametrize("name", [b"images", b"Conv"])
