@@ -18,6 +18,14 @@ from repvgg_deploy.runtime.onnxruntime import import_onnxruntime
 # left out: weakly typed as it is, it runs neither fp16 nor INT8 graphs in their own types.
 _PROVIDERS = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
+# What some commands need or are faster with, and the extra that brings it.
+_OPTIONAL = {
+    "simplejpeg": ("fast decoding of JPEG files", "serve"),
+    "pyarrow": ("Parquet files of predictions", "serve"),
+    "pooch": ("published checkpoints by name", "pull"),
+    "ray": ("predictions on a cluster", "ray"),
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -56,7 +64,8 @@ def probe_machine() -> list[Row]:
     cuda = [_probe_module("cuda.bindings", "cuda-bindings", found), _probe_module("pycuda.driver", "pycuda", found)]
     can_run_cuda = any(row.can_run for row in cuda)
     engines = [_probe_backend(name, found, can_run_cuda) for name in MODULES]
-    return [_probe_host(), *_probe_gpus(found), *engines, *cuda, _probe_onnxruntime(), _probe_torch()]
+    libraries = [_probe_onnxruntime(), _probe_torch(), *map(_probe_optional, _OPTIONAL)]
+    return [_probe_host(), *_probe_gpus(found), *engines, *cuda, *libraries]
 
 
 def require_parts(rows: list[Row], wanted: tuple[str, ...]) -> None:
@@ -145,3 +154,13 @@ def _probe_torch() -> Row:
     import torch
 
     return Row("torch", torch.__version__, "CUDA" if torch.cuda.is_available() else "CPU", can_run=True)
+
+
+def _probe_optional(name: str) -> Row:
+    detail, extra = _OPTIONAL[name]
+    try:
+        importlib.import_module(name)
+        return Row(name, importlib.metadata.version(name), detail, can_run=True)
+    except ImportError as error:
+        missing, hint = str(error).splitlines()[0], f"pip install 'repvgg-deploy[{extra}]'"
+        return Row(name, "", detail, can_run=False, missing=missing, hint=hint)

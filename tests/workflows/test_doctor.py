@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from repvgg_deploy.engine.backends import Backend, import_backend
@@ -37,6 +43,20 @@ def test_a_backend_is_told_as_it_is(name: str) -> None:
 
 def test_onnxruntime_is_told_with_its_providers() -> None:
     assert "cpu" in ROWS["onnxruntime"].detail
+
+
+@pytest.mark.parametrize("name", ["simplejpeg", "pyarrow", "pooch", "ray"])
+def test_an_optional_library_is_told_with_the_extra_that_brings_it(name: str) -> None:
+    row = ROWS[name]
+    if importlib.util.find_spec(name) is not None:
+        assert (row.can_run, row.version) == (True, importlib.metadata.version(name))
+        return
+    assert (row.can_run, row.missing) == (False, f"No module named {name!r}")
+    extra = re.fullmatch(r"pip install 'repvgg-deploy\[(\w+)\]'", row.hint)
+    assert extra is not None
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    needs = tomllib.loads(text)["project"]["optional-dependencies"][extra[1]]
+    assert any(need.startswith(name) for need in needs)
 
 
 def test_a_required_part_that_is_missing_fails() -> None:
