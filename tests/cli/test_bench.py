@@ -124,6 +124,7 @@ def test_a_limit_fails_the_command(option: str, limit: float, status: int, graph
     assert ("error:" in result.stderr) == bool(status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["onnx", "pth"])
 def test_a_model_that_gives_no_numbers_passes_no_limit_however_fast_it_is(ending: str, tmp_path: Path) -> None:
     net = make_net()

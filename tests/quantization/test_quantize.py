@@ -196,6 +196,7 @@ def test_a_layer_of_another_name_is_refused() -> None:
         quantize(fused_net(), [draw_images(32)], QUICK, keep_float=["stages.9.9"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", [0.0, 1e-3])
 def test_images_that_hardly_differ_leave_no_covariance_but_a_net_all_the_same(difference: float) -> None:
     net = fuse(make_net(), torch.float32)

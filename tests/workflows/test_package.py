@@ -159,6 +159,7 @@ def test_a_fixed_batch_is_served_without_batching(tmp_path: Path) -> None:
     assert run_self_test(tmp_path / "repo").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_memory_or_any_number_of_channels_is_an_error(graph: Path, tmp_path: Path) -> None:
     model = onnx.load(graph)
     dims = model.graph.input[0].type.tensor_type.shape.dim
@@ -174,6 +175,7 @@ def test_a_batch_larger_than_memory_or_any_number_of_channels_is_an_error(graph:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_graph_that_gives_no_numbers_is_not_packaged(graph: Path, tmp_path: Path) -> None:
     model = onnx.load(graph)
     bias = next(item for item in model.graph.initializer if item.name.endswith("bias"))
@@ -184,6 +186,7 @@ def test_a_graph_that_gives_no_numbers_is_not_packaged(graph: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_config_that_is_no_text_is_an_error(graph: Path, tmp_path: Path) -> None:
     config = tmp_path / "out" / "net_fp32" / "config.pbtxt"
     config.parent.mkdir(parents=True)

@@ -229,6 +229,7 @@ def test_old_output_stays_until_the_new_one_is_whole(request_: PredictRequest, m
     assert request_.output.read_text() == "old"
 
 
+@pytest.mark.slow
 def test_standard_input_that_is_not_utf_8_or_not_there_is_no_traceback(
     request_: PredictRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
