@@ -207,7 +207,8 @@ def _open_graph(case: Case, path: Path, name: str) -> OpenedCase:
 
 def _with_findings(label: Label, outputs: Iterable[Array]) -> Label:
     """The label with a note where the model gives no numbers."""
-    finite = all(np.isfinite(values).all() for values in outputs)
+    # By the extremes, which take no memory of their own; NaN is both.
+    finite = all(np.isfinite(extreme) for values in outputs for extreme in (values.min(), values.max()))
     return label if finite else replace(label, notes=(*label.notes, NOT_FINITE))
 
 
