@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -178,10 +179,27 @@ def check_format(output: Path) -> None:
         raise DeployError(f"{output} has no known ending", f"one of {', '.join(_WRITERS)}")
     if output.suffix.lower() == ".parquet":
         import_pyarrow()
-    if output.is_dir():
-        raise DeployError(f"{output} is a directory, so no file can take its place", "choose another -o")
-    if output.exists() and not output.is_file():
-        raise DeployError(f"{output} is a pipe or a device, so no file can take its place", "choose another -o")
+    mode = _mode_of(output)
+    if mode is not None and not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise DeployError(f"{output} is {what}, so no file can take its place", "choose another -o")
+
+
+def _mode_of(output: Path) -> int | None:
+    """What is in the place of the output; None for nothing, or a link to nothing.
+
+    Raises:
+        DeployError: no file can have that name, or the folder may not be entered.
+    """
+    try:
+        return output.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DeployError(f"cannot write {output}: {reason}", "choose another -o") from error
 
 
 def _write_jsonl(path: Path, lines: Callable[[], Iterator[bytes]]) -> None:

@@ -95,6 +95,19 @@ def test_pipe_in_the_place_of_the_output_is_refused_before_any_work(tmp_path: Pa
         check_format(tmp_path / "rows.csv")
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".csv", "a\0b.csv", "y/" * 3000 + "rows.csv"])
+def test_output_that_no_file_can_be_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DeployError, match="cannot write"):
+        check_format(tmp_path / name)
+
+
+def test_link_to_itself_or_to_nothing_is_replaced_by_the_output(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").symlink_to("rows.csv")
+    (tmp_path / "rows.jsonl").symlink_to("nowhere")
+    for name in ("rows.csv", "rows.jsonl"):
+        check_format(tmp_path / name)
+
+
 def test_row_of_another_kind_than_those_found_is_an_error(tmp_path: Path) -> None:
     journal_of(tmp_path, encode_row({"path": "0.png", "classes": [4], "scores": [0.5]}))
     journal = resume(tmp_path)
