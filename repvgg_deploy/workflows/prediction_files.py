@@ -43,7 +43,7 @@ class Journal:
         Raises:
             DeployError: it cannot be written, is damaged, belongs to another model or to other options, or is in use.
         """
-        self.path = output.with_name(f"{output.name}.partial")
+        self.path = _journal_of(output)
         self._places: dict[str, tuple[int, int]] = {}
         self._written = 0
         self._shape: object = None
@@ -183,6 +183,11 @@ def check_format(output: Path) -> None:
     if mode is not None and not stat.S_ISREG(mode):
         what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise DeployError(f"{output} is {what}, so no file can take its place", "choose another -o")
+    _mode_of(_journal_of(output))
+
+
+def _journal_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
 
 
 def _mode_of(output: Path) -> int | None:
