@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.engine_graphs import write_onnx
+from helpers.engine_graphs import small_onnx, write_onnx
 from helpers.small_nets import make_net
 
 from repvgg_deploy.artifacts import Precision
@@ -34,6 +34,7 @@ from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.layers import FloatLayers
 from repvgg_deploy.graphs.repvgg import GraphOptions, to_onnx
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchOptions
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
@@ -125,6 +126,20 @@ def test_a_graph_that_says_no_precision_takes_a_known_one_only(tmp_path: Path) -
         assert opened_case.cost is not None
         costs[precision] = opened_case.cost(1).bytes
     assert costs["fp32"] == 4 * costs["int8"]
+
+
+def test_onnx_runtime_is_measured_as_it_runs_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runners = []
+
+    def run(*arguments: Any, **options: Any) -> OnnxRunner:
+        runners.append(OnnxRunner(*arguments, **options))
+        return runners[-1]
+
+    monkeypatch.setattr(opening, "OnnxRunner", run)
+    open_case(Case(str(small_onnx(tmp_path)), "onnxruntime-cpu"), tmp_path)
+    (runner,) = runners
+    options = runner._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "1"
 
 
 @needs_rtx
