@@ -66,8 +66,8 @@ def mutate_graph(content: bytes, rng: Random) -> tuple[bytes, str]:
         names.append(name)
         try:
             _MUTATIONS[name](model, rng)
-        except (ValueError, TypeError, IndexError, UnicodeError):
-            # Protobuf itself refuses some values: too large a number, text that has no UTF-8.
+        except (ValueError, TypeError, LookupError, UnicodeError, OverflowError):
+            # Protobuf and NumPy themselves refuse some values: too large a number, text that has no UTF-8.
             names[-1] += " (refused)"
     written = model.SerializeToString()
     return written.replace(_INVALID.encode(), b"\xff\xfeT_UTF8"), " + ".join(names)
