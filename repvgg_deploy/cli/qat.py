@@ -113,23 +113,10 @@ def qat(ckpt: Path, output: Path, **options: Any) -> Any:
         if result is None:
             # Another process of torchrun reports.
             click.get_current_context().exit(0)
-        picture = _draw_curves(result.curves, progress.note)
-    values = {**result.to_dict(), "picture": picture}
+    values = result.to_dict()
     fields = {name: value for name, value in values.items() if name not in ("start", "rows")}
     return Outcome(values, lambda: print_fields(fields))
 
 
 def _folder(path: Path) -> Path | None:
     return None if path == Path("none") else path
-
-
-def _draw_curves(curves: Path, note: Any) -> str | None:
-    """The plot of the learning curves, if matplotlib is installed."""
-    from repvgg_deploy.benchmark.report.curves import draw_curves
-    from repvgg_deploy.errors import DeployError
-
-    try:
-        return str(draw_curves(curves))
-    except DeployError as error:
-        note(f"note: the learning curves were not plotted: {error.message}")
-        return None

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from repvgg_deploy.artifacts import Parity, Preprocessing
+from repvgg_deploy.benchmark.report.curves import draw_curves
 from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
 from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
 from repvgg_deploy.errors import DeployError
@@ -104,11 +105,11 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
     run.best.put_into(run.training)
     if run.best.step != steps:
         progress.note(f"the best state, that of step {run.best.step}, is kept")
-    parity = _write(request, checkpoint, run, images.images)
+    written = _write(request, checkpoint, run, images.images, progress)
     state_path(request.output).unlink(missing_ok=True)
     paths = (request.output, scales_path(request.output), curves_path(request.output))
     seconds = round(time.perf_counter() - start, 1)
-    return QatResult(*paths, steps, run.best.step, resumed, tuple(run.rows), parity, seconds)
+    return QatResult(*paths, written.picture, steps, run.best.step, resumed, tuple(run.rows), written.parity, seconds)
 
 
 @dataclass
@@ -241,7 +242,15 @@ def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
         save_run(saved, file)
 
 
-def _write(request: QatRequest, checkpoint: Checkpoint, run: _Run, images: TrainingImages) -> Parity:
+@dataclass(frozen=True)
+class _Written:
+    parity: Parity
+    picture: Path | None
+
+
+def _write(
+    request: QatRequest, checkpoint: Checkpoint, run: _Run, images: TrainingImages, progress: Progress
+) -> _Written:
     """Write all files once the INT8 net that a reader gets from them computes what was trained."""
     student = run.training.student.eval().cpu()
     set_saturation(student, UNSIGNED_HIGHEST)
@@ -264,8 +273,18 @@ def _write(request: QatRequest, checkpoint: Checkpoint, run: _Run, images: Train
         save_scales(scales, staging / scales_path(target).name, sha256, origin)
         parity = compare(_run_net(student, sample), _run_net(apply_scales(fused, scales), sample))
         require_parity("the written file", parity, _MAX_RELATIVE)
-        (staging / curves_path(target).name).write_text(to_csv(run.rows), encoding="utf-8")
-    return parity
+        picture = _write_curves(run, staging / curves_path(target).name, progress)
+    return _Written(parity, None if picture is None else request.output.with_name(picture.name))
+
+
+def _write_curves(run: _Run, path: Path, progress: Progress) -> Path | None:
+    """Write the learning curves as a table, and draw them beside it if matplotlib is installed."""
+    path.write_text(to_csv(run.rows), encoding="utf-8")
+    try:
+        return draw_curves(path)
+    except DeployError as error:
+        progress.note(f"note: the learning curves were not plotted: {error.message}")
+        return None
 
 
 def _run_net(net: nn.Module, images: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

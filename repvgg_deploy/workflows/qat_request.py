@@ -52,11 +52,13 @@ class QatResult:
     """What was written, and how the INT8 net that the files give compares with the trained one: `parity`.
 
     `rows` are the learning curves, at the start and per tenth of the run; the state of `best_step` was written.
+    `picture` is the plot of the curves, if matplotlib is installed.
     """
 
     checkpoint: Path
     scales: Path
     curves: Path
+    picture: Path | None
     steps: int
     best_step: int
     resumed_at: int
@@ -66,7 +68,8 @@ class QatResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `qat --json` prints."""
-        paths = {name: str(getattr(self, name)) for name in ("checkpoint", "scales", "curves")}
+        paths: dict[str, str | None] = {name: str(getattr(self, name)) for name in ("checkpoint", "scales", "curves")}
+        paths["picture"] = None if self.picture is None else str(self.picture)
         rows = {"start": self.rows[0], "rows": list(self.rows[1:])}
         return {**vars(self), **paths, **rows, "parity": self.parity.to_dict()}
 

@@ -82,6 +82,9 @@ def test_a_fault_at_any_call_of_a_command_leaves_the_files_of_one_run(
     run(commands(inputs, "new", tmp_path / "out")[name])
     if name == "export":
         assert ("net.fp32.onnx", "net.fp32.plan", "net.fp32.plan.json") in {row.files for row in faulty.rows}
+    if name == "qat":
+        parts = ("curves.csv", "curves.png", "safetensors", "scales.npz")
+        assert tuple(f"trained.{part}" for part in parts) in {row.files for row in faulty.rows}
 
 
 @pytest.mark.slow
