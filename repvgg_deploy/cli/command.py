@@ -185,8 +185,12 @@ class Command(click.Command):
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
-def _explain_usage(error: click.UsageError, ctx: click.Context) -> DeployError:
-    return DeployError(error.format_message(), f"{ctx.command_path} --help")
+class WrongUsageError(DeployError):
+    """A command was called wrongly, for `--junit`, which names the type of an error."""
+
+
+def _explain_usage(error: click.UsageError, ctx: click.Context) -> WrongUsageError:
+    return WrongUsageError(error.format_message(), f"{ctx.command_path} --help")
 
 
 def _write_junit_of_failure(path: Path, suite: JUnitSuite) -> None:

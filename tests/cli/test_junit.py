@@ -140,6 +140,7 @@ def test_wrong_usage_that_the_parser_finds_is_in_the_report(wrong: list[object],
     error = ElementTree.parse(report).getroot().find(".//error")
     assert error is not None
     assert message in error.get("message", "")
+    assert error.get("type") == "WrongUsageError"
     assert "eval --help" in (error.text or "")
 
 
