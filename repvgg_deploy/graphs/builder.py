@@ -166,6 +166,9 @@ def write_graph(
 MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
 # What a runtime can map into memory directly.
 _ALIGNMENT = 4096
+# Of one write. On ext4 (Linux 6.18, a virtual machine) 443 MB took 0.2 s in pieces of up to 2 MB, and 0.2 s or 1.4 s
+# from one time to the next in pieces of 11 MB.
+_PIECE = 1 << 20
 # In bytes; smaller weights may be shapes or counts, which whoever reads the graph wants to see at once.
 LARGE = 1024
 
@@ -215,4 +218,6 @@ def _write_array(file: BinaryIO, array: Array) -> None:
     little = np.ascontiguousarray(array)
     if little.dtype.byteorder == ">" or struct.pack("=H", 1) != struct.pack("<H", 1):
         little = little.byteswap()
-    file.write(little.reshape(-1).view(np.uint8).data if little.size else b"")
+    content = memoryview(little.reshape(-1).view(np.uint8).data) if little.size else memoryview(b"")
+    for start in range(0, len(content), _PIECE):
+        file.write(content[start : start + _PIECE])

@@ -51,11 +51,12 @@ class _Float64Conv(nn.Module):
         geometry = (conv.kernel_size, conv.dilation, conv.padding, conv.stride)
         kernel_size, dilation, padding, stride = (cast("tuple[int, int]", pair) for pair in geometry)
         columns = nn.functional.unfold(x, kernel_size, dilation, padding, stride)
-        # (N, groups·k, pixels) to (groups, k, N·pixels): all images in one matrix product.
+        # (N, groups·k, pixels) to (groups, N·pixels, k): all images in one matrix product, the kernel on its right. The
+        # last maps have few pixels, and a product of few columns takes half as long again as one of few rows.
         pixels = columns.shape[2]
-        columns = columns.reshape(len(x), conv.groups, -1, pixels).permute(1, 2, 0, 3).flatten(2)
+        columns = columns.reshape(len(x), conv.groups, -1, pixels).permute(1, 0, 3, 2).flatten(1, 2)
         kernel = conv.weight.reshape(conv.groups, conv.out_channels // conv.groups, -1)
-        out = columns.new_empty(conv.groups, kernel.shape[1], columns.shape[2])
+        out = columns.new_empty(conv.groups, columns.shape[1], kernel.shape[1])
         step = max(1, len(wide) // kernel.shape[2])
         for group in range(conv.groups):
             for start in range(0, kernel.shape[1], step):
@@ -63,9 +64,11 @@ class _Float64Conv(nn.Module):
                 # A row may be longer than the buffer, in a net of unusual width.
                 space = wide[: part.numel()] if part.numel() <= len(wide) else wide.new_empty(part.numel())
                 widened = space.view(part.shape).copy_(part)
-                torch.mm(widened, columns[group], out=out[group, start : start + step])
+                torch.mm(columns[group], widened.t(), out=out[group, :, start : start + step])
         height = (x.shape[2] + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
-        out = out.reshape(conv.out_channels, len(x), height, pixels // height).transpose(0, 1)
+        # (groups, N·pixels, channels) to (N, groups·channels, pixels).
+        out = out.reshape(conv.groups, len(x), pixels, -1).permute(1, 0, 3, 2)
+        out = out.reshape(len(x), conv.out_channels, height, pixels // height)
         bias: Tensor | None = conv.bias
         return out if bias is None else out + bias.double()[:, None, None]
 
