@@ -61,10 +61,6 @@ class Archive:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def size_of(self, name: str) -> int:
-        """The bytes of an entry, unpacked."""
-        return self._entries[name].info.file_size
-
     def read(self, name: str) -> bytes:
         """An entry's bytes, unpacked; the checksum has been compared.
 

@@ -16,8 +16,6 @@ from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.spec import ArchSpec
 
-WRITABLE = ("official", "timm")
-
 
 def name_state_dict(net: RepVGG, layout: str) -> dict[str, Tensor]:
     """The tensors of `net`, in either form, under the names of a layout: `official` or `timm`.

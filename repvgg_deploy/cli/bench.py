@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from repvgg_deploy.benchmark.names import NOT_FINITE
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.config import config_options
 from repvgg_deploy.cli.options import (
@@ -244,6 +243,8 @@ def _check_limits(record: Record, min_images_per_sec: float | None, min_ratio: f
 
 def _gives_numbers(record: Record, entry: dict[str, Any]) -> bool:
     """Whether what was measured as `entry`, a result or a ratio, computes anything."""
+    from repvgg_deploy.benchmark.names import NOT_FINITE
+
     return not any(
         NOT_FINITE in result.get("notes", ())
         for result in record["results"]
@@ -252,6 +253,8 @@ def _gives_numbers(record: Record, entry: dict[str, Any]) -> bool:
 
 
 def _without_numbers(check: LimitCheck) -> LimitCheck:
+    from repvgg_deploy.benchmark.names import NOT_FINITE
+
     failure = ThresholdError(
         f"{check.name}: {NOT_FINITE}, so no speed of it counts", "compare the model with its checkpoint: `verify`"
     )
