@@ -7,7 +7,7 @@
 
 `table` quantizes one net on made pictures, on the first half and the first quarter of them, on 8, 32, 128 and 512 real
 images, on made pictures and a few real ones, on noise, and with ranges that follow from the BN statistics without any
-picture. `size` says what smaller pictures, few of them and fewer steps cost and give. `wide` makes pictures for a large
+picture. `size` says what smaller pictures and fewer steps cost and give. `wide` makes pictures for a large
 architecture with seeded weights. `plot` draws the made pictures. All figures are of the torch net that computes what
 ONNX Runtime computes, integer for integer, so that no CPU's kernels matter.
 """
@@ -55,7 +55,7 @@ from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction
 
 REAL = (8, 32, 128, 512)
 MIXED = (8, 32)
-SIZES = ((64, 32, 150), (64, 128, 60), (48, 128, 150), (32, 128, 150))
+SIZES = ((64, 128, 60), (48, 128, 150), (32, 128, 150))
 _DEVIATIONS = 6.0
 
 
@@ -117,7 +117,7 @@ def run_table(arguments: argparse.Namespace) -> None:
 
 
 def run_sizes(arguments: argparse.Namespace) -> None:
-    """What size, number and steps of the pictures cost, and what they give."""
+    """What size and steps of the pictures cost, and what they give."""
     net, fused = load_both(arguments.checkpoint)
     images, labels = read_validation(arguments.val, arguments.images)
     exact = run_torch(fused, images)
