@@ -72,9 +72,12 @@ def make_toolkits(folder: Path, compiler: str) -> list[str]:
             (root / name).mkdir(parents=True)
         shutil.copy(STUB / header, root / "include")
         subprocess.run([compiler, "-shared", "-fPIC", "-o", root / "lib" / library, folder / "empty.cpp"], check=True)
-    # By these CMake knows CUDA's folder and release.
+    # By these CMake knows CUDA's folder and release; without a compiler there it would take one that is installed.
     (cuda / "include" / "cuda_runtime.h").write_text("#include <cuda_runtime_api.h>\n")
-    (cuda / "version.json").write_text('{"cuda": {"name": "CUDA SDK", "version": "13.0.0"}}')
+    (cuda / "bin").mkdir()
+    nvcc = cuda / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.0'\n")
+    nvcc.chmod(0o755)
     return [f"-DTENSORRT_ROOT={tensorrt}", f"-DCUDAToolkit_ROOT={cuda}"]
 
 
