@@ -122,19 +122,6 @@ def _watch(model: nn.Module, names: list[str], batches: Iterable[Any]) -> dict[s
     return seen
 
 
-def scales_of(net: QuantizedNet) -> QatScales:
-    """The scales of an INT8 net, all of whose layers are quantized.
-
-    Raises:
-        DeployError: a layer stays float.
-    """
-    if net.float_layers():
-        raise DeployError(f"{net.float_layers()[0]} stays float", "train with every layer quantized")
-    layers = {name: LayerScales(i.weight_scale, i.input_scale) for name, i in net.integers().items()}
-    assert net.pool_scale is not None
-    return QatScales(layers, float(net.pool_scale))
-
-
 @torch.no_grad()
 def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary | None = None) -> QuantizedNet:
     """The INT8 net that was trained for: kernels of `fused` over the scales, rounded; no step of calibration runs.
