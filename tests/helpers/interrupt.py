@@ -54,6 +54,11 @@ def _wait_for_handlers(pid: int) -> None:
         time.sleep(0.002)
 
 
+def _restore_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def interrupt(arguments: Sequence[str], folder: Path, number: signal.Signals, delay_s: float) -> Interrupted:
     """Run `repvgg-deploy` with `folder`/out as its only output and `folder`/tmp for temporary files; then a signal.
 
@@ -63,10 +68,10 @@ def interrupt(arguments: Sequence[str], folder: Path, number: signal.Signals, de
     scratch = folder / "tmp"
     scratch.mkdir(parents=True)
     environment = {**os.environ, "TMPDIR": str(scratch), "XDG_CACHE_HOME": str(folder / "cache")}
-    # A shell lets what it starts in the background ignore Ctrl-C, and with it what the tests start.
+    # A shell lets what it starts in the background ignore Ctrl-C, and nohup a hangup, and with it what the tests start.
     process = subprocess.Popen(
         [sys.executable, "-m", "repvgg_deploy", *arguments], env=environment, text=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        stderr=subprocess.PIPE, preexec_fn=_restore_signals,
     )  # fmt: skip
     _wait_for_handlers(process.pid)
     time.sleep(delay_s)
