@@ -101,6 +101,7 @@ def test_every_section_gives_the_reason_before_its_list() -> None:
         assert len(text.partition("<!--")[0].split()) >= 20, f"{title}: say why, and what to do"
 
 
+@pytest.mark.slow
 def test_the_errors_are_read_as_they_are_raised() -> None:
     errors = load_script("raised_errors").find_errors()
     by_module = {error.module for error in errors}

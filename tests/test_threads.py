@@ -48,6 +48,7 @@ def send(number: signal.Signals, times: int = 1) -> threading.Thread:
 
 
 @pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.slow
 def test_workers_end_before_a_signal_leaves_their_block(number: signal.Signals, times: int) -> None:
     done: list[str] = []
     before = set(threading.enumerate())

@@ -22,6 +22,7 @@ def test_every_suite_and_test_of_its_steps_is_there(tmp_path: Path) -> None:
     assert all((gpu.ROOT / file).is_file() for file in files)
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_stopped_and_one_that_fails_is_told() -> None:
     slow = gpu.run(gpu.Step("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 60), 2.0)
     assert (slow.status, slow.tail) == (None, ("begun",))

@@ -91,6 +91,7 @@ def test_checkpoint_of_mmengines_runner(images: Tensor, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("timm")
+@pytest.mark.slow
 def test_checkpoint_of_lightnings_trainer(images: Tensor, tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning", reason="lightning is not installed")
     omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")

@@ -150,6 +150,7 @@ def _screen(written: str) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()]
 
 
+@pytest.mark.slow
 def test_on_a_terminal_notes_stay_and_bars_vanish() -> None:
     written = _in_a_terminal(_LIVE)
     assert "measuring" in written
@@ -167,6 +168,7 @@ def test_no_color_means_no_colour() -> None:
     assert not re.search(r"\x1b\[[0-9;]*3\dm", _in_a_terminal(_LIVE, NO_COLOR="1"))
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal_gets_lines() -> None:
     written = _in_a_terminal(_LIVE, TERM="dumb")
     assert "\x1b" not in written

@@ -96,6 +96,7 @@ def test_cmake_finds_both_libraries_and_builds_the_program(tmp_path: Path) -> No
     assert check(build / "check_golden", tmp_path, PLAN.format("float"), images, logits)[0] == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run_is_an_error(program: Path, tmp_path: Path) -> None:
     images, logits = np.zeros((2, 3, 2, 2), np.float32), np.zeros((2, 5), np.float32)
     for plan, said in (

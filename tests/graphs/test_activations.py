@@ -41,6 +41,7 @@ def run(path, images) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_the_graph_has_the_nets_activation(name, images, tmp_path) -> None:
     net = make(name)
     fused = fuse(net, torch.float32)

@@ -39,6 +39,7 @@ def test_costs_leave_the_net_as_it_is() -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
+@pytest.mark.slow
 def test_resnet50_has_its_published_operations() -> None:
     card = load_baselines()["ResNet-50"]
     with torch.device("meta"):

@@ -53,6 +53,7 @@ PLAIN = {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"}
 
 
 @pytest.mark.parametrize("name", list(load_cards()))
+@pytest.mark.slow
 def test_the_graph_has_just_the_operators_of_the_architecture(name) -> None:
     net = fused_net(name)
     graph = to_onnx(net, FloatLayers(), OPTIONS, {})

@@ -118,6 +118,7 @@ def test_no_pair_of_rounded_weights_overflows_a_kernel_of_any_cpu() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_conversion_gives_the_same_net_back(kind) -> None:
     net = make_net(**KINDS[kind])
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -185,6 +186,7 @@ def test_fewer_bits_and_one_scale_per_layer(options) -> None:
 
 @pytest.mark.parametrize("options", [QatOptions(6, 6), QatOptions(per_tensor=True)], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "grouped"])
+@pytest.mark.slow
 def test_training_starts_with_error_feedback_whatever_the_integers(kind, options) -> None:
     net = make_net(groups=2 if kind == "grouped" else 1).requires_grad_(False)
     calibration, images = images_of(40, 1), images_of(24, 2)

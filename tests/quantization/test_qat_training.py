@@ -123,6 +123,7 @@ def test_labels_add_their_part_to_the_loss(start) -> None:
     assert labelled > plain + 0.1
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_float32_parameters(start) -> None:
     training = begin(start, TrainingOptions(steps=4, batch=8, mixed_precision=True))
     values = training.step(take, len(IMAGES), LIMITS)

@@ -128,6 +128,7 @@ def least_share(net: QuantizedNet) -> float:
     return 1.0 if plain else 0.999
 
 
+@pytest.mark.slow
 def test_onnx_runtime_computes_the_integers_of_the_torch_net(quantized: QuantizedNet) -> None:
     # Twice as strong as any image of the calibration, so that much lies beyond the clipping thresholds.
     images = draw_images(32, seed=11) * 2

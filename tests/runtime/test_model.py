@@ -130,6 +130,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.slow
 def test_every_kind_of_graph_gives_the_checkpoints_logits_for_any_number_of_images(
     options: dict[str, Any], graph: Callable[..., Path], checkpoint_file: Path
 ) -> None:

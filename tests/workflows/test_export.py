@@ -142,6 +142,7 @@ def test_a_fused_net_that_differs_is_not_exported(checkpoint, monkeypatch) -> No
 
 @pytest.mark.parametrize("tap", [(i, j) for i in range(3) for j in range(3)])
 @pytest.mark.parametrize("arch", ["A0", "B3"])
+@pytest.mark.slow
 def test_every_tap_of_the_last_kernel_has_a_part_in_the_verification(tap, arch) -> None:
     """Checked at the size that the full-width net would be verified at: too small a map shows padding only."""
     preprocessing = Preprocessing()

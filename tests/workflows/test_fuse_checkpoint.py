@@ -50,6 +50,7 @@ def test_shapes_are_those_of_a_convolution_with_bias(checkpoint_file: Path, tmp_
 
 
 @pytest.mark.parametrize("layout", NETS)
+@pytest.mark.slow
 def test_every_layout_becomes_a_deploy_form_with_the_same_logits(
     layout: str, save: Save, tmp_path: Path, images: Tensor
 ) -> None:
@@ -90,6 +91,7 @@ def test_written_file_is_the_same_each_time(name: str, checkpoint_file: Path, tm
 
 
 @pytest.mark.parametrize(("source", "layout"), [("timm", "timm"), ("official", "official"), ("holocron", "official")])
+@pytest.mark.slow
 def test_layout_is_timms_for_a_checkpoint_from_timm_and_official_for_others(
     source: str, layout: str, save: Save, tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_the_curves_are_a_table_and_a_picture(images, tmp_path) -> None:
     assert not state_path(tmp_path / "trained.pth").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_only_makes_it_worse_gives_the_start_back(images, tmp_path) -> None:
     values = json.loads(qat(DEMO, images, tmp_path / "trained.pth", "--rate", "100", "--json").stdout)
     assert values["best_step"] == 0

@@ -75,6 +75,7 @@ def test_the_same_results_give_the_same_files(record: dict[str, Any], plots: lis
     assert draw_plots([record]) == plots
 
 
+@pytest.mark.slow
 def test_the_page_has_every_result_and_escapes_names(record: dict[str, Any], plots: list[Plot]) -> None:
     page = render_page([record], plots, "ResNet-50")
     assert "made &lt;up&gt;" in page
