@@ -72,7 +72,7 @@ def test_from_a_checkpoint_to_an_int8_graph_as_accurate_as_the_trained_net(form,
     values = json.loads(qat(source, images, out, *more, "--val", tmp_path / "val", "--json").stdout)
     assert load_checkpoint(out).form == form
     assert values["steps"] == 4
-    # An activation that lies between two integers can round either way, which decides an image that lies between classes.
+    # An activation between two integers can round either way, which decides an image that lies between two classes.
     assert values["parity"]["relative"] < 0.02
     assert values["parity"]["top1_agreement"] >= 95.0
     written = json.loads(export_with(out, tmp_path / "trained.scales.npz", tmp_path / "out", "--json").stdout)
