@@ -32,7 +32,7 @@ import click
 import numpy as np
 
 from repvgg_deploy.cli.startup import share_cores
-from repvgg_deploy.files import file_kind
+from repvgg_deploy.files.kinds import file_kind
 from repvgg_deploy.hardware.cpu import read_cpu, usable_cores
 from repvgg_deploy.images.decoding import DecodingOptions, read_pixels
 from repvgg_deploy.images.reading import decode_ahead

@@ -35,7 +35,7 @@ import click
 import numpy as np
 
 from repvgg_deploy.engine.sidecar import read_sidecar
-from repvgg_deploy.files import hash_file
+from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.hardware.cpu import read_cpu
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.workflows.export import export

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_deploy import build, export_module, load_checkpoint
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.workflows.export_result import ModuleExportResult
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.typed_values import Line, convert, parse_json
+from repvgg_deploy.files.typed_values import Line, convert, parse_json
 
 Array = NDArray[Any]
 """An array of any shape and type, on the host."""
@@ -193,3 +194,22 @@ class Provenance:
     class_names: tuple[str, ...] | None
     tools: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LimitCheck:
+    """A measured value and the limit that it was held to.
+
+    `name` says what and which limit: `net.onnx: top-1 in percent, --min-top1`. `limit` is None where the command has
+    its own. `failure` is None if the limit was met.
+    """
+
+    name: str
+    value: float
+    limit: float | None
+    failure: DeployError | None = None
+
+
+def first_failure(checks: Iterable[LimitCheck]) -> DeployError | None:
+    """The failure of the first limit that was missed; None if all were met."""
+    return next((check.failure for check in checks if check.failure is not None), None)

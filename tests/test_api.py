@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import repvgg_deploy
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.workflows.fuse_checkpoint import write_fused
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from repvgg_deploy.checkpoints import build, load_checkpoint
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.layers import FloatLayers

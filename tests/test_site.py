@@ -105,5 +105,5 @@ def test_every_section_gives_the_reason_before_its_list() -> None:
 def test_the_errors_are_read_as_they_are_raised() -> None:
     errors = load_script("raised_errors").find_errors()
     by_module = {error.module for error in errors}
-    assert {"checkpoints/containers.py", "files.py", "engine/sidecar.py"} <= by_module
+    assert {"checkpoints/containers.py", "files/staging.py", "engine/sidecar.py"} <= by_module
     assert any(error.message == "… is empty" and error.kind == "CheckpointError" for error in errors)

@@ -35,6 +35,10 @@ def test_folders_of_tests_are_packages_of_the_code() -> None:
     assert not missing
 
 
+def test_few_modules_lie_at_the_top_of_the_package() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 10
+
+
 def body_lines(function: ast.FunctionDef) -> int:
     """The lines of a function behind its signature and docstring."""
     first = function.body[0]

@@ -40,7 +40,7 @@ from int8_bench.setup import (
     write_record,
 )
 from int8_bench.tools import quantize_onnxruntime
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.layers import FloatLayers

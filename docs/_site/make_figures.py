@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from repvgg_deploy import build, equivalent_kernel_bias, fuse, load_checkpoint
 from repvgg_deploy.benchmark.report.plots import COLOURS, STYLE
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.nets.cards import find_card

@@ -14,11 +14,11 @@ import numpy as np
 from repvgg_deploy.artifacts import Array, PreprocessingOptions
 from repvgg_deploy.errors import ImageError
 from repvgg_deploy.hardware.cpu import usable_cores
+from repvgg_deploy.hardware.threads import start_workers
 from repvgg_deploy.images.decoding import Pixels, crop_image, decode_image, normalize
 from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import ImageSource, list_images
 from repvgg_deploy.runtime.model import Model, open_model
-from repvgg_deploy.threads import start_workers
 
 _SAMPLE = 64
 

@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.files import file_kind, scratch_folder
+from repvgg_deploy.files.kinds import file_kind
+from repvgg_deploy.files.staging import scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.graphs.reading import read_graph
 from repvgg_deploy.nets.seeding import seeded_inputs

@@ -19,7 +19,7 @@ from repvgg_deploy.benchmark.names import BACKENDS, ENGINES, NOT_FINITE, PROVIDE
 from repvgg_deploy.benchmark.workloads import BlockingWorkload, StreamWorkload
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import file_kind
+from repvgg_deploy.files.kinds import file_kind
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs, net_costs, total_cost
 from repvgg_deploy.graphs.reading import read_graph
@@ -155,7 +155,7 @@ def _open_exported(case: Case, named: NamedNet, folder: Path) -> OpenedCase:
 
 def _build_plan(case: Case, graph: Path, folder: Path) -> Path:
     from repvgg_deploy.engine import BuildOptions, Unavailable, build_engine, find_backend
-    from repvgg_deploy.files import stage_files
+    from repvgg_deploy.files.staging import stage_files
 
     backend = find_backend(cast(str, case.backend))
     if isinstance(backend, Unavailable):

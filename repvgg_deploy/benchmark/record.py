@@ -13,8 +13,8 @@ from msgspec import Meta
 from repvgg_deploy.benchmark.measure import Measurement
 from repvgg_deploy.benchmark.statistics import Ratio, TimeStatistics
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import stage_files
-from repvgg_deploy.typed_values import convert, parse_json, read_file
+from repvgg_deploy.files.staging import stage_files
+from repvgg_deploy.files.typed_values import convert, parse_json, read_file
 
 SCHEMA_NAME = "repvgg-deploy/bench"
 SCHEMA_VERSION = 2

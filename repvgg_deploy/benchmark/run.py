@@ -22,7 +22,7 @@ from repvgg_deploy.benchmark.record import (
 )
 from repvgg_deploy.benchmark.roofline import Ceiling, RooflinePoint, measure_ceiling
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import scratch_folder
+from repvgg_deploy.files.staging import scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES
 from repvgg_deploy.hardware.machine import GpuLoad, describe_identity, finish_machine, record_machine
 from repvgg_deploy.nets.cards import require_baseline

@@ -14,7 +14,7 @@ from repvgg_deploy.benchmark.measure import MeasureOptions
 from repvgg_deploy.benchmark.names import BACKENDS, MODES, PRECISIONS
 from repvgg_deploy.benchmark.run import BenchRequest, Group
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.typed_values import convert, parse_toml, read_file
+from repvgg_deploy.files.typed_values import convert, parse_toml, read_file
 
 _EXAMPLES = "bench/suites has examples"
 

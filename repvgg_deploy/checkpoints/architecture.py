@@ -9,8 +9,8 @@ from dataclasses import replace
 from repvgg_deploy.checkpoints.layout import KeyMap
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.files.printable import printable
 from repvgg_deploy.nets.spec import IDENTITY, ArchSpec, BlockSpec, SqueezeExcite
-from repvgg_deploy.printable import printable
 
 _MAX_CANDIDATES = 500
 

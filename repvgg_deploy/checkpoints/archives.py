@@ -11,7 +11,7 @@ from typing import Final
 from repvgg_deploy.checkpoints.sources import EndsEarlyError, Source, open_stream, read_bytes
 from repvgg_deploy.checkpoints.stored import AGAIN, Blob, Deferred, Span
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 # The local file header: signature, version, flags, method, time, date, CRC-32, sizes, lengths of name and extra field.
 _LOCAL: Final = struct.Struct("<4s5H3I2H")

@@ -17,9 +17,9 @@ from repvgg_deploy.checkpoints.layout import KeyMap, Layout
 from repvgg_deploy.checkpoints.matching import FoundNet
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.files.printable import printable
 from repvgg_deploy.nets.cards import describe
 from repvgg_deploy.nets.spec import ArchSpec, tensor_shapes
-from repvgg_deploy.printable import printable
 
 _FREE_BYTES = 64 << 20
 _MAX_EXPANSION = 24

@@ -17,8 +17,8 @@ from repvgg_deploy.checkpoints.matching import FoundNet, find_nets
 from repvgg_deploy.checkpoints.other_nets import recognize_net
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.files.printable import printable
 from repvgg_deploy.nets.cards import describe
-from repvgg_deploy.printable import printable
 
 _EMA = re.compile(r"(?:^|[._])(?:model_)?ema(?:[._]|$)|^averaged_model|_ema$|^ema")
 

@@ -19,7 +19,7 @@ from repvgg_deploy.checkpoints.sources import EndsEarlyError, MemorySource, Sour
 from repvgg_deploy.checkpoints.stored import Storage, StoredTensor
 from repvgg_deploy.checkpoints.torch_files import Tree, read_pickles, read_torch_archive
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 _MAX_DEPTH = 40
 _MAX_NAMES = 500_000

@@ -14,7 +14,8 @@ from filelock import FileLock
 
 from repvgg_deploy.checkpoints.published import PublishedFile
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import cache_folder, hash_file
+from repvgg_deploy.files.kinds import hash_file
+from repvgg_deploy.files.places import cache_folder
 from repvgg_deploy.progress import SILENT, Progress
 
 Check = Literal["sha256", "first digits of sha256", "recorded sha256", "none"]

@@ -10,7 +10,7 @@ from repvgg_deploy.checkpoints.heads import Head, HeadPart
 from repvgg_deploy.checkpoints.inert import Inert, attributes_of
 from repvgg_deploy.checkpoints.settings_values import as_activation
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 HeadActivation = Literal["relu", "none"]
 Group = tuple[HeadPart, ...]

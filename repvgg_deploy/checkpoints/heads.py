@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from repvgg_deploy.checkpoints.matching import FoundNet
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 HEAD_WORDS = re.compile(r"(^|[._])(head|fc\d*|linear|classifier|cls|logits|last_layer)([._]|\d|$)")
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -18,6 +18,8 @@ from repvgg_deploy.checkpoints.module_settings import read_modules
 from repvgg_deploy.checkpoints.settings import read_settings
 from repvgg_deploy.checkpoints.sources import open_source
 from repvgg_deploy.errors import CheckpointError
+from repvgg_deploy.files.printable import printable
+from repvgg_deploy.hardware.threads import start_workers
 from repvgg_deploy.nets.cards import describe, find_card, match_card
 from repvgg_deploy.nets.settings import (
     NO_SETTINGS,
@@ -28,8 +30,6 @@ from repvgg_deploy.nets.settings import (
     structure_origins,
 )
 from repvgg_deploy.nets.spec import ArchSpec
-from repvgg_deploy.printable import printable
-from repvgg_deploy.threads import start_workers
 
 if TYPE_CHECKING:
     from torch import Tensor

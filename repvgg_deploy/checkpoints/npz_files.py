@@ -16,7 +16,7 @@ from repvgg_deploy.checkpoints.archives import Archive
 from repvgg_deploy.checkpoints.known_globals import array_tensor
 from repvgg_deploy.checkpoints.sources import EndsEarlyError
 from repvgg_deploy.checkpoints.stored import StoredTensor
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 # numpy's own limit: it parses the header as a Python literal, which is not safe for very long text.
 _MAX_HEADER = 10_000

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 _KNOWN = "a checkpoint is a .pth, .pt, .pth.tar, .ckpt, .npz or .safetensors file"
 

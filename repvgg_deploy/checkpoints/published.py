@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from msgspec import Meta
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import data_folder
-from repvgg_deploy.typed_values import Line, convert, parse_toml, read_file
+from repvgg_deploy.files.places import data_folder
+from repvgg_deploy.files.typed_values import Line, convert, parse_toml, read_file
 
 _HINT = "models/published has the tables of this release"
 

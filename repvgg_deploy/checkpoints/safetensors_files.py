@@ -10,7 +10,7 @@ from typing import Any
 from repvgg_deploy.checkpoints.number_types import NUMBER_TYPES, NumberType
 from repvgg_deploy.checkpoints.sources import Source, read_bytes
 from repvgg_deploy.checkpoints.stored import Span, Storage, StoredTensor, contiguous_stride
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 _MAX_HEADER = 100_000_000
 """The safetensors library has the same limit."""

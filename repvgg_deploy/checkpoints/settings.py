@@ -25,9 +25,9 @@ from repvgg_deploy.checkpoints.settings_values import (
     walk_dicts,
 )
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files.typed_values import read_file
 from repvgg_deploy.nets.cards import find_named_card
 from repvgg_deploy.nets.settings import NO_SETTINGS, Settings, StructureOptions
-from repvgg_deploy.typed_values import read_file
 
 IN_FILE = "the checkpoint's configuration"
 IN_MODULES = "the pickled modules"

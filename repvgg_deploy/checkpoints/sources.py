@@ -13,7 +13,7 @@ from typing import IO, Protocol
 
 from repvgg_deploy.checkpoints.other_files import describe_folder
 from repvgg_deploy.errors import CheckpointError
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 _BLOCK = 1 << 22
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from repvgg_deploy.artifacts import LimitCheck, first_failure
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.config import config_options
 from repvgg_deploy.cli.options import (
@@ -32,7 +33,6 @@ from repvgg_deploy.cli.types import (
     suggest_model,
 )
 from repvgg_deploy.errors import DeployError, ThresholdError
-from repvgg_deploy.limits import LimitCheck, first_failure
 
 if TYPE_CHECKING:
     from repvgg_deploy.benchmark.record import Record
@@ -290,7 +290,7 @@ def _label(entry: dict[str, Any]) -> str:
 def _profile(models: Sequence[str], options: dict[str, Any]) -> Outcome:
     from repvgg_deploy.benchmark.layer_profile import profile_engine, profile_graph
     from repvgg_deploy.cli.tables import print_profile
-    from repvgg_deploy.files import file_kind
+    from repvgg_deploy.files.kinds import file_kind
 
     path, batch = Path(models[0]), (options["batch"] or (1,))[0]
     with show_progress() as progress:

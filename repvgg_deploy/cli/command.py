@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
+from repvgg_deploy.artifacts import LimitCheck
 from repvgg_deploy.cli import progress
 from repvgg_deploy.cli.junit import JUnitSuite, write_junit
 from repvgg_deploy.cli.progress import Verbosity
@@ -19,8 +20,7 @@ from repvgg_deploy.cli.signals import end_on_signals
 from repvgg_deploy.cli.standard_output import OutputError, checked_output
 from repvgg_deploy.cli.startup import silence_libraries
 from repvgg_deploy.errors import DeployError, ThresholdError
-from repvgg_deploy.limits import LimitCheck
-from repvgg_deploy.printable import dump_json, printable
+from repvgg_deploy.files.printable import dump_json, printable
 from repvgg_deploy.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])

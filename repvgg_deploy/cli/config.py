@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from repvgg_deploy.cli.command import option_group
 from repvgg_deploy.cli.types import FilePath, Name, suggest
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,7 +49,7 @@ def _read_config(ctx: click.Context, _option: click.Parameter, path: Path | None
     """Make the values of the file the defaults of the command that is about to be parsed."""
     if path is None or ctx.resilient_parsing:
         return
-    from repvgg_deploy.typed_values import parse_toml, read_file
+    from repvgg_deploy.files.typed_values import parse_toml, read_file
 
     name = f"--config {path}"
     try:
@@ -133,7 +133,7 @@ def _save_config(ctx: click.Context, _option: click.Parameter, path: Path | None
         return
 
     def write() -> None:
-        from repvgg_deploy.typed_values import to_toml
+        from repvgg_deploy.files.typed_values import to_toml
 
         text = to_toml({str(ctx.info_name): given_options(ctx)})
         try:

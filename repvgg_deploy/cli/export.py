@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from repvgg_deploy.artifacts import LimitCheck
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.config import config_options
 from repvgg_deploy.cli.features import FeaturesCommand
@@ -33,7 +34,6 @@ from repvgg_deploy.cli.records import describe_records, records_input, records_o
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
 from repvgg_deploy.cli.whole_networks import export_whole, leave_out_module_options, module_options
 from repvgg_deploy.graphs.simplification import SimplificationCheck
-from repvgg_deploy.limits import LimitCheck
 
 if TYPE_CHECKING:
     from repvgg_deploy.workflows.export_all import ExportAllRequest

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repvgg_deploy import __version__
+from repvgg_deploy.artifacts import LimitCheck
 from repvgg_deploy.errors import DeployError, ThresholdError, VerificationError
-from repvgg_deploy.files import stage_files
-from repvgg_deploy.limits import LimitCheck
+from repvgg_deploy.files.staging import stage_files
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

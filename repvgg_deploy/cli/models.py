@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from repvgg_deploy.artifacts import LimitCheck, first_failure
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.model_options import image_run_options, model_options, take_model
 from repvgg_deploy.cli.options import (
@@ -21,7 +22,6 @@ from repvgg_deploy.cli.options import (
 )
 from repvgg_deploy.cli.startup import share_cores
 from repvgg_deploy.errors import ThresholdError
-from repvgg_deploy.limits import LimitCheck, first_failure
 
 if TYPE_CHECKING:
     from repvgg_deploy.workflows.evaluate import Evaluation
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def inspect(file: Path, **options: Any) -> Any:
     """Describe a checkpoint, an ONNX graph or an engine."""
     from repvgg_deploy.cli.tables import print_description
-    from repvgg_deploy.files import file_kind
+    from repvgg_deploy.files.kinds import file_kind
     from repvgg_deploy.workflows.inspect import inspect_checkpoint, inspect_file
 
     if file_kind(file) == "checkpoint":

@@ -319,7 +319,7 @@ def read_labels(path: Path | None) -> tuple[str, ...] | None:
     """
     if path is None:
         return None
-    from repvgg_deploy.typed_values import read_file
+    from repvgg_deploy.files.typed_values import read_file
 
     hint = "give a text file with one class per line"
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.cells import cell_len, chop_cells
 
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 _GAP = "  "
 # A shortened name keeps at least so much of itself.

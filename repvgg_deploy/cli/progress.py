@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, TextIO
 
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 from repvgg_deploy.progress import Progress
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from repvgg_deploy.cli.command import Command, Outcome, option_group
 from repvgg_deploy.cli.options import PATH, output_options, path_argument
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 
 @click.command(

@@ -17,8 +17,8 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from repvgg_deploy.files import is_past_abort, last_words, undo_unfinished
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.abort import is_past_abort, last_words, undo_unfinished
+from repvgg_deploy.files.printable import printable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from repvgg_deploy.cli.output import print_fields, print_table
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 if TYPE_CHECKING:
     from repvgg_deploy.benchmark.from_files import EndToEnd

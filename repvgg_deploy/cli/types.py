@@ -206,7 +206,7 @@ def _baseline_names() -> list[str]:
 
 
 def _recipe_names() -> list[str]:
-    from repvgg_deploy.files import data_folder
+    from repvgg_deploy.files.places import data_folder
 
     return sorted(path.stem for path in data_folder("calibration").glob("*.toml"))
 

@@ -13,7 +13,7 @@ import click
 from repvgg_deploy.cli.command import Outcome, option_group, show_progress
 from repvgg_deploy.cli.options import PATH, flag, is_given, take_preprocessing
 from repvgg_deploy.cli.startup import prepare_process
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 
 if TYPE_CHECKING:
     from repvgg_deploy.workflows.export_result import ModuleExportResult

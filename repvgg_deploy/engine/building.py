@@ -18,12 +18,12 @@ from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolu
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
 from repvgg_deploy.engine.timing_cache import use_timing_cache
-from repvgg_deploy.files import hash_file
+from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.graphs.serialization import read_onnx_metadata
 from repvgg_deploy.hardware.gpus import find_gpus
+from repvgg_deploy.hardware.threads import Cancellation, run_cancellable, start_workers
 from repvgg_deploy.progress import SILENT, Progress
-from repvgg_deploy.threads import Cancellation, run_cancellable, start_workers
 
 Shapes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """The smallest, best and largest shape of an input."""

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from repvgg_deploy.engine.backends import Backend
+from repvgg_deploy.hardware.threads import Cancellation
 from repvgg_deploy.progress import Progress
-from repvgg_deploy.threads import Cancellation
 
 _STEP = "building the engine"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from repvgg_deploy.engine.backends import Backend, has
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 
 
 class ContextSettings:

@@ -24,9 +24,9 @@ from repvgg_deploy.engine.sidecar import (
     sidecar_path,
 )
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files.publishing import finish_interrupted
 from repvgg_deploy.hardware.gpus import find_gpus
-from repvgg_deploy.publishing import finish_interrupted
-from repvgg_deploy.threads import run_cancellable
+from repvgg_deploy.hardware.threads import run_cancellable
 
 
 @dataclass

@@ -12,7 +12,7 @@ from repvgg_deploy.engine.backends import Backend
 from repvgg_deploy.engine.log import collect_messages, explain_failure, first_line, get_logger
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.hardware.gpus import find_gpus
-from repvgg_deploy.threads import run_cancellable
+from repvgg_deploy.hardware.threads import run_cancellable
 
 # trt.DataType by name: what a tensor is in NumPy's words.
 DTYPES = {

@@ -14,12 +14,12 @@ from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
 from repvgg_deploy.engine.log import collect_messages, construct, explain_failure, get_logger
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import hash_file
+from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.graphs.serialization import read_onnx_metadata
+from repvgg_deploy.hardware.threads import run_cancellable
 from repvgg_deploy.nets.settings import recorded_structure
-from repvgg_deploy.threads import run_cancellable
 
 _REBUILD = "build the engine with --refittable: `repvgg-deploy export CHECKPOINT --refittable`"
 

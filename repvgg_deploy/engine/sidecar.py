@@ -13,8 +13,8 @@ from repvgg_deploy.engine.backends import LABELS, Backend, BackendName
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files.typed_values import convert, parse_json, read_file
 from repvgg_deploy.hardware.gpus import Gpu
-from repvgg_deploy.typed_values import convert, parse_json, read_file
 
 SCHEMA = 1
 # Class names of the largest data sets take one megabyte.

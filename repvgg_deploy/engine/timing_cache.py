@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from repvgg_deploy.engine.backends import Backend
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import cache_folder, stage_files
+from repvgg_deploy.files.places import cache_folder
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.hardware.gpus import Gpu
 from repvgg_deploy.progress import Progress
 

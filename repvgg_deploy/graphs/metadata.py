@@ -12,7 +12,7 @@ from msgspec import Meta
 import repvgg_deploy
 from repvgg_deploy.artifacts import Precision, Preprocessing, Provenance
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.typed_values import Line, convert, parse_json
+from repvgg_deploy.files.typed_values import Line, convert, parse_json
 
 METADATA_PREFIX = "repvgg_deploy."
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from repvgg_deploy.errors import DeployError, ImageError
+from repvgg_deploy.files.typed_values import read_file
 from repvgg_deploy.images.archives import TarMember, index_archive
 from repvgg_deploy.images.sources import ARCHIVES, SUFFIXES, ImageSource, Tally, Unreadable, find_images, walk_folder
-from repvgg_deploy.typed_values import read_file
 
 _LAYOUTS = "expected DIR/<class>/<image>.jpg, tar archives, or a flat folder with a ground-truth file"
 _MAP = "map_clsloc.txt"

@@ -14,9 +14,9 @@ import numpy as np
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
 from repvgg_deploy.hardware.cpu import usable_cores
+from repvgg_deploy.hardware.threads import start_workers
 from repvgg_deploy.images.decoding import DecodingOptions, ImageData, Pixels, read_pixels
 from repvgg_deploy.images.sources import ImageSource
-from repvgg_deploy.threads import start_workers
 
 # What cropped images that wait for their consumer may take.
 _AHEAD_BYTES = 1 << 29

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repvgg_deploy.errors import DeployError, ImageError
+from repvgg_deploy.files.typed_values import read_file
 from repvgg_deploy.images.archives import TarMember, index_archive
-from repvgg_deploy.typed_values import read_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is decoded, by Pillow's names; other formats run little-reviewed decoders, or other programs."""

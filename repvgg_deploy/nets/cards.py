@@ -13,9 +13,9 @@ from msgspec import Meta, Struct
 
 from repvgg_deploy.artifacts import Preprocessing, Provenance
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
+from repvgg_deploy.files.typed_values import Line, convert, parse_toml, read_file
 from repvgg_deploy.nets.spec import ArchSpec, BlockSpec, SqueezeExcite, training_branches
-from repvgg_deploy.typed_values import Line, convert, parse_toml, read_file
 
 _Count = Annotated[int, Meta(ge=1, le=1000)]
 _Channels = Annotated[int, Meta(ge=1, le=1 << 16)]

@@ -15,7 +15,7 @@ from repvgg_deploy.checkpoints.archives import Archive, open_archive
 from repvgg_deploy.checkpoints.npz_files import ArrayError, read_array, read_text
 from repvgg_deploy.checkpoints.sources import MemorySource
 from repvgg_deploy.errors import CheckpointError, DeployError
-from repvgg_deploy.typed_values import convert, parse_json, read_file
+from repvgg_deploy.files.typed_values import convert, parse_json, read_file
 
 Value = TypeVar("Value")
 

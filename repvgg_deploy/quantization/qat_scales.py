@@ -13,6 +13,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files.typed_values import Line, Sha256
 from repvgg_deploy.fusion.fuse import equivalent_kernel_bias
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.array_files import ArrayFile, save_arrays
@@ -25,7 +26,6 @@ from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
 from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, qat_layers
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
 from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction
-from repvgg_deploy.typed_values import Line, Sha256
 
 _KIND = "qat"
 # Values of each image that are kept to choose the scale of an input, and the shares of the largest one that are tried.

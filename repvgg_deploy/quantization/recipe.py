@@ -9,9 +9,9 @@ from typing import Annotated
 from msgspec import Meta
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
+from repvgg_deploy.files.typed_values import Line, convert, parse_toml, read_file, require_known
 from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS
-from repvgg_deploy.typed_values import Line, convert, parse_toml, read_file, require_known
 
 # The bounds are those of a file. They refuse what cannot work and what no machine has the memory for, not what is odd.
 _Count = Annotated[int, Meta(ge=1, le=1 << 24)]

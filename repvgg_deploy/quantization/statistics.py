@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files.typed_values import Sha256
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import SILENT, Progress, count_steps
 from repvgg_deploy.quantization.array_files import ArrayFile, save_arrays
 from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS, AugmentedImages
 from repvgg_deploy.quantization.points import Images, point_channels, point_names, rebatch, walk
 from repvgg_deploy.torch_precision import float32
-from repvgg_deploy.typed_values import Sha256
 
 _PEAKS = 8
 _ANOTHER = "name another --calib-cache file, or delete this one"

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from repvgg_deploy.artifacts import Array, Preprocessing, PreprocessingOptions, Provenance
 from repvgg_deploy.checkpoints import CheckpointOptions, build
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.files import file_kind
+from repvgg_deploy.files.kinds import file_kind
+from repvgg_deploy.files.publishing import finish_interrupted
 from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.hardware.cpu import require_memory
 from repvgg_deploy.images.decoding import Pixels, normalize, take_luma
 from repvgg_deploy.nets.cards import require_arch
 from repvgg_deploy.nets.preprocessing import choose_preprocessing, require_channels
 from repvgg_deploy.nets.settings import StructureOptions, recorded_structure
-from repvgg_deploy.publishing import finish_interrupted
 from repvgg_deploy.runtime.base import Runner
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchRunner

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.files import scratch_folder
+from repvgg_deploy.files.staging import scratch_folder
 from repvgg_deploy.graphs.reading import read_graph
 from repvgg_deploy.runtime.failures import is_graph_failure
 

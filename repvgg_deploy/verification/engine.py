@@ -13,7 +13,7 @@ from repvgg_deploy.engine.backends import Backend, import_backend
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.runner import EngineRunner, open_engine
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.files import scratch_folder
+from repvgg_deploy.files.staging import scratch_folder
 from repvgg_deploy.hardware.gpus import find_gpus
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner

@@ -15,7 +15,8 @@ from repvgg_deploy.artifacts import Array, Precision, PreprocessingOptions
 from repvgg_deploy.benchmark.measure import measure_interleaved
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import data_folder, scratch_folder
+from repvgg_deploy.files.places import data_folder
+from repvgg_deploy.files.staging import scratch_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.repvgg import GraphOptions

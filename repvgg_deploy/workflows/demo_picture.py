@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repvgg_deploy.artifacts import Array
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.images.synthetic import CLASS_NAMES, draw_images
 from repvgg_deploy.runtime.model import Model, softmax
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Array, Parity, Precision, Preprocessing
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.files.kinds import hash_file
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.nets.cost import count_parameters

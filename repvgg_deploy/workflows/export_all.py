@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.files.kinds import hash_file
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.graphs.simplification import SimplificationCheck
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.progress import SILENT, Progress

@@ -16,7 +16,7 @@ from torch import nn
 
 from repvgg_deploy.artifacts import Parity, Precision, Provenance
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.fusion.fuse import find_blocks, fuse
 from repvgg_deploy.graphs.builder import write_graph
 from repvgg_deploy.graphs.metadata import make_metadata

@@ -11,7 +11,7 @@ from repvgg_deploy.artifacts import Parity, PreprocessingOptions
 from repvgg_deploy.checkpoints import CheckpointOptions, build, load_checkpoint
 from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cost import count_parameters

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg_deploy.artifacts import PreprocessingOptions
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import file_kind, hash_file
+from repvgg_deploy.files.kinds import file_kind, hash_file
+from repvgg_deploy.files.typed_values import parse_json
 from repvgg_deploy.nets.cards import RepVGGCard, match_card, require_arch
 from repvgg_deploy.nets.cost import count_flops, count_parameters
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
-from repvgg_deploy.typed_values import parse_json
 
 if TYPE_CHECKING:
     from repvgg_deploy.checkpoints import Checkpoint, CheckpointOptions

@@ -12,7 +12,7 @@ from torch import nn
 
 from repvgg_deploy.artifacts import Precision, Preprocessing
 from repvgg_deploy.errors import DeployError, ImageError, ThresholdError
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.progress import Progress
 from repvgg_deploy.quantization import (

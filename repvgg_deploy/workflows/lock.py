@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import hash_file
-from repvgg_deploy.typed_values import Sha256, convert, parse_toml, read_file, to_toml
+from repvgg_deploy.files.kinds import hash_file
+from repvgg_deploy.files.typed_values import Sha256, convert, parse_toml, read_file, to_toml
 
 if TYPE_CHECKING:
     from repvgg_deploy.artifacts import Precision

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.errors import DeployError, ImageError, VerificationError
-from repvgg_deploy.files import undone_on_abort
+from repvgg_deploy.files.abort import undone_on_abort
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.serving import PredictorSpec

@@ -13,7 +13,8 @@ import numpy as np
 
 from repvgg_deploy.artifacts import Array
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
+from repvgg_deploy.files.typed_values import read_file
 from repvgg_deploy.graphs.builder import OnnxGraph, write_graph
 from repvgg_deploy.graphs.preprocessing import PIXELS, NetInput, make_preprocessing
 from repvgg_deploy.hardware.cpu import require_memory
@@ -31,7 +32,6 @@ from repvgg_deploy.serving.triton import (
     ServedTensor,
     make_labels,
 )
-from repvgg_deploy.typed_values import read_file
 from repvgg_deploy.workflows.package_checks import PreprocessingParity, compare_with_pillow, prepare, read_pictures
 from repvgg_deploy.workflows.package_sources import Source, read_source
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import file_kind, hash_file
+from repvgg_deploy.files.kinds import file_kind, hash_file
 from repvgg_deploy.runtime.model import open_model
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.serving.triton import Backend, ServedTensor

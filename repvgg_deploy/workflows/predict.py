@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from repvgg_deploy.errors import ImageError, VerificationError
-from repvgg_deploy.files import hash_file, undone_on_abort
+from repvgg_deploy.files.abort import undone_on_abort
+from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.images.sources import ImageSource, find_images, list_lines
 from repvgg_deploy.progress import SILENT, Progress, count_steps
 from repvgg_deploy.runtime.model import Model

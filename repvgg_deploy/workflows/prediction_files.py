@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import stage_files
-from repvgg_deploy.printable import dump_json
+from repvgg_deploy.files.printable import dump_json
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.serving.tables import as_text, import_pyarrow, make_table, prediction_schema
 from repvgg_deploy.workflows.prediction_rows import Row, RowError, read_lines, read_names, read_row, shape_of
 

@@ -11,7 +11,7 @@ from typing import IO, Annotated, Any, NoReturn
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
 from repvgg_deploy.serving.tables import import_pyarrow
 
 Row = Mapping[str, Any]

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from repvgg_deploy.files import hash_file
+from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.workflows.lock import Inputs
 
 STATEMENT = "https://in-toto.io/Statement/v1"

@@ -9,7 +9,7 @@ from typing import Any
 
 from repvgg_deploy.checkpoints.downloads import LocalFile, fetch_published
 from repvgg_deploy.checkpoints.published import PublishedFile, find_published
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.progress import SILENT, Progress
 
 

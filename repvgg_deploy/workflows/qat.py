@@ -24,7 +24,8 @@ from repvgg_deploy.benchmark.report.curves import draw_curves
 from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
 from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.files.kinds import hash_file
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.nets.preprocessing import choose_preprocessing
 from repvgg_deploy.nets.repvgg import RepVGG

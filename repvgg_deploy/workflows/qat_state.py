@@ -22,10 +22,10 @@ from repvgg_deploy.checkpoints.sources import open_source
 from repvgg_deploy.checkpoints.stored import StoredTensor
 from repvgg_deploy.checkpoints.torch_files import read_torch_archive
 from repvgg_deploy.errors import CheckpointError, DeployError
-from repvgg_deploy.printable import printable
+from repvgg_deploy.files.printable import printable
+from repvgg_deploy.files.typed_values import Sha256, convert, parse_json
 from repvgg_deploy.quantization.qat_best import BestSoFar
 from repvgg_deploy.quantization.qat_training import QatTraining, TrainingState
-from repvgg_deploy.typed_values import Sha256, convert, parse_json
 
 _HINT = "delete it to start over, or give another -o"
 # Raised when what a state contains changes.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg_deploy.artifacts import Precision
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.files.kinds import hash_file
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.progress import Progress
 from repvgg_deploy.workflows.choices import list_settings
 from repvgg_deploy.workflows.export import Finish, file_stem

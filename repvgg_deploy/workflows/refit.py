@@ -13,7 +13,8 @@ from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.refit import graph_options, refit_engine, require_refittable
 from repvgg_deploy.engine.sidecar import Sidecar
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import file_kind, scratch_folder, stage_files
+from repvgg_deploy.files.kinds import file_kind
+from repvgg_deploy.files.staging import scratch_folder, stage_files
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.nets.settings import recorded_structure

@@ -12,7 +12,7 @@ import pytest
 import qat
 import torch
 
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
 
 DEMO = data_folder("models") / "demo.safetensors"

@@ -20,10 +20,10 @@ from helpers.faulty_commands import FaultyPublishing, commands, judge, make_inpu
 from helpers.sidecars import make_side
 from reliability import SIGNALS, fill_disk, kill_command, measure_growth, run_together
 
-from repvgg_deploy import publishing
 from repvgg_deploy.cli.main import main
 from repvgg_deploy.engine.building import Engine
 from repvgg_deploy.engine.sidecar import sidecar_path
+from repvgg_deploy.files import publishing
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.workflows import refit
 from repvgg_deploy.workflows.export import export

@@ -104,7 +104,8 @@ def test_what_was_begun_on_the_disk_is_undone_even_while_threads_write_to_it(
 ) -> None:
     script = """
         import threading
-        from repvgg_deploy.files import scratch_folder, stage_files, undone_on_abort
+        from repvgg_deploy.files.staging import scratch_folder, stage_files
+        from repvgg_deploy.files.abort import undone_on_abort
         def write(folder):
             for n in range(10**6):
                 (folder / str(n)).write_bytes(b"x" * 1000)
@@ -128,7 +129,7 @@ def test_what_was_begun_on_the_disk_is_undone_even_while_threads_write_to_it(
 
 def test_the_user_is_told_what_an_ended_command_left(tmp_path: Path) -> None:
     script = """
-        from repvgg_deploy.files import undone_on_abort
+        from repvgg_deploy.files.abort import undone_on_abort
         with undone_on_abort(lambda: "note: \\033half of it is kept"), undone_on_abort(lambda: None):
             kill()
             time.sleep(30)
@@ -140,7 +141,7 @@ def test_the_user_is_told_what_an_ended_command_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_that_comes_after_the_results_is_too_late(number: signal.Signals, tmp_path: Path) -> None:
     script = """
-        from repvgg_deploy.files import stage_files
+        from repvgg_deploy.files.staging import stage_files
         with stage_files(Path(sys.argv[2])) as staging:
             (staging / "a").write_text("1")
         kill()
@@ -154,7 +155,7 @@ def test_a_signal_that_comes_after_the_results_is_too_late(number: signal.Signal
 
 def test_a_cache_that_was_written_is_no_reason_to_go_on(tmp_path: Path) -> None:
     script = """
-        from repvgg_deploy.files import stage_files
+        from repvgg_deploy.files.staging import stage_files
         with stage_files(Path(sys.argv[2]), is_result=False) as staging:
             (staging / "cache").write_text("1")
         kill()

@@ -26,7 +26,7 @@ from repvgg_deploy.engine.refit import (
 from repvgg_deploy.engine.runner import load_engine
 from repvgg_deploy.engine.sidecar import Sidecar, read_sidecar
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 from repvgg_deploy.progress import SILENT

@@ -26,7 +26,8 @@ from repvgg_deploy.engine.building import _configure
 from repvgg_deploy.engine.network import parse_onnx, read_convolution_precisions
 from repvgg_deploy.engine.sidecar import read_sidecar
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.files import hash_file, stage_files
+from repvgg_deploy.files.kinds import hash_file
+from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.nets.cards import find_card, load_cards
 

@@ -17,7 +17,7 @@ from helpers.progress import Heard
 from repvgg_deploy.engine import BuildOptions, build_engine
 from repvgg_deploy.engine.log import get_logger
 from repvgg_deploy.engine.network import parse_onnx
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 
 NO_CACHE = BuildOptions(timing_cache=False)
 
@@ -77,7 +77,7 @@ def test_ctrl_c_in_a_process_of_its_own_ends_it_by_the_signal(tmp_path: Path) ->
         import os, signal, sys
         from pathlib import Path
         from repvgg_deploy.engine import BuildOptions, build_engine, find_backend
-        from repvgg_deploy.files import stage_files
+        from repvgg_deploy.files.staging import stage_files
 
         class Interrupting:
             def note(self, text):

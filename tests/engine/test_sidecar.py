@@ -25,7 +25,7 @@ from repvgg_deploy.engine.sidecar import (
     sidecar_path,
 )
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import hash_file
+from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 
 L40 = Gpu("NVIDIA L40S", "8.9", 48 << 30)

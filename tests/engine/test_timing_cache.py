@@ -16,7 +16,7 @@ from repvgg_deploy.engine.backends import Backend, Capabilities
 from repvgg_deploy.engine.network import create_builder
 from repvgg_deploy.engine.timing_cache import cache_path, use_timing_cache
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import cache_folder
+from repvgg_deploy.files.places import cache_folder
 from repvgg_deploy.hardware.gpus import Gpu, find_gpus
 from repvgg_deploy.progress import SILENT
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from helpers.quantized_nets import draw_images, fused_net, in_batches
 
 from repvgg_deploy.cli.main import main
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.quantization import Recipe, quantize
 from repvgg_deploy.quantization.layer_report import signal_to_noise_db

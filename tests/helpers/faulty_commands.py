@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from helpers.faults import Fault, install, run_child
-from repvgg_deploy import publishing
 from repvgg_deploy.checkpoints.writing import write_state_dict
 from repvgg_deploy.engine.sidecar import read_sidecar
-from repvgg_deploy.files import data_folder, hash_file
+from repvgg_deploy.files import publishing
+from repvgg_deploy.files.kinds import hash_file
+from repvgg_deploy.files.places import data_folder
+from repvgg_deploy.files.work_folders import WorkFolder, open_folder, remove_abandoned
 from repvgg_deploy.images.synthetic import write_image_folder
-from repvgg_deploy.work_folders import WorkFolder, open_folder, remove_abandoned
 from repvgg_deploy.workflows.export import export
 from repvgg_deploy.workflows.export_request import ExportRequest
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from helpers.faults import Fault, count_calls, fail, install, run_child, send
 from repvgg_deploy.cli.signals import end_on_signals
-from repvgg_deploy.files import stage_files
-from repvgg_deploy.publishing import finish_interrupted
+from repvgg_deploy.files.publishing import finish_interrupted
+from repvgg_deploy.files.staging import stage_files
 
 OLD = {"net.onnx": "old graph", "net.plan": "old plan", "net.plan.json": "old sidecar", "entry/config": "old"}
 # A folder that is there already gets what is in it; one that is not is moved as a whole.

@@ -14,7 +14,7 @@ from torch import nn
 
 from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
 from repvgg_deploy.errors import ImageError
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.images import synthetic as drawn
 from repvgg_deploy.images.synthetic import CLASS_NAMES, draw_image, draw_images, image_seed, write_image_folder

@@ -27,7 +27,7 @@ from repvgg_deploy.benchmark.baseline_graphs import BaselineIntegers, find_range
 from repvgg_deploy.benchmark.graphs import quantize_plainly
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import GraphError
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.graphs.repvgg import GraphOptions
 from repvgg_deploy.nets.repvgg import RepVGG

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from repvgg_deploy.artifacts import Precision, Preprocessing, PreprocessingOptions
 from repvgg_deploy.checkpoints import load_checkpoint
 from repvgg_deploy.errors import DeployError, GraphError
-from repvgg_deploy.files import file_kind
+from repvgg_deploy.files.kinds import file_kind
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.preprocessing import choose_preprocessing

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.cli.main import main
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.array_files import save_arrays

@@ -23,7 +23,7 @@ from repvgg_deploy.artifacts import Preprocessing, PreprocessingOptions
 from repvgg_deploy.engine.network import Tensor
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.files import hash_file
+from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.graphs.preprocessing import PIXELS, NetInput, make_preprocessing
 from repvgg_deploy.hardware.gpus import Gpu
 from repvgg_deploy.images.decoding import DecodingOptions

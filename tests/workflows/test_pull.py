@@ -19,7 +19,7 @@ from repvgg_deploy.checkpoints.downloads import LocalFile, fetch_published, publ
 from repvgg_deploy.checkpoints.published import PublishedFile, find_published, load_published
 from repvgg_deploy.cli.main import main
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.nets.cards import load_cards
 
 CONTENT = random.Random(0).randbytes(3_000_000)

@@ -20,7 +20,7 @@ from helpers.quantized_nets import QUICK_RECIPE
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.cli.main import main
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import data_folder
+from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.quantization.qat_scales import load_scales
 from repvgg_deploy.quantization.qat_training import TrainingOptions

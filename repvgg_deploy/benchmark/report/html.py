@@ -21,7 +21,7 @@ from repvgg_deploy.benchmark.report.tables import (
     tabulate_results,
 )
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import stage_files
+from repvgg_deploy.files.staging import stage_files
 
 _TEMPLATE = "page.html.j2"
 

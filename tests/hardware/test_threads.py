@@ -15,7 +15,7 @@ from types import FrameType
 
 import pytest
 
-from repvgg_deploy.threads import Cancellation, run_cancellable, start_workers
+from repvgg_deploy.hardware.threads import Cancellation, run_cancellable, start_workers
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 EXPORT = "import json, sys, threading, time; from repvgg_deploy.cli.main import main; "

@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.work_folders import (
+from repvgg_deploy.files.work_folders import (
     WorkFolder,
     flush_files,
     flush_folder,
@@ -196,7 +196,7 @@ def _read_journal(path: Path, folder: Path) -> list[_Move]:
     """
     import msgspec
 
-    from repvgg_deploy.typed_values import read_file
+    from repvgg_deploy.files.typed_values import read_file
 
     try:
         # Not the typed reader's parser: a file's name that is not UTF-8 has lone surrogates.

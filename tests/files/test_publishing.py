@@ -15,19 +15,19 @@ import pytest
 from helpers.faults import FAILED, count_calls, install, run_child, send
 from helpers.publishing_faults import OLD, has_work, publish, read, write
 
-from repvgg_deploy import work_folders
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.files import scratch_folder, stage_files
-from repvgg_deploy.publishing import finish_interrupted
+from repvgg_deploy.files import work_folders
+from repvgg_deploy.files.publishing import finish_interrupted
+from repvgg_deploy.files.staging import scratch_folder, stage_files
 
-_HELPERS = Path(__file__).resolve().parent
+_TESTS = Path(__file__).resolve().parents[1]
 
 
 def try_each_call(kind: str, before: str, tmp_path: Path, *options: str) -> list[dict[str, object]]:
     """A fault of `kind` at each system call; see the module."""
     done = subprocess.run(
         [sys.executable, "-m", "helpers.publishing_faults", kind, before, str(tmp_path), *options],
-        cwd=_HELPERS, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_HELPERS.parent), str(_HELPERS)])},
+        cwd=_TESTS, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)])},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from repvgg_deploy.errors import DeployError
-from repvgg_deploy.typed_values import convert, parse_json, parse_toml
+from repvgg_deploy.files.typed_values import convert, parse_json, parse_toml
 
 
 @dataclass(frozen=True)

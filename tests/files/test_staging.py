@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from repvgg_deploy.errors import DeployError, VerificationError
-from repvgg_deploy.files import file_kind, hash_file, stage_files
+from repvgg_deploy.files.kinds import file_kind, hash_file
+from repvgg_deploy.files.staging import stage_files
 
 
 def tree(folder: Path) -> dict[str, str]:

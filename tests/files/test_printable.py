@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from repvgg_deploy.printable import dump_json, printable
+from repvgg_deploy.files.printable import dump_json, printable
 
 DRIVING = ["\x1b[31m", "\r", "\n", "\x9b2J", "\x7f", "\u202e", "\u2028", "\ud800", "\0"]
 
