@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -194,22 +193,3 @@ class Provenance:
     class_names: tuple[str, ...] | None
     tools: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LimitCheck:
-    """A measured value and the limit that it was held to.
-
-    `name` says what and which limit: `net.onnx: top-1 in percent, --min-top1`. `limit` is None where the command has
-    its own. `failure` is None if the limit was met.
-    """
-
-    name: str
-    value: float
-    limit: float | None
-    failure: DeployError | None = None
-
-
-def first_failure(checks: Iterable[LimitCheck]) -> DeployError | None:
-    """The failure of the first limit that was missed; None if all were met."""
-    return next((check.failure for check in checks if check.failure is not None), None)

@@ -1,4 +1,12 @@
-"""The errors that a user can fix: a message that says what is wrong, a hint that says what to do."""
+"""The errors that a user can fix: a message that says what is wrong, a hint that says what to do.
+
+Beside them what a gate decides on, and what a report of it shows: measured values with the limits they are held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class DeployError(Exception):
@@ -43,3 +51,22 @@ class VerificationError(DeployError):
 
 class ThresholdError(DeployError):
     """A measured value that violates a limit set by the user."""
+
+
+@dataclass(frozen=True)
+class LimitCheck:
+    """A measured value and the limit that it was held to.
+
+    `name` says what and which limit: `net.onnx: top-1 in percent, --min-top1`. `limit` is None where the command has
+    its own. `failure` is None if the limit was met.
+    """
+
+    name: str
+    value: float
+    limit: float | None
+    failure: DeployError | None = None
+
+
+def first_failure(checks: Iterable[LimitCheck]) -> DeployError | None:
+    """The failure of the first limit that was missed; None if all were met."""
+    return next((check.failure for check in checks if check.failure is not None), None)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from repvgg_deploy.artifacts import LimitCheck, first_failure
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.config import config_options
 from repvgg_deploy.cli.options import (
@@ -32,7 +31,7 @@ from repvgg_deploy.cli.types import (
     is_model_name,
     suggest_model,
 )
-from repvgg_deploy.errors import DeployError, ThresholdError
+from repvgg_deploy.errors import DeployError, LimitCheck, ThresholdError, first_failure
 
 if TYPE_CHECKING:
     from repvgg_deploy.benchmark.record import Record

@@ -12,14 +12,13 @@ from typing import Any, TypeVar
 
 import click
 
-from repvgg_deploy.artifacts import LimitCheck
 from repvgg_deploy.cli import progress
 from repvgg_deploy.cli.junit import JUnitSuite, write_junit
 from repvgg_deploy.cli.progress import Verbosity
 from repvgg_deploy.cli.signals import end_on_signals
 from repvgg_deploy.cli.standard_output import OutputError, checked_output
 from repvgg_deploy.cli.startup import silence_libraries
-from repvgg_deploy.errors import DeployError, ThresholdError
+from repvgg_deploy.errors import DeployError, LimitCheck, ThresholdError
 from repvgg_deploy.files.printable import dump_json, printable
 from repvgg_deploy.progress import Progress
 

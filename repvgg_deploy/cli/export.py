@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from repvgg_deploy.artifacts import LimitCheck
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.config import config_options
 from repvgg_deploy.cli.features import FeaturesCommand
@@ -33,6 +32,7 @@ from repvgg_deploy.cli.pull import offline_option, pretrained_option, take_pretr
 from repvgg_deploy.cli.records import describe_records, records_input, records_output, take_records
 from repvgg_deploy.cli.startup import prepare_process, quick_imports
 from repvgg_deploy.cli.whole_networks import export_whole, leave_out_module_options, module_options
+from repvgg_deploy.errors import LimitCheck
 from repvgg_deploy.graphs.simplification import SimplificationCheck
 
 if TYPE_CHECKING:

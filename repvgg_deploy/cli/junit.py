@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repvgg_deploy import __version__
-from repvgg_deploy.artifacts import LimitCheck
-from repvgg_deploy.errors import DeployError, ThresholdError, VerificationError
+from repvgg_deploy.errors import DeployError, LimitCheck, ThresholdError, VerificationError
 from repvgg_deploy.files.staging import stage_files
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from repvgg_deploy.artifacts import LimitCheck, first_failure
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
 from repvgg_deploy.cli.model_options import image_run_options, model_options, take_model
 from repvgg_deploy.cli.options import (
@@ -21,7 +20,7 @@ from repvgg_deploy.cli.options import (
     take_ray,
 )
 from repvgg_deploy.cli.startup import share_cores
-from repvgg_deploy.errors import ThresholdError
+from repvgg_deploy.errors import LimitCheck, ThresholdError, first_failure
 
 if TYPE_CHECKING:
     from repvgg_deploy.workflows.evaluate import Evaluation

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from repvgg_deploy.artifacts import Array, LimitCheck, Parity, PreprocessingOptions, first_failure
+from repvgg_deploy.artifacts import Array, Parity, PreprocessingOptions
 from repvgg_deploy.checkpoints import CheckpointOptions
-from repvgg_deploy.errors import DeployError, GraphError, ImageError, ThresholdError, VerificationError
+from repvgg_deploy.errors import (
+    DeployError,
+    GraphError,
+    ImageError,
+    LimitCheck,
+    ThresholdError,
+    VerificationError,
+    first_failure,
+)
 from repvgg_deploy.files.kinds import file_kind
 from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import list_images

@@ -11,10 +11,9 @@ import torch
 from click.testing import CliRunner, Result
 from helpers.small_nets import make_net, name_in_layout
 
-from repvgg_deploy.artifacts import LimitCheck
 from repvgg_deploy.cli.junit import JUnitSuite, to_xml, write_junit
 from repvgg_deploy.cli.main import main
-from repvgg_deploy.errors import DeployError, ImageError, ThresholdError
+from repvgg_deploy.errors import DeployError, ImageError, LimitCheck, ThresholdError
 
 QUICK = ["--duration", "0.05", "--iterations", "2", "--warmup", "0"]
 
