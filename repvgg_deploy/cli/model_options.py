@@ -19,10 +19,11 @@ from repvgg_deploy.cli.options import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_strict_option = option_group(
+strict_option = option_group(
     "Input",
     click.option("--strict", is_flag=True, help="Fail on an image, folder or archive that cannot be read."),
 )
+"""`--strict`, without which what cannot be read is left out and named."""
 
 _batch_option = option_group(
     "Backend",
@@ -44,7 +45,7 @@ def model_options(command: F) -> F:
 
 def image_run_options(command: F) -> F:
     """How many images are read and run, and where: `strict`, `batch`, and what `take_decoding` and `take_ray` take."""
-    return _strict_option(decoding_options(_batch_option(ray_options(command))))
+    return strict_option(decoding_options(_batch_option(ray_options(command))))
 
 
 def take_model(values: dict[str, Any]) -> dict[str, Any]:

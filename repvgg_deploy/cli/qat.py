@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from repvgg_deploy.cli.command import Command, Outcome, option_group, show_progress
+from repvgg_deploy.cli.model_options import strict_option
 from repvgg_deploy.cli.options import (
     PATH,
     checkpoint_options,
@@ -41,6 +42,7 @@ from repvgg_deploy.cli.types import RECIPE, FiniteRange
     click.option("--from-deploy", is_flag=True,
                  help="Train a checkpoint in deploy form: batch norms are inserted, trained and fused again."),
 )  # fmt: skip
+@strict_option
 @preprocessing_options
 @option_group(
     "INT8",

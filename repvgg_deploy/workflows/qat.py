@@ -23,7 +23,7 @@ from repvgg_deploy.artifacts import Parity, Preprocessing
 from repvgg_deploy.benchmark.report.curves import draw_curves
 from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
 from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
-from repvgg_deploy.errors import DeployError
+from repvgg_deploy.errors import DeployError, ImageError
 from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.fusion.fuse import fuse
@@ -74,7 +74,7 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
     validation = None
     if request.validation is not None and rank == 0:
         validation = read_training_images(request.validation, preprocessing, _VALIDATION, labelled=True)
-        _note_left_out(validation.left_out, progress)
+        _tell_left_out(validation.left_out, request, progress)
     best = BestState(images.held_out)
     if state_path(request.output).exists():
         run = _continue(request, checkpoint, net, best, progress)
@@ -179,13 +179,15 @@ def _training_images(
             f"{request.data} has {images.classes} classes, but the net has {net.spec.classes}",
             "one folder per class, in the order of the outputs; or leave out --label-weight",
         )
-    _note_left_out(images.left_out, progress)
+    _tell_left_out(images.left_out, request, progress)
     progress.note(f"training on {len(images)} images of {request.data}")
     return images
 
 
-def _note_left_out(reasons: Iterable[str], progress: Progress) -> None:
+def _tell_left_out(reasons: Iterable[str], request: QatRequest, progress: Progress) -> None:
     for reason in reasons:
+        if request.strict:
+            raise ImageError(reason, "remove it, or leave --strict out to skip such images")
         progress.note(f"left out: {reason}")
 
 
@@ -205,13 +207,18 @@ def _begin(request: QatRequest, net: RepVGG, preprocessing: Preprocessing, progr
         calibration = make_pictures(net, preprocessing, recipe.pictures, recipe.seed, progress=progress)
     else:
         calibration = choose_images(request.calibration, recipe.count, recipe.seed, preprocessing, progress)
+        if request.strict:
+            # Before calibration, which takes minutes, rather than after it.
+            for _ in calibration:
+                pass
+            _tell_left_out(calibration.broken.reasons.values(), request, progress)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         begun = start_training(net, calibration, recipe, request.options, progress)
     for warning in caught:
         progress.note(f"warning: {warning.message}")
     if isinstance(calibration, CalibrationImages):
-        _note_left_out(calibration.broken.reasons.values(), progress)
+        _tell_left_out(calibration.broken.reasons.values(), request, progress)
     return QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
 
 
@@ -230,6 +237,8 @@ def _continue(request: QatRequest, checkpoint: Checkpoint, net: RepVGG, best: Be
 def _identity(request: QatRequest, checkpoint: Checkpoint) -> str:
     """The sha256 of what must be the same for a run to continue."""
     values = asdict(replace(request, output=Path(), interval_s=0.0, validation=None))
+    # It decides whether a run ends, not what it computes.
+    del values["strict"]
     text = json.dumps({"checkpoint sha256": checkpoint.sha256, **{name: str(value) for name, value in values.items()}})
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -29,6 +29,7 @@ class QatRequest:
         from_deploy: a deploy form is taken: BNs are inserted, trained and fused again.
         device: `cpu` or `cuda`.
         interval_s: the longest time between saved states, in seconds.
+        strict: an image that cannot be read is an error.
     """
 
     checkpoint: Path
@@ -45,6 +46,7 @@ class QatRequest:
     from_deploy: bool = False
     device: str = "cpu"
     interval_s: float = 60.0
+    strict: bool = False
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_a_stopped_run_goes_on_and_ends_as_it_would_have(images, tmp_path) -> No
         run_qat(request_for(images, stopped), Stop(3))
     assert not stopped.exists()
     assert state_path(stopped).exists()
-    result = run_qat(request_for(images, stopped))
+    result = run_qat(replace(request_for(images, stopped), strict=True))
     assert result is not None
     assert result.resumed_at == 2
     for name in ("trained.safetensors", "trained.curves.csv"):
@@ -213,6 +213,22 @@ def test_what_does_not_fit_is_told_before_any_work(images, tmp_path) -> None:
     assert not out.exists()
     assert not state_path(out).exists()
     qat(DEMO, images, out, "--epochs", "1", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["--data", "--calib", "--val"])
+def test_strict_an_image_that_cannot_be_read_is_an_error_before_any_training(where, images, tmp_path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "trained.pth"
+    write_image_folder(folder, 32, seed=1, size=64)
+    bad = next(folder.iterdir()) / "bad.png"
+    bad.write_bytes(b"no image")
+    folders = {"--data": images, "--calib": images, "--val": images, where: folder}
+    arguments = [word for option, path in folders.items() for word in (option, path)]
+    result = run("qat", DEMO, *arguments, "-o", out, *SHORT, "--strict", code=1)
+    assert f"error: {bad} is not an image" in result.stderr
+    assert "leave --strict out" in result.stderr
+    assert not out.exists()
+    assert not state_path(out).exists()
 
 
 @pytest.mark.slow
