@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_deploy.artifacts import Array, PreprocessingOptions
+from repvgg_deploy.benchmark.workloads import require_numbers
 from repvgg_deploy.errors import ImageError
 from repvgg_deploy.hardware.cpu import usable_cores
 from repvgg_deploy.hardware.threads import start_workers
@@ -56,6 +57,7 @@ def measure_end_to_end(
 
     Raises:
         DeployError: the model or the images cannot be used.
+        VerificationError: the model gives NaN or Inf.
     """
     model = open_model(path, options or PreprocessingOptions())
     paths = list_images(folder)
@@ -84,6 +86,7 @@ def _time_stages(model: Model, sample: list[ImageSource], batch: int, seconds: f
         return stacked if model.takes_pixels else normalize(stacked, model.preprocessing)
 
     inputs = prepare()
+    require_numbers(model.path.name, model.run_images(inputs).values())
     with start_workers(usable_cores()) as pool:
         stages = {
             "decode": _rate(lambda: list(pool.map(decode_image, sample)), len(sample), seconds),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from repvgg_deploy.benchmark.workloads import require_numbers
 from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.files.kinds import file_kind
 from repvgg_deploy.files.staging import scratch_folder
@@ -67,6 +68,7 @@ def profile_graph(path: Path, batch: int, threads: int = 0, seconds: float = 3.0
 
     Raises:
         DeployError: the file is not a graph with a fixed input size.
+        VerificationError: the graph gives NaN or Inf.
     """
     if file_kind(path) != "onnx":
         raise DeployError(f"{path} is not an ONNX graph", "--profile is for graphs and engines: `export` writes them")
@@ -107,6 +109,7 @@ def profile_engine(path: Path, batch: int, seconds: float = 3.0) -> Profile:
 
     Raises:
         DeployError: the engine cannot run here.
+        VerificationError: the engine gives NaN or Inf.
     """
     from repvgg_deploy.engine.loading import load_plan
     from repvgg_deploy.engine.runner import EngineRunner
@@ -117,6 +120,7 @@ def profile_engine(path: Path, batch: int, seconds: float = 3.0) -> Profile:
         shape = (batch, *runner.input.shape[1:])
         images = seeded_inputs(shape, np.dtype(runner.input.dtype))
         stream = runner.batch_streams(images)[0]
+        require_numbers(path.name, stream.outputs())
         times: LayerTimes = defaultdict(list)
         # The context calls it back after every run; it must live as long.
         runner.streams[0].context.profiler = profiler = make_layer_profiler(loaded.backend.module, times)
@@ -159,7 +163,7 @@ def _run_profiled(path: Path, name: str, images: Any, threads: int, seconds: flo
         try:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             for _ in range(warmup):
-                session.run(None, {name: images})
+                require_numbers(path.name, session.run(None, {name: images}))
             end = time.perf_counter() + seconds
             while runs < 5 or time.perf_counter() < end:
                 session.run(None, {name: images})

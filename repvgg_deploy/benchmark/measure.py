@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+from repvgg_deploy.artifacts import Array
 from repvgg_deploy.benchmark.statistics import Ratio, TimeStatistics, compare_rates
 from repvgg_deploy.progress import SILENT, Progress
 
@@ -84,6 +85,9 @@ class Workload(Protocol):
 
     def run(self, queries: int) -> list[Query]:
         """Run so many batches one after another and wait for the last; stages that can overlap do."""
+
+    def outputs(self) -> list[Array]:
+        """What the model gives for the batch, on the host: of a run that is not timed."""
 
 
 @dataclass(frozen=True)

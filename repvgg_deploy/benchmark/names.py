@@ -12,6 +12,3 @@ ENGINES = ("tensorrt", "tensorrt-rtx")
 BACKENDS = (*PROVIDERS, "torch-cpu", "torch-cuda", *ENGINES)
 PRECISIONS = ("fp32", "fp16", "bf16", "tf32", "int8")
 MODES = ("eager", "compiled", "cuda-graph")
-
-NOT_FINITE = "the outputs are NaN or Inf"
-"""The note on a measured model that passes no limit: whatever its speed, it computes nothing."""

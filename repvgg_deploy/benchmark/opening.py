@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from repvgg_deploy.artifacts import Array, Precision, PreprocessingOptions
 from repvgg_deploy.benchmark.cases import Case, OpenedCase
 from repvgg_deploy.benchmark.graphs import NamedNet, write_net
 from repvgg_deploy.benchmark.measure import Label, Workload
-from repvgg_deploy.benchmark.names import BACKENDS, ENGINES, NOT_FINITE, PROVIDERS
+from repvgg_deploy.benchmark.names import BACKENDS, ENGINES, PROVIDERS
 from repvgg_deploy.benchmark.workloads import BlockingWorkload, StreamWorkload
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.errors import DeployError
@@ -126,8 +126,7 @@ def _open_torch(case: Case, named: NamedNet) -> OpenedCase:
             streams = [TorchStream(runner, images) for _ in range(case.streams)]
             return StreamWorkload(here, streams, TorchEvents(), case.transfers)
         placed = runner.place(images)
-        here = _with_findings(here, [runner.forward(placed).detach().float().numpy()])
-        return BlockingWorkload(here, lambda: runner.forward(placed))
+        return BlockingWorkload(here, lambda: runner.forward(placed), lambda: [runner.forward(placed).float().numpy()])
 
     shape = (named.in_channels, named.size, named.size)
     # A CPU's copy of the net; its tensors are not touched.
@@ -195,25 +194,18 @@ def _open_graph(case: Case, path: Path, name: str) -> OpenedCase:
         images = seeded_inputs((batch, *shape), dtype)
         here = replace(label, batch=batch)
         if on_cpu:
-            here = _with_findings(here, runner.run(images).values())
-            return BlockingWorkload(here, lambda: runner.run(images))
+            return BlockingWorkload(here, lambda: runner.run(images), lambda: runner.run(images).values())
         bound = runner.bind(images)
-        here = _with_findings(here, bound.download().values())
+        with_copies = _with_copies(bound)
+        call = with_copies if case.transfers else bound.run
         # Nothing of it waits on a core of the CPU between two turns.
-        return BlockingWorkload(here, _with_copies(bound) if case.transfers else bound.run, spins=False)
+        return BlockingWorkload(here, call, lambda: with_copies().values(), spins=False)
 
     return OpenedCase(label, at_batch, None, _graph_cost(path, label.precision))
 
 
-def _with_findings(label: Label, outputs: Iterable[Array]) -> Label:
-    """The label with a note where the model gives no numbers."""
-    # By the extremes, which take no memory of their own; NaN is both.
-    finite = all(np.isfinite(extreme) for values in outputs for extreme in (values.min(), values.max()))
-    return label if finite else replace(label, notes=(*label.notes, NOT_FINITE))
-
-
-def _with_copies(bound: BoundRun) -> Callable[[], object]:
-    def call() -> object:
+def _with_copies(bound: BoundRun) -> Callable[[], dict[str, Array]]:
+    def call() -> dict[str, Array]:
         bound.upload()
         bound.run()
         return bound.download()

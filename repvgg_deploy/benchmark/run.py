@@ -21,6 +21,7 @@ from repvgg_deploy.benchmark.record import (
     describe_ratio,
 )
 from repvgg_deploy.benchmark.roofline import Ceiling, RooflinePoint, measure_ceiling
+from repvgg_deploy.benchmark.workloads import require_sound
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files.staging import scratch_folder
 from repvgg_deploy.graphs.cost import ELEMENT_BYTES
@@ -79,6 +80,7 @@ def run_benchmark(
 
     Raises:
         DeployError: any error that the user can fix.
+        VerificationError: a model gives NaN or Inf; its group is not measured.
 
     Example:
         >>> from repvgg_deploy import run_benchmark
@@ -108,6 +110,7 @@ def run_benchmark(
                 f"[{number}/{len(request.groups)}] {group.key}: {len(opened_cases)} models at batch {group.batch}"
             )
             workloads = [opened_case.at_batch(group.batch) for opened_case in opened_cases]
+            require_sound(workloads)
             # Before and after: a ceiling that was measured in a slow moment of the machine would be none.
             if request.roofline:
                 _raise_ceilings(ceilings, opened_cases, progress)

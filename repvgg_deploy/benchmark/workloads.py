@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from repvgg_deploy.benchmark.measure import Clock, Label, Query
+import numpy as np
+
+from repvgg_deploy.artifacts import Array
+from repvgg_deploy.benchmark.measure import Clock, Label, Query, Workload
+from repvgg_deploy.errors import VerificationError
 
 IN_FLIGHT = 2
 """Queries on a stream at a time, as trtexec has them: one that runs, and the next."""
 
 
+def require_numbers(model: str, outputs: Iterable[object]) -> None:
+    """Raise VerificationError if a value is NaN or infinite: whatever the speed of such a model, it computes nothing.
+
+    Raises:
+        VerificationError: it names `model`.
+    """
+    floats = (each for each in outputs if isinstance(each, np.ndarray) and each.dtype.kind == "f" and each.size)
+    # By the extremes, which take no memory of their own; NaN is both.
+    if not all(np.isfinite(extreme) for values in floats for extreme in (values.min(), values.max())):
+        raise VerificationError(
+            f"{model} gives NaN or Inf, so its speed means nothing",
+            "in FP16: values beyond 65504; compare it with its checkpoint: `verify`",
+        )
+
+
+def require_sound(workloads: Iterable[Workload]) -> None:
+    """Raise VerificationError if one of the models gives NaN or Inf for its batch; each is run once.
+
+    Raises:
+        VerificationError: it names the model, and how it was run.
+    """
+    for workload in workloads:
+        label = workload.label
+        require_numbers(f"{label.model} ({label.form}, {label.precision}, {label.backend})", workload.outputs())
+
+
 class BlockingWorkload:
-    """A call that returns when the batch is done; what it takes is compute and latency alike."""
+    """A call that returns when the batch is done; what it takes is compute and latency alike.
+
+    `outputs` runs the batch as well, and returns what the model gives for it.
+    """
 
     def __init__(
-        self, label: Label, call: Callable[[], object], clock: Clock = time.perf_counter, spins: bool = True
+        self,
+        label: Label,
+        call: Callable[[], object],
+        outputs: Callable[[], Iterable[Array]],
+        clock: Clock = time.perf_counter,
+        spins: bool = True,
     ) -> None:
         self.label = label
         self.spins = spins
         self._call = call
+        self._outputs = outputs
         self._clock = clock
 
     def run(self, queries: int) -> list[Query]:
@@ -31,6 +70,10 @@ class BlockingWorkload:
             self._call()
             times.append((start, self._clock()))
         return [Query(start, end, 1e3 * (end - start)) for start, end in times]
+
+    def outputs(self) -> list[Array]:
+        """What the model gives for the batch."""
+        return list(self._outputs())
 
 
 class Stream(Protocol):
@@ -50,6 +93,9 @@ class Stream(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all of it."""
+
+    def outputs(self) -> list[Array]:
+        """The results on the host, once a download is done."""
 
 
 class EventTimer(Protocol):
@@ -112,6 +158,16 @@ class StreamWorkload:
             stream.synchronize()
         first = self._pool[0][0]
         return [self._read(base, first, marks, ms) for marks, ms in zip(self._pool, enqueue_ms, strict=False)]
+
+    def outputs(self) -> list[Array]:
+        """What the model gives for the batch, on every stream."""
+        for stream in self._streams:
+            stream.upload()
+            stream.enqueue()
+            stream.download()
+        for stream in self._streams:
+            stream.synchronize()
+        return [values for stream in self._streams for values in stream.outputs()]
 
     def _create_marks(self) -> tuple[Any, Any, Any, Any]:
         """Events for before and after the upload, after the compute and after the download.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,14 +218,11 @@ def _check_limits(record: Record, min_images_per_sec: float | None, min_ratio: f
     Raises:
         DeployError: there is a limit for ratios, and no ratio was measured.
     """
-    checks: list[tuple[LimitCheck, bool]] = []
+    checks: list[LimitCheck] = []
     baselines = {ratio["baseline"] for ratio in record["ratios"]}
     if min_images_per_sec is not None:
         measured = [r for r in record["results"] if r["model"] not in baselines]
-        checks += [
-            (_check_speed(r, min_images_per_sec), _gives_numbers(record, r))
-            for r in sorted(measured, key=lambda r: r["images_per_sec"])
-        ]
+        checks += [_check_speed(r, min_images_per_sec) for r in sorted(measured, key=lambda r: r["images_per_sec"])]
     if min_ratio is not None:
         compared = [r for r in record["ratios"] if r["model"] != r["baseline"]]
         if not compared:
@@ -234,30 +230,8 @@ def _check_limits(record: Record, min_images_per_sec: float | None, min_ratio: f
                 "no ratio to the baseline was measured",
                 "no model was measured with the baseline's batch size and precision",
             )
-        checks += [
-            (_check_ratio(r, min_ratio), _gives_numbers(record, r)) for r in sorted(compared, key=lambda r: r["ratio"])
-        ]
-    return tuple(check if is_valid else _without_numbers(check) for check, is_valid in checks)
-
-
-def _gives_numbers(record: Record, entry: dict[str, Any]) -> bool:
-    """Whether what was measured as `entry`, a result or a ratio, computes anything."""
-    from repvgg_deploy.benchmark.names import NOT_FINITE
-
-    return not any(
-        NOT_FINITE in result.get("notes", ())
-        for result in record["results"]
-        if all(result[key] == entry[key] for key in ("model", "form", "precision", "batch"))
-    )
-
-
-def _without_numbers(check: LimitCheck) -> LimitCheck:
-    from repvgg_deploy.benchmark.names import NOT_FINITE
-
-    failure = ThresholdError(
-        f"{check.name}: {NOT_FINITE}, so no speed of it counts", "compare the model with its checkpoint: `verify`"
-    )
-    return replace(check, failure=failure)
+        checks += [_check_ratio(r, min_ratio) for r in sorted(compared, key=lambda r: r["ratio"])]
+    return tuple(checks)
 
 
 def _check_speed(result: dict[str, Any], least: float) -> LimitCheck:

@@ -192,6 +192,10 @@ class TorchStream:
         """Wait for the stream."""
         self._stream.synchronize()
 
+    def outputs(self) -> list[Array]:
+        """The logits that the last download has copied to the host."""
+        return [self._results.float().numpy()]
+
 
 class TorchEvents:
     """Torch's CUDA events."""

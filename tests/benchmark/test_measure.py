@@ -41,6 +41,12 @@ def steady(clock: SimulatedTime, seconds: float, log: list[str] | None = None, n
     return call
 
 
+def blocking(
+    label: Label, call: Callable[[], None], clock: Callable[[], float] = time.perf_counter
+) -> BlockingWorkload:
+    return BlockingWorkload(label, call, outputs=lambda: pytest.fail("a timed run"), clock=clock)
+
+
 def named(name: str, batch: int = 8) -> Label:
     return replace(LABEL, model=name, batch=batch)
 
@@ -61,7 +67,7 @@ def test_interleaving_needs_a_round() -> None:
 def test_a_slow_first_call_is_warm_up() -> None:
     clock = SimulatedTime()
     times = iter([50.0, 50.0] + [0.01] * 1000)
-    workload = BlockingWorkload(LABEL, sleeper(clock, times), clock)
+    workload = blocking(LABEL, sleeper(clock, times), clock)
     options = MeasureOptions(warmup_s=0.2, min_duration_s=1.0, settle_s=0.0)
     (result,) = measure([workload], options, clock=clock)
     assert result.latency.max == pytest.approx(10.0)
@@ -70,8 +76,8 @@ def test_a_slow_first_call_is_warm_up() -> None:
 def test_workloads_take_turns_of_the_same_length() -> None:
     clock, log = SimulatedTime(), []
     workloads = [
-        BlockingWorkload(named("fast"), steady(clock, 0.010, log, "fast"), clock),
-        BlockingWorkload(named("slow"), steady(clock, 0.050, log, "slow"), clock),
+        blocking(named("fast"), steady(clock, 0.010, log, "fast"), clock),
+        blocking(named("slow"), steady(clock, 0.050, log, "slow"), clock),
     ]
     options = MeasureOptions(warmup_s=0.0, slice_s=0.1, min_duration_s=0.3, min_rounds=3, settle_s=0.0)
     fast, slow = measure(workloads, options, clock=clock)
@@ -92,14 +98,14 @@ def test_workloads_take_turns_of_the_same_length() -> None:
 def test_every_floor_holds(floors: dict[str, float], iterations: int, rounds: int) -> None:
     clock = SimulatedTime()
     options = replace(SHORT, slice_s=0.1, **floors)
-    (result,) = measure([BlockingWorkload(LABEL, steady(clock, 0.1), clock)], options, clock=clock)
+    (result,) = measure([blocking(LABEL, steady(clock, 0.1), clock)], options, clock=clock)
     assert iterations <= len(result.queries) <= iterations + 1
     assert rounds <= len(result.slices) <= rounds + 1
 
 
 def test_the_slowest_floor_is_every_workloads_floor() -> None:
     clock = SimulatedTime()
-    workloads = [BlockingWorkload(LABEL, steady(clock, seconds), clock) for seconds in (0.001, 1.0)]
+    workloads = [blocking(LABEL, steady(clock, seconds), clock) for seconds in (0.001, 1.0)]
     results = measure(workloads, replace(SHORT, min_iterations=10), clock=clock)
     assert [len(result.slices) for result in results] == [10, 10]
 
@@ -120,7 +126,7 @@ def test_a_workloads_spinning_threads_are_given_time_to_stop() -> None:
     def sleep(seconds: float) -> None:
         clock.now += seconds
 
-    workloads = [BlockingWorkload(named(name), call(name), clock) for name in "ab"]
+    workloads = [blocking(named(name), call(name), clock) for name in "ab"]
     options = MeasureOptions(min_duration_s=0.5)
     for pause, slowest in ((0.1, 30.0), (0.0, 60.0)):
         results = harness.measure(workloads, replace(options, pause_s=pause), clock=clock, sleep=sleep)
@@ -139,7 +145,7 @@ def test_short_queries_settle_before_they_count() -> None:
         clock.now += 0.1
         cold[0] = True
 
-    workloads = [BlockingWorkload(named("a"), call, clock), BlockingWorkload(named("b"), other, clock)]
+    workloads = [blocking(named("a"), call, clock), blocking(named("b"), other, clock)]
     options = MeasureOptions(warmup_s=0.05, slice_s=0.02, min_duration_s=0.1, settle_s=0.02)
     assert measure(workloads, options, clock=clock)[0].latency.max == pytest.approx(2.0)
     unsettled = measure(workloads, replace(options, settle_s=0.0), clock=clock)[0]
@@ -154,7 +160,7 @@ def test_jittered_calls_give_their_true_percentiles(seconds: list[float]) -> Non
     warm = 2
     times = iter([0.01] * warm + seconds)
     options = replace(SHORT, min_iterations=len(seconds), min_rounds=len(seconds))
-    workload = BlockingWorkload(LABEL, sleeper(clock, times), clock)
+    workload = blocking(LABEL, sleeper(clock, times), clock)
     (result,) = measure([workload], options, clock=clock)
     truth = 1e3 * np.array(seconds)
     found = result.latency
@@ -176,7 +182,7 @@ def test_a_known_duration_is_measured_to_one_percent_on_the_real_clock() -> None
         true_ms.append(1e3 * (time.perf_counter() - start))
 
     options = MeasureOptions(warmup_s=0.05, min_duration_s=0.3, min_rounds=5, settle_s=0.0)
-    (result,) = measure([BlockingWorkload(LABEL, spin)], options)
+    (result,) = measure([blocking(LABEL, spin)], options)
     assert result.latency.p50 == pytest.approx(np.median(true_ms[-len(result.queries) :]), rel=0.01)
     assert result.latency.p50 >= 5.0
 
@@ -209,14 +215,14 @@ def test_a_gpu_is_not_left_to_cool_between_turns() -> None:
     pauses: list[float] = []
     measure(workloads, MeasureOptions(min_duration_s=0.3), clock=clock, sleep=pauses.append)
     assert pauses == []
-    measure([*workloads, BlockingWorkload(LABEL, steady(clock, 0.01), clock)], clock=clock, sleep=pauses.append)
+    measure([*workloads, blocking(LABEL, steady(clock, 0.01), clock)], clock=clock, sleep=pauses.append)
     assert set(pauses) == {MeasureOptions().pause_s}
 
 
 def test_the_machine_is_watched_after_every_round() -> None:
     clock = SimulatedTime()
     seen: list[float] = []
-    workloads = [BlockingWorkload(named(name), steady(clock, 0.01), clock) for name in "ab"]
+    workloads = [blocking(named(name), steady(clock, 0.01), clock) for name in "ab"]
     results = measure(workloads, SHORT, clock=clock, sleep=lambda _: None, watch=lambda: seen.append(clock.now))
     assert len(seen) == len(results[0].slices)
     assert all(later > earlier for earlier, later in pairwise(seen))

@@ -125,8 +125,18 @@ def test_a_limit_fails_the_command(option: str, limit: float, status: int, graph
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["onnx", "pth"])
-def test_a_model_that_gives_no_numbers_passes_no_limit_however_fast_it_is(ending: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "how"),
+    [
+        ("onnx", QUICK),
+        ("pth", ["--backend", "torch-cpu", *QUICK]),
+        ("onnx", ["--profile", "--duration", "0.05"]),
+        ("onnx", ["--input", "jpeg", "IMAGES", "--duration", "0.05"]),
+    ],
+)
+def test_a_model_that_gives_no_numbers_is_not_measured_however_fast_it_is(
+    ending: str, how: list[str], tmp_path: Path, image_folder: Path
+) -> None:
     net = make_net()
     with torch.no_grad():
         # Finite, as a checkpoint's weights have to be; their products are not.
@@ -137,10 +147,12 @@ def test_a_model_that_gives_no_numbers_passes_no_limit_however_fast_it_is(ending
         fused: Any = fuse(net, torch.float32)
         graph = to_onnx(fused, FloatLayers(), GraphOptions(32, 32), {"repvgg_deploy.precision": "fp32"})
         write_graph(graph, tmp_path / "small.onnx")
-    where = ["--backend", "torch-cpu"] if ending == "pth" else []
-    result = run("bench", tmp_path / f"small.{ending}", "--min-images-per-sec", 1e-3, *where, *QUICK)
-    assert result.exit_code == 3
-    assert "the outputs are NaN or Inf, so no speed of it counts" in result.stderr
+    how = [str(image_folder) if word == "IMAGES" else word for word in how]
+    result = run("bench", tmp_path / f"small.{ending}", *how)
+    assert result.exit_code == 1
+    assert f"error: small.{ending}" in result.stderr
+    assert "gives NaN or Inf, so its speed means nothing" in result.stderr
+    assert not result.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from repvgg_deploy.benchmark.opening import open_case
 from repvgg_deploy.benchmark.record import check_record
 from repvgg_deploy.benchmark.roofline import measure_ceiling
 from repvgg_deploy.benchmark.run import BenchRequest, Group, run_benchmark
-from repvgg_deploy.benchmark.workloads import StreamWorkload
+from repvgg_deploy.benchmark.workloads import StreamWorkload, require_sound
+from repvgg_deploy.errors import VerificationError
 from repvgg_deploy.nets.seeding import seeded_inputs
 from repvgg_deploy.runtime.torch import (
     TorchEvents,
@@ -63,6 +64,24 @@ def test_precisions_that_take_turns_keep_to_their_own() -> None:
             for p, runner in runners.items()
         }
         assert errors["fp32"] < LIMITS["fp32"] < errors["tf32"] < LIMITS["tf32"]
+
+
+@pytest.mark.parametrize("mode", ["eager", "cuda-graph"])
+def test_a_net_that_gives_no_numbers_is_not_measured(mode: TorchMode) -> None:
+    net, label = make_net(), Label("net", "torch-cuda", torch.__version__, "fp16", 4)
+    images = seeded_inputs((4, 3, 64, 64))
+    workload = StreamWorkload(
+        label, [TorchStream(TorchRunner(net, TorchOptions("cuda", "fp16", mode)), images)], TorchEvents()
+    )
+    require_sound([workload])
+    with torch.no_grad():
+        # Beyond what float16 holds.
+        net.classifier.weight.fill_(1e5)
+    workload = StreamWorkload(
+        label, [TorchStream(TorchRunner(net, TorchOptions("cuda", "fp16", mode)), images)], TorchEvents()
+    )
+    with pytest.raises(VerificationError, match="gives NaN or Inf"):
+        require_sound([workload])
 
 
 @pytest.mark.parametrize("mode", ["eager", "cuda-graph"])
