@@ -1,6 +1,6 @@
 """TensorRT engines: built from ONNX graphs, checked, loaded, run, refitted.
 
-`find_backend` says what can build here, `build_engine` writes a plan and its sidecar, `runners.engine_runner` runs
+`find_backend` says what can build here, `build_engine` writes a plan and its sidecar, `runner.open_engine` runs
 it, `inspect_engine` and `refit_engine` (in `inspection` and `refit`) do what their names say.
 """
 

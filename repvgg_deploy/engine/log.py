@@ -157,7 +157,7 @@ def naming_gpu(backend: Backend) -> Iterator[None]:
 
 
 def _unlisted_gpu(backend: Backend) -> str:
-    """The message about this machine's GPU if the library does not list it, else None."""
+    """The message about this machine's GPU if the library does not list it, else nothing."""
     found = find_gpus()
     if not found.gpus or backend.supports(found.gpus[0]):
         return ""

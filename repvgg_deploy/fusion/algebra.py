@@ -142,6 +142,7 @@ class _Map:
             return self
         per_group, height, width = self.kernel.shape[1:]
         number = torch.arange(len(self.kernel), device=self.kernel.device)
+        # A kernel's columns count from 0 within each group.
         channel = (number + (rows.start or 0)) % per_group
         self.kernel[number, channel, height // 2, width // 2] += self.identity
         return _Map(self.kernel, None, self.bias)
@@ -152,6 +153,7 @@ def _evaluate(value: Affine, dtype: torch.dtype, rows: slice, like: nn.Conv2d) -
         ones = torch.ones(like.out_channels, dtype=dtype, device=like.weight.device)[rows]
         return _Map(None, ones, torch.zeros_like(ones))
     if isinstance(value, Convolved):
+        # A copy even in the same type: what follows scales it, and adds to it, in place.
         kernel = value.conv.weight[rows].to(dtype, copy=True)
         bias: Tensor | None = value.conv.bias
         return _Map(kernel, None, torch.zeros_like(kernel[:, 0, 0, 0]) if bias is None else bias[rows].to(dtype))

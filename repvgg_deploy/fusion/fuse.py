@@ -180,6 +180,7 @@ def _unwrap_inside(module: nn.Module, memo: dict[int, object]) -> None:
     """Put plain modules into the copy where parts of `module` are compiled, whose code is that of the training form."""
     compiled = [part for part in module.modules() if _is_compiled(part)]
     for part in reversed(compiled):
+        # From the innermost on: the copy of an outer part then takes those of its parts from the memo.
         memo[id(part)] = copy.deepcopy(part.get_submodule("_orig_mod"), memo)
 
 
@@ -195,6 +196,7 @@ def _with_plain_attributes(fused: FusedBlock, block: nn.Module) -> FusedBlock:
 @torch.no_grad()
 def _fused_block(parts: BlockParts, dtype: torch.dtype | None, training: bool, in_place: bool = False) -> FusedBlock:
     like = parts.conv
+    # The fused values come next: nothing is allocated or drawn for them here.
     with torch.device("meta"):
         conv = nn.Conv2d(
             like.in_channels,
@@ -231,6 +233,7 @@ def _require_same_function(block: nn.Module, parts: BlockParts, name: str) -> No
     if conv.weight.is_meta:
         return
     twin = copy.deepcopy(block).eval().double()
+    # The border on both sides, whose kernels reach into the padding, and three pixels whose kernels do not.
     size = 2 * conv.dilation[0] * (conv.kernel_size[0] // 2) + 3
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, conv.in_channels, size, size, dtype=torch.float64, generator=generator).to(conv.weight.device)

@@ -132,6 +132,7 @@ def write_graph(
 
     Where the weights take more than `external_above` bytes the large ones go to `<path>.data` beside it.
     """
+    # By default the last MiB below protobuf's limit is left to nodes and names.
     external = {n for n, a in graph.weights.items() if a.nbytes >= LARGE and graph.weight_bytes > external_above}
     rest = onnx.ModelProto()
     rest.CopyFrom(graph.model)
@@ -215,6 +216,7 @@ def with_external_data(header: bytes, file_name: str, offset: int, size: int) ->
 
 
 def _write_array(file: BinaryIO, array: Array) -> None:
+    # As ONNX has `raw_data`, whatever the machine's own byte order.
     little = np.ascontiguousarray(array)
     if little.dtype.byteorder == ">" or struct.pack("=H", 1) != struct.pack("<H", 1):
         little = little.byteswap()

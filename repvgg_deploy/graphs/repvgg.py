@@ -204,6 +204,7 @@ def _add_squeeze_excite(g: GraphBuilder, name: str, se: nn.Module, layers: Layer
     if not isinstance(se, SqueezeExciteBlock):
         return x
     floats = layers if isinstance(layers, FloatLayers) else FloatLayers(layers.dtype)
+    # In float in INT8 graphs as well: at 224 px it is 0.03 % of the multiply-adds at most (RepVGGplus-L2pse).
     s = g.add("GlobalAveragePool", [x], f"{name}.squeeze")
     s = g.add("Relu", [floats.conv(g, f"{name}.down", se.down, s)], f"{name}.relu")
     s = g.add("Sigmoid", [floats.conv(g, f"{name}.up", se.up, s)], f"{name}.gate")

@@ -81,6 +81,7 @@ def export_torch(module: nn.Module, example: Sequence[Tensor], signature: Signat
             "onnxscript is not installed, and torch cannot export modules without it",
             "pip install 'repvgg-deploy[modules]'",
         ) from error
+    # The exporter prints, warns of and logs its own progress; what a user needs of it is in its exception.
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable
@@ -176,6 +177,7 @@ def _name_dimensions(model: onnx.ModelProto, signature: Signature) -> None:
     for item in [*model.graph.input, *model.graph.output]:
         for dimension in item.type.tensor_type.shape.dim:
             if dimension.dim_param:
+                # That of an output may be an expression of several symbols.
                 dimension.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), dimension.dim_param)
 
 
@@ -235,6 +237,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
         copied = onnx.ModelProto()
         copied.CopyFrom(model)
         half: onnx.ModelProto = convert_float_to_float16(copied, keep_io_types=True)
+    # The converter appends its Casts behind all other nodes, and ONNX wants every tensor made before it is read.
     nodes = sort_nodes(half.graph.node)
     del half.graph.node[:]
     half.graph.node.extend(nodes)

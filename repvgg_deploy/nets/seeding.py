@@ -36,6 +36,7 @@ def seed_weights(net: nn.Module, in_channels: int, size: int | None = None, seed
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
+            # He's variance, as a ReLU halves the energy; after most linear layers there is none.
             gain = 2 if isinstance(module, nn.Conv2d) else 1
             module.weight.normal_(0, (gain / module.weight[0].numel()) ** 0.5, generator=generator)
             if module.bias is not None:
@@ -47,6 +48,7 @@ def seed_weights(net: nn.Module, in_channels: int, size: int | None = None, seed
         side = size or _SETTLING_SIZE
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
+            # So the running statistics become those of this batch alone.
             norm.momentum = 1.0
         net.train()
         net(torch.randn(_SETTLING_BATCH, in_channels, side, side, generator=generator))

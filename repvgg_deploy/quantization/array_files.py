@@ -60,6 +60,8 @@ class ArrayFile:
             raise ArrayError(f"it has {len(archive.names)} arrays")
         keys = {name.removesuffix(".npy"): name for name in archive.names if name.endswith(".npy")}
         text = read_text(archive, f"{_ABOUT}.npy")
+        # NumPy's strings may hold lone surrogates. Encoded like this they are bytes that no UTF-8 has, which the reader
+        # of JSON refuses with an error of its own.
         self._about = parse_json(text.encode("utf-8", "surrogatepass"), f"{self.name}: {_ABOUT}", self.hint)
         self._arrays = {key: read_array(archive, name) for key, name in keys.items() if key != _ABOUT}
 

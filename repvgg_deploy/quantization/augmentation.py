@@ -45,6 +45,7 @@ def draw_pictures(images: Tensor, count: int, seed: int) -> Iterator[Tensor]:
 def crop(images: Tensor, generator: torch.Generator) -> Tensor:
     """A random part of each image, or it and some of its own reflection, at the same size; every second mirrored."""
     count = len(images)
+    # From 0.6 to 1.1: above 1 the image's own reflection shows at its borders.
     size = _SMALLEST + (1 - _SMALLEST) * 1.25 * torch.rand(count, generator=generator)
     stretch = ((2 * torch.rand(count, generator=generator) - 1) * _STRETCH).exp()
     width, height = size * stretch, size / stretch
@@ -113,6 +114,7 @@ def move(images: Tensor, mirrored: bool, down: float, right: float) -> Tensor:
     """The same images (N, C, H, W) from elsewhere, by shares of the size; a border's own mirror image comes in."""
     images = images.flip(3) if mirrored else images
     height, width = images.shape[2:]
+    # Reflecting takes fewer pixels than there are.
     y, x = (max(1 - size, min(size - 1, round(share * size))) for share, size in ((down, height), (right, width)))
     padded = F.pad(images, [max(x, 0), max(-x, 0), max(y, 0), max(-y, 0)], mode="reflect")
     return padded[:, :, max(-y, 0) :, max(-x, 0) :][:, :, :height, :width]

@@ -22,7 +22,7 @@ from repvgg_deploy.quantization.state import LayerIntegers
 
 # Where every input is at least 0, so is the output.
 _KEEP_SIGN = {
-    "Add", "AveragePool", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "GlobalAveragePool",
+    "Add", "AveragePool", "Concat", "Expand", "Flatten", "Gather", "GlobalAveragePool",
     "GlobalMaxPool", "Identity", "MaxPool", "Mul", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
@@ -40,12 +40,14 @@ def input_scale(tensor: str, done: Sequence[QuantizedChain]) -> float | None:
 def is_nonnegative(tensor: str, links: GraphReaders, depth: int = 20) -> bool:
     """Whether a tensor can be told from the graph to hold nothing negative."""
     maker = links.makers.get(tensor)
+    # Unknown counts as signed, which is safe: up to 127 int8 has the integers of uint8.
     if maker is None or depth == 0:
         return False
     if maker.op_type in ("Relu", "Sigmoid", "Softmax", "HardSigmoid"):
         return True
     if maker.op_type == "Resize":
         mode = next((helper.get_attribute_value(item) for item in maker.attribute if item.name == "mode"), b"nearest")
+        # Cubic weights are negative in part.
         return mode != b"cubic" and is_nonnegative(maker.input[0], links, depth - 1)
     if maker.op_type not in _KEEP_SIGN:
         return False
@@ -110,6 +112,7 @@ def insert_chains(model: onnx.ModelProto, done: Sequence[QuantizedChain]) -> onn
         made = next((name for name in node.output if name in output_scales), None)
         if made is not None:
             node.output[0] = f"{made}.exact"
+            # The pair's output takes the tensor's old name, so that whatever reads it needs no change.
             work.pair(f"{made}.exact", made, made, output_scales[made], unsigned=True)
     _replace_nodes(rewritten.graph, work)
     check(rewritten)

@@ -149,6 +149,7 @@ def _read_conv(
     bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
     attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     pads = list(attributes.get("pads", (0, 0, 0, 0)))
+    # ONNX pads each side for itself; torch's convolutions, in which the passes compute, pad both alike.
     plain = attributes.get("auto_pad", b"NOTSET") == b"NOTSET" and len(pads) == 4 and pads[:2] == pads[2:]
     if not plain or (bias is not None and bias not in constants):
         return None

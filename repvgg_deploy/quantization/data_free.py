@@ -139,6 +139,7 @@ def make_pictures(
         maker = _BatchMaker(net, distances, _range(preprocessing, next(net.parameters())), options)
         for index, size in enumerate(batches):
             shape = (size, net.spec.in_channels, height, width)
+            # A generator per batch: its draws do not depend on how many steps the batches before it had time for.
             made.append(maker.make(shape, torch.Generator().manual_seed(seed * 1000 + index), clock))
     summary = PictureSummary(
         pictures=count,

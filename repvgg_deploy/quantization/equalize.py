@@ -80,6 +80,7 @@ def _pairs(net: RepVGG) -> list[tuple[FusedBlock, str, nn.Conv2d | nn.Linear]]:
     readers: list[tuple[str, nn.Conv2d | nn.Linear]] = [(name, block.conv) for name, block in blocks[1:]]
     if net.has_classifier:
         readers.append((POOL, net.classifier))
+    # Of a backbone nothing reads the last block.
     pairs = zip(blocks, readers, strict=False)
     return [(block, point, reader) for (name, block), (point, reader) in pairs if name not in net.map_names]
 
@@ -93,10 +94,13 @@ def _factors(largest: Tensor, reader: nn.Conv2d | nn.Linear, exponent: float) ->
         share = share.flatten(2).amax(2).reshape(reader.groups, -1, weight.shape[1]).amax(1).flatten()
     else:
         share = share.amax(0)
+    # What is always 0, or read by nobody, has no range to trade.
     alive = (largest > 0) & (share > 0)
     if not alive.any():
         return torch.ones_like(largest)
     logs = exponent * largest.clamp_min(1e-300).log() - (1 - exponent) * share.clamp_min(1e-300).log()
+    # A factor that all channels share changes nothing but the scales. Without it the numbers stay of the order they
+    # were.
     logs = logs - logs[alive].mean()
     factor = torch.where(alive, logs, torch.zeros_like(logs)).exp()
     return factor.clamp(1 / _LIMIT, _LIMIT)

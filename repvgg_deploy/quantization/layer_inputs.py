@@ -54,6 +54,7 @@ class Streams:
 
 def weights_of_energies(energy: Tensor) -> Tensor:
     """What each image counts (N), given the mean square of its activations (N), float64; see `Streams`."""
+    # Squared, so that weight times energy falls beyond the limit: the strongest image then counts the least.
     return (_USUAL * energy.median() / energy.clamp_min(1e-300)).clamp(max=1.0).square()
 
 
@@ -87,6 +88,7 @@ def input_moments(streams: Streams, layer: nn.Conv2d | nn.Linear, samples: int, 
     for (exact, rounded), weight in zip(streams.batches(), torch.split(weights, BATCH), strict=True):
         a, b = _patches(exact, layer), _patches(rounded, layer)
         if each < a.shape[2]:
+            # Drawn on the CPU: the same pixels on every device.
             pixels = torch.randperm(a.shape[2], generator=generator)[:each].to(a.device)
             a, b = a[:, :, pixels], b[:, :, pixels]
         count += a.shape[0] * a.shape[2]

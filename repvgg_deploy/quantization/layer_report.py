@@ -111,4 +111,5 @@ def _row(
 
 
 def _saturation(x: Tensor, scale: float) -> float:
+    # Up to half a step above it a value still rounds to the threshold.
     return float((x.abs() > (CLIPPING + 0.5) * scale).double().mean())

@@ -24,7 +24,8 @@ from repvgg_deploy.quantization.points import CLASSIFIER, POOL, Images, after_co
 from repvgg_deploy.quantization.state import LayerIntegers, QuantizationState, Reconstruction
 from repvgg_deploy.quantization.target import CLIPPING, LOWEST, UNSIGNED_HIGHEST, highest_integers
 
-# Scales and biases move by a share of what they are, weights by a share of one integer step.
+# Weights move by a share of one integer step. Scales, held as logarithms, move by this part of it, as a share of what
+# they are; biases too, in the units of the activations.
 _SLOWER = 0.02
 # Steps over which the rates rise: Adam's first estimates of the gradients' variance are poor.
 _WARM_UP = 10
@@ -44,6 +45,8 @@ class _RoundActivations(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         ratio, rounded = ctx.saved_tensors
         (grad,) = grad_outputs
+        # Of the scale, by LSQ's equation 3: the rounding error inside the range, the integer that it saturates at
+        # beyond it.
         inside = (ratio >= LOWEST) & (ratio <= ctx.highest)
         return grad * inside, (grad * torch.where(inside, rounded - ratio, rounded)).sum(), None
 
@@ -198,7 +201,8 @@ def _relative_error(values: Tensor, target: Tensor) -> Tensor:
     """
     target = target.detach()
     energy = target.flatten(1).square().sum(1)
-    # Image by image, so that one with enormous activations does not count for all the others.
+    # Image by image, so that one with enormous activations does not count for all the others; and in units of the
+    # median at least, so that one with hardly any does not either.
     energy = torch.maximum(energy, energy.median()).clamp_min(torch.finfo(target.dtype).tiny)
     error = (values - target).flatten(1).square().sum(1) / energy
     counts = weights_of_errors(error.detach())

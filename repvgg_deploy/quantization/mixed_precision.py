@@ -53,6 +53,7 @@ def rank_layers(net: QuantizedNet, images: Tensor) -> tuple[LayerSensitivity, ..
     exact = _run(net.float_net, images)
     found = []
     for name, integers in net.integers().items():
+        # The pair before the pool stands there for the classifier's sake.
         pool = None if net.pool_scale is None or name != CLASSIFIER else float(net.pool_scale)
         alone = QuantizedNet(net.float_net, Reconstruction({name: integers}, pool))
         error = lead_at_risk(exact, _run(alone, images))
@@ -145,6 +146,8 @@ def quantize_within(
     apart = quantize_apart(fused, images, recipe, statistics, always)
     ranking = rank_layers(apart, sample)
     low, high = 0, len(ranking)
+    # Bisection takes the drop to fall with each layer that returns to float. It need not, quite: so what is returned
+    # has been measured itself.
     while high - low > 1:
         middle = (low + high) // 2
         mixed = attempt((*always, *(layer.name for layer in ranking[:middle])))

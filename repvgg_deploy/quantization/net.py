@@ -150,6 +150,7 @@ class QuantizedNet(nn.Module):
 
     def as_tensorrt(self) -> QuantizedNet:
         """The net as TensorRT computes it from the same graph: int8 activations, which saturate at 127."""
+        # Shallow: both have the same layers, and differ only in where activations saturate.
         net = copy.copy(self)
         net._highest = highest_integers(self.float_net, CLIPPING)
         return net
@@ -208,8 +209,11 @@ class QuantizedNet(nn.Module):
 
     def _run_layer(self, block: FusedBlock, layer: IntegerLayer, integers: Tensor, reader: str) -> _Flow:
         scale = self.point_scale(reader)
+        # Whatever else stands between the sums and the next QuantizeLinear is float in the graph, and so is what it
+        # reads.
         if scale is None or not is_plain(block):
             return _Flow(after_conv(block, layer(integers)))
+        # From 0 on, which is the ReLU.
         rounded = layer.requantized(integers, scale).clamp(0, self._highest[reader])
         return _Flow(rounded * scale, rounded)
 
@@ -226,6 +230,7 @@ class QuantizedNet(nn.Module):
             return self.float_net.head(flow.values)
         seen[POOL] = flow.integers_with(self.pool_scale, self._highest[POOL])
         pixels = seen[POOL].shape[2] * seen[POOL].shape[3]
+        # As QLinearGlobalAveragePool: the sum of the integers is exact, and one factor leads to the classifier's.
         factor = self.pool_scale / (classifier.input_scale * pixels)
         means = (seen[POOL].sum((2, 3)) * factor).round()
         seen[CLASSIFIER] = means.clamp(LOWEST, self._highest[CLASSIFIER])
@@ -244,4 +249,5 @@ class _Flow:
 
 
 def _key(name: str) -> str:
+    # A ModuleDict refuses names with dots.
     return name.replace(".", "_")

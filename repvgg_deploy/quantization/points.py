@@ -81,6 +81,7 @@ def rebatch(images: Images, device: torch.device, size: int = BATCH) -> Iterator
 
 
 def _stack(parts: list[Tensor], device: torch.device) -> Tensor:
+    # On a CPU torch's float32 convolutions take as long so, or up to a third less (tried with 48 to 192 channels).
     return torch.cat(parts).to(device).contiguous(memory_format=torch.channels_last)
 
 

@@ -171,6 +171,7 @@ def with_fp16_scales(net: QuantizedNet) -> QuantizedNet:
     if rounded.pool_scale is not None:
         _round_to_half(rounded.pool_scale)
     for layer in layers.values():
+        # After the inputs' scales: a bias is counted in units of both.
         room = smallest_scale(layer.bias, layer.input_scale, FP16_ROOM)
         wanted = _round_to_half(torch.maximum(layer.weight_scale, room))
         layer.weight.copy_(rescale(layer.weight, layer.weight_scale, wanted))
@@ -180,4 +181,5 @@ def with_fp16_scales(net: QuantizedNet) -> QuantizedNet:
 
 def _round_to_half(scale: Tensor) -> Tensor:
     """`scale` itself, rounded in place."""
+    # The smallest float16 above 0: a scale of 0 would make NaN of every value.
     return scale.copy_(scale.half().float().clamp_min(2.0**-24))

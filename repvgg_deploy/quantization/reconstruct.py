@@ -74,6 +74,7 @@ def reconstruct(
     if CLASSIFIER in keep_float:
         return replace(state, result=Reconstruction(layers, None))
     streams.highest = highest[POOL]
+    # Of what is pooled only the mean over the pixels counts; of a map every value.
     pool = choose_scale(streams, None if net.spec.maps else nn.Identity(), recipe)
     if not net.has_classifier:
         return replace(state, result=Reconstruction(layers, pool))
@@ -128,6 +129,7 @@ def take_images(net: RepVGG, images: Images, count: int, most: int) -> Tensor:
     start = 0
     for batch in rebatch(images, device):
         if not wanted:
+            # Two streams of float32; of very large images a few are kept all the same.
             most = min(most, max(16, MEMORY_BYTES // (2 * 4 * _widest(net, batch.shape))), count)
             wanted = {index * count // most for index in range(most)}
         kept.append(batch[[index for index in range(len(batch)) if start + index in wanted]])
@@ -234,5 +236,6 @@ def _choose_weight_scales(fits: list[_Fit], taps: int, grid: Grid) -> Tensor:
     """The scales (filters) of all groups together."""
     if len(fits) == 1:
         return choose_weight_scales(fits[0].weight, taps, fits[0].importance, grid)
+    # In one call: a scale per tensor is that of all groups.
     weight, importance = torch.cat([fit.weight for fit in fits]), torch.cat([fit.importance for fit in fits])
     return choose_weight_scales(weight, taps, importance, grid)

@@ -35,6 +35,8 @@ def round_with_feedback(weight: Tensor, scales: Tensor, covariance: Tensor, taps
     """
     # The columns with the strongest inputs first: the most columns are then left to make up for them.
     order = covariance.diagonal().argsort(descending=True)
+    # Inverted in float64: with the least damping (see `_refit`) the condition number may reach 10⁴ times the number of
+    # columns, at which float32 has no digit left.
     factor = _inverse_factor(covariance[order][:, order].double()).to(weight.dtype)
     partners = _partners(weight.shape[1], taps, order) if grid.in_pairs else []
     variance = factor.diagonal().square().tolist()
@@ -177,9 +179,11 @@ def scale_by_output(streams: Streams, layer: nn.Module | None, thresholds: tuple
     usual = streams.image_weights() >= 1.0
     largest = float(streams.rounded[usual].abs().amax())
     if largest == 0.0:
+        # Any positive scale holds zeros.
         return 1.0 / streams.highest
     if float(streams.rounded.amin()) < 0:
         return largest / streams.highest
     sample = streams.thinned(_IMAGES)
+    # From the largest on: of equal errors the one that clips the least is taken.
     scales = [largest * share / streams.highest for share in sorted(thresholds, reverse=True)]
     return min(scales, key=lambda scale: output_error(sample, layer, scale))

@@ -24,6 +24,7 @@ from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS, Augmente
 from repvgg_deploy.quantization.points import Images, point_channels, point_names, rebatch, walk
 from repvgg_deploy.torch_precision import float32
 
+# The seven strongest images that `usual` may leave out, and the next one.
 _PEAKS = 8
 _ANOTHER = "name another --calib-cache file, or delete this one"
 _PER_CHANNEL = ("lowest", "highest", "mean", "mean_square", "usual")
@@ -122,6 +123,7 @@ def check_cache(path: Path, augmentations: int) -> None:
 
 
 def _add_to(digest: hashlib._Hash, batch: Tensor) -> None:
+    # Channels first on the CPU, however the batch lies in memory: one digest on every device.
     digest.update(batch.cpu().contiguous().numpy().tobytes())
 
 
