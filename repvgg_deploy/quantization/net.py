@@ -32,6 +32,7 @@ class QuantizationSummary:
 
     Without images `images` is 0, and `pictures` says what was made in their place. `trained_steps` are those of `qat`,
     where the scales were learned; nothing was calibrated then.
+    `warnings` are what a user should know of the calibration.
     """
 
     recipe: str
@@ -41,6 +42,7 @@ class QuantizationSummary:
     layers: tuple[LayerRow, ...]
     pictures: PictureSummary | None = None
     trained_steps: int | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def calibrated_on(self) -> str:

@@ -15,6 +15,7 @@ from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.quantization.augmentation import AugmentedImages
 from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
 from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
+from repvgg_deploy.quantization.distinct_images import count_distinct
 from repvgg_deploy.quantization.equalize import equalize
 from repvgg_deploy.quantization.grid import INT8, Grid
 from repvgg_deploy.quantization.layer_report import report_layers
@@ -123,6 +124,13 @@ def begin_quantization(
     if statistics.images < FEW_IMAGES:
         warnings.warn(
             f"{statistics.images} calibration images are few; use at least {FEW_IMAGES}, preferably 512", stacklevel=3
+        )
+    distinct = count_distinct(images, FEW_IMAGES)
+    if distinct < FEW_IMAGES and 2 * distinct <= statistics.images:
+        warnings.warn(
+            f"the {statistics.images} calibration images are nearly identical ({distinct} distinct): the scales may "
+            f"not fit other images; use at least {FEW_IMAGES} images of different scenes, preferably 512",
+            stacklevel=3,
         )
     return QuantizationState(net, statistics, recipe, grid)
 

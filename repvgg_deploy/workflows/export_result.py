@@ -182,5 +182,6 @@ def summary_to_dict(summary: QuantizationSummary) -> dict[str, Any]:
         **({} if summary.pictures is None else {"pictures": summary.pictures.to_dict()}),
         "seed": summary.seed,
         "kept_float": [row.name for row in summary.layers if row.kept_float],
+        "warnings": list(summary.warnings),
         "layers": layers,
     }

@@ -75,13 +75,16 @@ def quantize_for_export(
         else:
             drop = _Drop(replace(source, fused=fused), request, for_engine, progress)
             quantized = _quantize_within(drop, images, recipe, statistics)
-    for warning in caught:
-        progress.note(f"warning: {warning.message}")
+    # Each attempt at a given drop warns anew.
+    told = tuple(dict.fromkeys(str(warning.message) for warning in caught))
+    for warning in told:
+        progress.note(f"warning: {warning}")
     if isinstance(images, CalibrationImages):
         for reason in images.broken.reasons.values():
             progress.note(f"left out: {reason}")
     if quantized.summary is None:
         raise AssertionError("quantize() gives a summary")
+    quantized.summary = replace(quantized.summary, warnings=told)
     if isinstance(images, MadePictures):
         quantized.summary = replace(quantized.summary, images=0, pictures=images.summary)
     return quantized.cpu(), quantized.summary

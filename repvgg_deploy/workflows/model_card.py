@@ -71,6 +71,7 @@ def _make_lines(card: CardInput) -> Iterator[str]:
     if card.quantization is not None:
         recipe, images = card.quantization.recipe, card.quantization.calibrated_on
         yield from ("", f"INT8: recipe {_text(recipe)}, calibrated on {_text(images)}.")
+        yield from (f"Warning: {_text(warning)}." for warning in card.quantization.warnings)
     yield from ("", "## How it was verified", "")
     yield "Each stage was compared with the one before on the same images: the fused net with the training form in"
     yield "float64, the graph in ONNX Runtime with the net that it was made from, and an engine with its graph, where a"

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from helpers.quantized_nets import QUICK_RECIPE
 from helpers.wide_statistics import narrow, randomize
 from onnx import TensorProto
+from PIL import Image
 
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.cli.main import main
@@ -54,6 +55,7 @@ def test_int8_is_one_command(images, tmp_path) -> None:
     assert values["parity"]["onnx"]["top1_agreement"] == 100.0
     assert values["quantization"]["images"] == 96
     assert values["quantization"]["kept_float"] == []
+    assert values["quantization"]["warnings"] == []
     assert [p.name for p in tmp_path.iterdir()] == ["demo.int8.onnx"]
 
 
@@ -116,6 +118,22 @@ def test_few_images_are_warned_of_and_none_is_an_error(images, tmp_path) -> None
     result = int8(tmp_path / "empty", tmp_path / "none", code=1)
     assert "error: --calib: there is no image" in result.stderr
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_nearly_identical_images_are_warned_of_once_and_in_json(images, tmp_path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.asarray(Image.open(next(images.rglob("*.png"))).convert("RGB"), np.float32)
+    generator = np.random.default_rng(0)
+    for index in range(40):
+        noisy = (pixels + generator.normal(0, 2, pixels.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{index}.png")
+    result = int8(folder, tmp_path / "out", "--json", "--quiet")
+    (warning,) = json.loads(result.stdout)["quantization"]["warnings"]
+    assert "the 40 calibration images are nearly identical (1 distinct)" in warning
+    assert result.stderr.count("warning: ") == 1
+    assert f"warning: {warning}" in result.stderr.replace("\n", " ")
 
 
 @pytest.mark.slow
