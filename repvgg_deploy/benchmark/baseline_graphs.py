@@ -97,6 +97,7 @@ class BaselineIntegers:
 
     def point(self, g: GraphBuilder, name: str, x: str, signed: bool = False) -> str:
         """Q/DQ."""
+        # A point that is 0 for the noise needs a scale all the same.
         scale = g.weight(f"{name}.scale", np.asarray(max(self.ranges[name], 1e-6) / 127, self.dtype))
         zero = g.weight(f"{name}.zero_point", np.zeros((), np.int8 if signed else np.uint8))
         x = g.add("QuantizeLinear", [x, scale, zero], f"{name}.quantized")

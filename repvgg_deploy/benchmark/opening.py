@@ -174,6 +174,7 @@ def _open_graph(case: Case, path: Path, name: str) -> OpenedCase:
     backend = case.backend or _natural_provider()
     if backend not in PROVIDERS:
         raise DeployError(f"{path} is an ONNX graph, which {backend} does not run", f"one of: {', '.join(PROVIDERS)}")
+    # With threads that spin, as ONNX Runtime has them by default: what is timed is what its users get.
     runner = OnnxRunner(path, PROVIDERS[backend], case.threads, spinning=True)
     known = replace(case, backend=backend, precision=_require_precision(case, path, runner.precision))
     dtype = NUMPY_TYPES.get(runner.input_type)

@@ -80,6 +80,7 @@ def measure_ceiling(precision: str, device: str = "cpu", seconds: float = 1.0) -
         raise DeployError(f"no ceiling is known for {precision!r}", f"one of: {', '.join(ELEMENT_BYTES)}")
     product, side, source = _product(precision, device)
     rate = 2 * side**3 / _best_seconds(product, device, seconds)
+    # 256 MiB, on a GPU 1 GiB: far more than the caches hold.
     count = (1 << 28) if device == "cuda" else (1 << 26)
     origin = torch.zeros(count, device=device)
     target = torch.ones_like(origin)

@@ -202,7 +202,7 @@ def _square(case: Case, label: Label) -> int | None:
     if label.size is None or label.size[0] == label.size[1]:
         return None if label.size is None else label.size[0]
     raise DeployError(
-        f"{case.model} takes {label.size[0]}x{label.size[1]} pixels,but the baselines take square images",
+        f"{case.model} takes {label.size[0]}x{label.size[1]} pixels, but the baselines take square images",
         "leave --baseline out",
     )
 

@@ -40,6 +40,7 @@ def create_context(loaded: LoadedEngine, scratch: Scratch | None = None) -> Any:
         DeployError: the GPU has too little memory.
     """
     strategies = loaded.backend.module.ExecutionContextAllocationStrategy
+    # STATIC allocates for the largest batch, and would do so for each captured size, all of which have contexts.
     strategy = strategies.STATIC if scratch is None else strategies.USER_MANAGED
     with collect_messages(loaded.backend) as messages:
         context = loaded.engine.create_execution_context(_create_from(loaded, strategy))

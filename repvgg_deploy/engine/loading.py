@@ -119,6 +119,7 @@ def load_plan(
 def _choose_library(plan: Path, side: Sidecar | None, name: str | None) -> Backend:
     if name is not None and name not in MODULES:
         raise DeployError(f"no engine backend is called {name!r}", f"one of: {', '.join(MODULES)}")
+    # Without a sidecar or a name the first library that is installed is taken: a plan does not say which one built it.
     names: list[BackendName] = [known for known in MODULES if name in (None, known)]
     if side is not None:
         names = [side.backend]

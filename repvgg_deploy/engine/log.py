@@ -117,6 +117,7 @@ def explain_failure(backend: Backend, doing: str, messages: Messages, refittable
     unlisted = _unlisted_gpu(backend)
     if unlisted:
         return DeployError(f"{doing} failed: {unlisted}", f"{_OTHER_LIBRARY}; the library said: {first_line(errors)}")
+    # What is logged then is an error of CUDA, which says nothing of refitting.
     if refittable and not found.gpus:
         return DeployError(
             f"{doing} failed: {backend.label} builds refittable and weight-stripped engines on a GPU only, "

@@ -141,6 +141,7 @@ def _put_weights(loaded: LoadedEngine, onnx: Path) -> None:
         parser = construct(loaded.backend, doing, messages, lambda: trt.OnnxParserRefitter(refitter, logger))
         if not run_cancellable(lambda: parser.refit_from_file(str(onnx))):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            # Before what was logged: the parser's reasons name a node, and the first one is what a user sees.
             messages.errors[:0] = errors
             raise explain_failure(loaded.backend, f"taking the weights of {onnx.name}", messages)
         missing = refitter.get_missing_weights()
@@ -157,6 +158,7 @@ def _serialize(loaded: LoadedEngine) -> Any:
     """The engine with its weights as a plan, which can be refitted again where the library has a flag for it."""
     trt = loaded.backend.module
     config = loaded.engine.create_serialization_config()
+    # With the weights that can be refitted as well: the plan has to run without another refit.
     config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
     if has(trt, "SerializationFlag.INCLUDE_REFIT"):
         config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)

@@ -63,6 +63,7 @@ def use_timing_cache(backend: Backend, config: Any, gpu: Gpu | None, progress: P
 
 
 def _acquire(path: Path, progress: Progress) -> FileLock:
+    # Not on the cache itself: it is replaced by another file, and a lock stays with the old one.
     lock = FileLock(path.with_name(path.name + ".lock"))
     try:
         lock.acquire(timeout=0)

@@ -57,6 +57,7 @@ def read_cpu(path: Path = Path("/proc/cpuinfo")) -> Cpu:
     return Cpu(
         fields.get("model name") or platform.processor() or platform.machine(),
         tuple(fields.get(key) for key in ("cpu family", "model", "stepping")),
+        # `Features` on Arm.
         frozenset((fields.get("flags") or fields.get("Features") or "").split()),
     )
 
@@ -100,7 +101,7 @@ def memory_bytes() -> int | None:
 
 
 def require_memory(size: int, what: str) -> None:
-    """Raise DeployError if `size` bytes exceed this machine's memory, or the process's limit.
+    """Raise DeployError if `size` bytes exceed this machine's memory.
 
     A system that promises more memory than there is would end the process when the promised memory is written to.
 

@@ -25,6 +25,7 @@ from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.runtime.torch import TorchRunner
 
 _BATCH_BYTES = 1 << 30
+# A graph may declare any batch; beyond so many bytes of zeros it is refused instead of run on them.
 _MOST_PADDING = 4 << 30
 
 
@@ -120,6 +121,7 @@ def rank_classes(outputs: dict[str, Array], count: int) -> NDArray[np.int64]:
 
 def softmax(logits: Array) -> Array:
     """Probabilities along the last axis, in float64."""
+    # Less the largest, so that no exponential overflows.
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 

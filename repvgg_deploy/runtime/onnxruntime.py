@@ -68,7 +68,9 @@ class OnnxRunner:
         model: str | bytes = str(path)
         if quick_start:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            # The skeleton names the file of its weights without a folder, and bytes have none.
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            # Without the last level of optimization, whose layouts take copies of all weights.
             model = read_skeleton(path).SerializeToString()
         options.log_severity_level = 4
         self._path = path
@@ -91,6 +93,7 @@ class OnnxRunner:
         self._runtime = runtime
         self._graphs = 0
         try:
+            # After a failure Python's side of ONNX Runtime would try once more, with other providers.
             self._session = runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:
             if not is_graph_failure(error):

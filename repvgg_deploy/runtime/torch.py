@@ -91,11 +91,13 @@ class TorchRunner:
         self._forward: Callable[[Tensor], Tensor] = self._net
         self._compiled_shapes: set[torch.Size] = set()
         if self.options.mode == "compiled":
+            # Without `fullgraph` what cannot be compiled would run eagerly, and nobody would know.
             self._forward = torch.compile(self._net, dynamic=False, fullgraph=True)
 
     def run(self, images: Array) -> dict[str, Array]:
         """`logits` (N, classes) or `features` (N, C) of normalized images (N, C, H, W), on the host."""
         logits = self.forward(self.place(images))
+        # NumPy has no bfloat16.
         return {self._output: (logits.float() if logits.dtype == torch.bfloat16 else logits).cpu().numpy()}
 
     def place(self, images: Array) -> Tensor:

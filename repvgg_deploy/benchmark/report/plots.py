@@ -32,6 +32,7 @@ STYLE: Any = {
     "svg.fonttype": "none",
     # The names of models and machines are text, even with a dollar sign in them.
     "text.parse_math": False,
+    # The same results give the same bytes.
     "svg.hashsalt": "repvgg-deploy",
 }
 

@@ -42,6 +42,7 @@ class CudaBindings:
 
     def allocate(self, size: int) -> int:
         """Through cudaMalloc."""
+        # An engine may need no scratch memory, and CUDA has no address for 0 bytes.
         return int(check(runtime.cudaMalloc(max(size, 1)), f"allocating {size} bytes on the GPU"))
 
     def free(self, pointer: int) -> None:
@@ -100,6 +101,7 @@ class CudaBindings:
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Through cudaEventElapsedTime."""
+        # Before that CUDA has no time for the pair, but the error cudaErrorNotReady.
         self.synchronize_event(end)
         return float(check(runtime.cudaEventElapsedTime(start.handle, end.handle), "timing"))
 

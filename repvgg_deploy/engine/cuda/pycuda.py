@@ -56,6 +56,7 @@ class PyCuda:
     def allocate(self, size: int) -> int:
         """Through mem_alloc."""
         with _explaining(f"allocating {size} bytes on the GPU"):
+            # As in `bindings`: CUDA refuses to allocate 0 bytes.
             memory = driver.mem_alloc(max(size, 1))
         self._memory[int(memory)] = memory
         return int(memory)
