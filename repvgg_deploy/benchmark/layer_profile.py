@@ -21,6 +21,7 @@ from repvgg_deploy.graphs.cost import ELEMENT_BYTES, Cost, graph_costs
 from repvgg_deploy.graphs.reading import read_graph
 from repvgg_deploy.nets.seeding import seeded_inputs
 from repvgg_deploy.runtime.failures import first_line, is_graph_failure
+from repvgg_deploy.runtime.loops import ending_runs, find_loops
 from repvgg_deploy.runtime.onnxruntime import NUMPY_TYPES, OnnxRunner, import_onnxruntime
 
 _SUFFIX = "_kernel_time"
@@ -162,8 +163,12 @@ def _run_profiled(path: Path, name: str, images: Any, threads: int, seconds: flo
         warmup, runs = 2, 0
         try:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            for _ in range(warmup):
-                require_numbers(path.name, session.run(None, {name: images}))
+            first = runtime.RunOptions()
+            first.log_severity_level = 4
+            with ending_runs(first, path, find_loops(path)):
+                require_numbers(path.name, session.run(None, {name: images}, first))
+            for _ in range(warmup - 1):
+                session.run(None, {name: images})
             end = time.perf_counter() + seconds
             while runs < 5 or time.perf_counter() < end:
                 session.run(None, {name: images})

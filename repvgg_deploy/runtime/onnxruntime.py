@@ -16,6 +16,7 @@ from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.graphs.serialization import read_skeleton
 from repvgg_deploy.hardware.cpu import core_limit
 from repvgg_deploy.runtime.failures import first_line, is_graph_failure, require_readable
+from repvgg_deploy.runtime.loops import ending_runs, find_loops
 from repvgg_deploy.runtime.saturation import EXACT, find_saturating_layers, has_integers, saturates_here
 
 _CUDA = "CUDAExecutionProvider"
@@ -74,6 +75,8 @@ class OnnxRunner:
             model = read_skeleton(path).SerializeToString()
         options.log_severity_level = 4
         self._path = path
+        self._loops = find_loops(path)
+        self._loops.require_short(path)
         on_cpu = provider == "CPUExecutionProvider"
         if provider == _CUDA and has_integers(path):
             # It would run the convolutions in float, each after a conversion.
@@ -145,8 +148,9 @@ class OnnxRunner:
         Raises:
             GraphError: the graph cannot be run on them, or gives something else than a row of numbers per image.
         """
-        with self._explaining(images):
-            values = self._session.run(None, {self.input_name: images}, self._run_options(_NO_GRAPH))
+        options = self._run_options(_NO_GRAPH)
+        with self._explaining(images), ending_runs(options, self._path, self._loops):
+            values = self._session.run(None, {self.input_name: images}, options)
         for name, value in zip(self.output_names, values, strict=True):
             if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
                 raise GraphError(f"the output {name} of {self._path} is not of numbers", _CLASSIFIER)
