@@ -91,6 +91,7 @@ class Archive:
         """Where each entry's data begins; raise ArchiveError if the entries are not what the directory says."""
         starts = [self._check_entry(info) for info in infos]
         ends = [start + info.compress_size for info, start in zip(infos, starts, strict=True)]
+        # Stored entries that share bytes would hold more than the file does, and count nothing in what is unpacked.
         spans = sorted(zip((info.header_offset for info in infos), ends, strict=True))
         limits = [begin for begin, _ in spans[1:]] + [self._zip.start_dir]
         if any(end > limit for (_, end), limit in zip(spans, limits, strict=True)):
@@ -105,20 +106,22 @@ class Archive:
             raise ArchiveError(f"{shown} is encrypted")
         if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
             raise ArchiveError(f"{shown} is listed with two different sizes")
+        # The bytes that `zipfile` has decoded, to be compared with those in front of the data.
         name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
         try:
             header = read_bytes(self._source, info.header_offset, _LOCAL.size + len(name))
             magic, _, flags, method, _, _, crc, packed, unpacked, length, extra = _LOCAL.unpack_from(header)
         except (struct.error, EndsEarlyError, ValueError) as error:
             raise ArchiveError(f"{shown} lies outside the file") from error
-        same_sizes = flags & _SIZES_BEHIND or 0xFFFFFFFF in (packed, unpacked)
+        # Behind the data; or for Zip64 in the extra field, as 0xFFFFFFFF says.
+        sizes_are_elsewhere = flags & _SIZES_BEHIND or 0xFFFFFFFF in (packed, unpacked)
         if (
             magic != b"PK\3\4"
             or header[_LOCAL.size :] != name
             or length != len(name)
             or method != info.compress_type
             or (flags ^ info.flag_bits) & (_ENCRYPTED | _SIZES_BEHIND)
-            or not (same_sizes or (crc, packed, unpacked) == (info.CRC, info.compress_size, info.file_size))
+            or not (sizes_are_elsewhere or (crc, packed, unpacked) == (info.CRC, info.compress_size, info.file_size))
         ):
             raise ArchiveError(f"{shown} does not match its entry in the archive's directory")
         return int(info.header_offset + _LOCAL.size + length + extra)

@@ -177,6 +177,8 @@ def _is_beside(key: str, net: FoundNet, scope: str, left: Mapping[str, StoredTen
         # A buffer, or a parameter without a module of its own.
         return net.keys.layout.vocabulary.isdisjoint(words)
     has_statistics = f"{module}.running_var" in left
+    # A lone vector, such as a weight for each class of a loss, is not a layer; a matrix or a BN may be one that is
+    # missed.
     return not has_statistics and max(left[k].ndim for k in (f"{module}.weight", key) if k in left) <= 1
 
 

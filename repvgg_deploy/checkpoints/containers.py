@@ -58,6 +58,7 @@ def read_contents(source: Source, path: Path, is_inner: bool = False) -> Content
     """
     shown = printable(str(path))
     head = read_bytes(source, 0, 512)
+    # A safetensors file begins with eight bytes of length, and a JSON object.
     if head[8:9] == b"{":
         try:
             tensors, metadata = read_safetensors(source)
@@ -66,6 +67,7 @@ def read_contents(source: Source, path: Path, is_inner: bool = False) -> Content
         return replace(_collect(Tree(tensors, {}), metadata), configuration=dict(metadata))
     if head[:2] == b"PK":
         return _read_zip(open_archive(source, shown), path, is_inner)
+    # The instruction PROTO, with which pickles begin from protocol 2 on, and the protocol.
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
         return _read_tree(lambda: read_pickles(source), shown)
     raise describe_other_file(head, path)

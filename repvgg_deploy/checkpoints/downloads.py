@@ -191,6 +191,7 @@ class _Resuming:
         import requests
 
         done = self._size()
+        # Of a compressed answer neither lengths nor ranges would be those of the file.
         headers = {"Accept-Encoding": "identity"}
         validator = self.validator.read_text(encoding="ascii", errors="ignore") if self.validator.exists() else ""
         if done and validator:

@@ -216,6 +216,7 @@ def build(checkpoint: Checkpoint) -> RepVGG:
     with torch.device("meta"):
         net = RepVGG(checkpoint.spec)
     tensors = dict(checkpoint.tensors)
+    # They matter to training alone, so they are not read; `load_state_dict` wants them.
     counters = {name: torch.tensor(0) for name in net.state_dict() if name.endswith("num_batches_tracked")}
     net.load_state_dict(counters | tensors, assign=True)
     return net.requires_grad_(False).eval()

@@ -82,6 +82,7 @@ def _read_header(archive: Archive, name: str) -> tuple[bytes, int, _Header]:
     stream = io.BytesIO(content)
     try:
         version = npy.read_magic(stream)
+        # Version 3 is for names of fields that are not Latin-1, and arrays of numbers have no fields.
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read is None:
             raise ArrayError(f"{shown} has the version {version} of the format")

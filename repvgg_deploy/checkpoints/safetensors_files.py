@@ -61,6 +61,7 @@ def read_safetensors(source: Source) -> tuple[dict[str, StoredTensor], dict[str,
         raise HeaderError("the metadata are not text")
     spans = {name: _parse(name, value) for name, value in header.items()}
     end = 0
+    # By begin and end: a tensor without values stands before the one that begins in its place.
     for name, (_, _, begin, behind) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != end:
             raise HeaderError(f"{printable(name)} overlaps another tensor, or leaves a gap")

@@ -87,6 +87,7 @@ def _read_official(config: Any) -> Settings | None:
     size = as_size(data.get("TEST_SIZE")) or as_size(data.get("IMG_SIZE"))
     if size is None:
         return None
+    # CIFAR's images of 32 pixels are not resized there; larger ones keep the ratio of 224 px images.
     crops = isinstance(test, Mapping) and test.get("CROP") is True and max(size) > 32
     resize = int(256 / 224 * max(size)) if crops else max(size)
     is_cifar = data.get("DATASET") == "cf100"

@@ -134,6 +134,7 @@ def as_mean_and_std(mean: Any, std: Any, of_bytes: bool = False) -> tuple[tuple[
     means, stds = values
     if len(means) != len(stds) or min(stds) <= 0:
         return None
+    # Pixels to 1 have no larger mean, and at most a std of 1, where nothing is divided.
     if of_bytes or max(means) > 1 or max(stds) > 2:
         means, stds = tuple(v / 255 for v in means), tuple(v / 255 for v in stds)
     return (means, stds) if max(means) <= 1 else None

@@ -139,6 +139,7 @@ class StoredTensor:
         # The stride of one number means nothing, and may be any.
         width = self.dtype.itemsize
         stride = tuple(step * width if n > 1 else width for n, step in zip(self.shape, self.stride, strict=True))
+        # This constructor checks that the strides stay inside the buffer, which `as_strided` does not.
         numbers: NDArray[Any] = np.ndarray(self.shape, self.dtype.raw, content.data, 0, stride)
         return widen_bfloat16(numbers) if self.dtype.name == "bfloat16" else numbers
 

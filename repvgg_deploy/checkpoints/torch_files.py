@@ -28,6 +28,7 @@ class Tree:
 def read_torch_archive(archive: Archive, depth: int = 0) -> Tree:
     """The value in a zip file of `torch.save`."""
     root = find_root(archive.names)
+    # Older releases of torch do not write this entry.
     order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive else b"little"
     blobs: dict[str, Blob] = {}
 
@@ -105,6 +106,7 @@ def _parse_identifier(identifier: Any) -> tuple[StorageType, str, int]:
     word, kind, key, _, count = identifier[:5]
     if word not in ("storage", b"storage") or not isinstance(kind, StorageType):
         raise PickleError("a persistent id is not that of a storage")
+    # Not `isinstance`: True is an int as well.
     if not isinstance(key, str | int) or type(count) is not int or count < 0:
         raise PickleError("a storage has no name or no size")
     if len(identifier) > 5 and identifier[5] is not None:

@@ -201,6 +201,7 @@ class _Machine:
         self._stack.append(self._names.find(module, name))
 
     def _ext1(self, code: int) -> None:
+        # A code stands for a name in the registry of the process that wrote the file, which nobody else knows.
         self._stack.append(self._names.find("copyreg", f"extension {code}"))
 
     _ext2 = _ext4 = _ext1
@@ -271,6 +272,7 @@ def _set_items(target: Any, values: list[Any]) -> None:
 
 def _harmless_key(key: Any) -> Any:
     """`key`, if its hash cannot be chosen so that a dict takes quadratic time; else a record in its place."""
+    # Hashes of text are seeded. An integer below Python's modulus 2⁶¹ − 1 is its own hash (−1 alone has that of −2).
     if key is None or isinstance(key, str | bytes) or (isinstance(key, int) and abs(key) < 1 << 60):
         return key
     return Inert("", type(key).__name__, (key,))

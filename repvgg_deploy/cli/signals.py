@@ -37,6 +37,7 @@ def end_on_signals() -> None:
     if not numbers:
         return
     reading, writing = os.pipe()
+    # `set_wakeup_fd` takes no pipe that blocks. When one is full, there is a signal in it already.
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in numbers:

@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from repvgg_deploy.hardware.cpu import core_limit
@@ -45,7 +45,18 @@ def prepare_process() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(_MMAP_THRESHOLD, 1 << 30)
+    keep_freed_memory(mallopt)
+
+
+def keep_freed_memory(mallopt: Callable[[int, int], int]) -> None:
+    """Let glibc take large blocks from the heap and keep them when they are freed; by default it maps each anew.
+
+    `mallopt` sets a parameter to a value, and returns 0 if it does not.
+    """
+    # Older releases refuse more than 32 MiB. With the other parameter alone they would map all from 128 KiB on, as
+    # setting either ends the adaptation to what is freed.
+    if not mallopt(_MMAP_THRESHOLD, 1 << 30):
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
     mallopt(_TRIM_THRESHOLD, _LARGEST_INT)
 
 

@@ -94,6 +94,7 @@ def publish(
         DeployError: a directory is in the place of a file, or the other way round; nothing was changed.
         OSError: the disk is full or fails; the old files are in their places.
     """
+    # Before the folder is locked: that may take seconds, in which others would wait.
     flush_files(work.path / "new")
     with locked(folder):
         _finish_all(folder)
@@ -181,6 +182,7 @@ def _write_journal(work: Path, moves: Sequence[_Move]) -> None:
     beside = work / f"{_JOURNAL}.new"
     beside.write_text(json.dumps([asdict(move) for move in moves]), encoding="utf-8")
     flush_files(work)
+    # So that there is a whole journal, or none.
     beside.rename(work / _JOURNAL)
     try:
         flush_folder(work)

@@ -48,6 +48,7 @@ def make_work_folder(parent: Path, prefix: str, announce: Callable[[Path], None]
     while True:
         path = parent / f"{prefix}{secrets.token_hex(8)}"
         announce(path)
+        # In a shared folder for temporary files nobody else looks into it, or puts anything there.
         path.mkdir(mode=0o700)
         with suppress(FileNotFoundError):
             descriptor = open_folder(path)

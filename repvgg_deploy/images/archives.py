@@ -61,6 +61,7 @@ def index_archive(path: Path) -> ArchiveIndex:
 
 def _walk(path: Path, file: BinaryIO, prefix: str, depth: int) -> Iterator[TarMember]:
     # Python's module reads from where the file stands, so an inner archive needs no file of its own.
+    # Only uncompressed ones: members are read in place, by their offset.
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if not member.isreg() or member.issparse():

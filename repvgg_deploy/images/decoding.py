@@ -157,6 +157,7 @@ def _damaged(name: str, error: Exception) -> ImageError:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_bytes(image)
+    # Pillow wants this step before RGB, and warns without it.
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode in ("RGB", "L") else image.convert("RGB")

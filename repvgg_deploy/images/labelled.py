@@ -16,6 +16,7 @@ _LAYOUTS = "expected DIR/<class>/<image>.jpg, tar archives, or a flat folder wit
 _MAP = "map_clsloc.txt"
 # A line per image, of millions.
 _MOST_BYTES = 256 << 20
+# With fewer digits any number fits 64 bits.
 _MOST_DIGITS = 19
 
 

@@ -226,6 +226,7 @@ def _noise(pixels: np.random.Generator, size: int, slope: float) -> Array:
     """Two fields of Gaussian noise with amplitude ∝ 1/f^slope, (2, size, size), each of mean 0 and deviation 1."""
     rows, columns = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]
     frequency = np.hypot(rows, columns) * size
+    # So the constant part is 0, and a texture leaves the mean of what it is added to.
     frequency[0, 0] = np.inf
     real, imaginary = pixels.standard_normal((2, 2, *frequency.shape)) * frequency**-slope
     fields = np.fft.irfft2(real + 1j * imaginary, s=(size, size))

@@ -136,6 +136,7 @@ class Predictor:
         outputs = self.model.run_pixels(pixels)
         finite = np.all([np.isfinite(values).all(axis=1) for values in outputs.values()], axis=0)
         if not finite.all():
+            # NaN has no rank. The rows of these images are replaced by an error below.
             outputs = {name: np.nan_to_num(values) for name, values in outputs.items()}
         rows: list[dict[str, Any]] = [{} for _ in pixels]
         if self.options.output != "classes":

@@ -132,6 +132,7 @@ _MOST_PER_PART = 4096
 
 def _part_size(images: int, batch: int, actors: int) -> int:
     """Images per part, which is one file of the output and what is run anew when a node dies: whole batches."""
+    # About four for each actor, so that quicker ones may take more of them.
     wanted = min(_MOST_PER_PART, ceil(images / (4 * actors)))
     return max(1, ceil(wanted / batch)) * batch
 

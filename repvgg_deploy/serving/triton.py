@@ -125,6 +125,7 @@ class ServedEnsemble:
 
 def _step(model: ServedModel, outputs: Mapping[str, str]) -> list[str]:
     """One step of an ensemble; what is not among its `outputs` has a name of its own between the steps."""
+    # -1 is the newest version: an ensemble follows its models.
     lines = ["  step {", f"    model_name: {_quote(model.name)}", "    model_version: -1"]
     inside = {"input_map": model.inputs, "output_map": model.outputs}
     for field_name, tensors in inside.items():

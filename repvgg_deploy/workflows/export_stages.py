@@ -181,6 +181,8 @@ def make_int8_graph(prepared: Prepared, for_engine: bool, progress: Progress) ->
         quantized = with_fp16_scales(quantized)
     with torch.inference_mode():
         images = torch.from_numpy(normalize(prepared.inputs.full, prepared.preprocessing))
+        # An int8 pair saturates at 127 in every runtime, a uint8 pair at 255 in ONNX Runtime, which runs the graph
+        # next.
         computed = quantized if request.activation_type == "uint8" else quantized.as_tensorrt()
         expected: Outputs = {name: values.numpy() for name, values in computed.outputs(images).items()}
     about = {

@@ -101,6 +101,8 @@ def compare_graph(
         return {"onnx": parity}
     # Typical inputs alone: on noise the activations of a calibrated net mean nothing.
     feeds = [made.examples[0], *made.examples[1:_CALIBRATION_COMPARED]]
+    # Without its optimizations ONNX Runtime computes each pair in float, as the graph says: what its integer kernels
+    # are held against.
     exact, simulated = GraphSession(exported), GraphSession(made.quantized.model, optimized=False)
     merged = [_concatenate([run.run(feed) for feed in feeds]) for run in (exact, simulated, session)]
     quantized, run = compare_each(merged[0], merged[1]), compare_each(merged[1], merged[2])

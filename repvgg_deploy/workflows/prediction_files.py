@@ -54,6 +54,7 @@ class Journal:
             descriptor = os.open(self.path, flags, 0o666)
         except OSError as error:
             raise DeployError(f"cannot write {self.path}: {error.strerror}", "choose another -o") from error
+        # Without a buffer a row that was appended is in the file, whenever the process is killed.
         self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -72,6 +73,7 @@ class Journal:
 
     def _lock(self) -> None:
         try:
+            # A second run would empty the file, or cut off the row that the first is writing.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DeployError(f"another process is writing {self.path}", "wait for it, or choose another -o") from error

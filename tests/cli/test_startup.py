@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from repvgg_deploy.cli import startup
-from repvgg_deploy.cli.startup import prepare_process, quick_imports, share_cores
+from repvgg_deploy.cli.startup import keep_freed_memory, prepare_process, quick_imports, share_cores
 
 
 def run(code: str, **environment: str) -> str:
@@ -58,6 +58,20 @@ def test_freed_memory_is_kept() -> None:
     pages = (1 << 27) // os.sysconf("SC_PAGE_SIZE")
     assert int(run(measure.format(""))) < pages / 2
     assert int(run(measure.format("prepare_process()"))) > pages / 2
+
+
+def test_an_older_c_library_keeps_blocks_of_up_to_its_own_limit() -> None:
+    accepted: dict[int, int] = {}
+
+    def mallopt(parameter: int, value: int) -> int:
+        if parameter == startup._MMAP_THRESHOLD and value > 32 << 20:
+            return 0
+        accepted[parameter] = value
+        return 1
+
+    keep_freed_memory(mallopt)
+    assert accepted[startup._MMAP_THRESHOLD] == 32 << 20
+    assert accepted[startup._TRIM_THRESHOLD] == startup._LARGEST_INT
 
 
 @pytest.mark.slow
