@@ -14,7 +14,6 @@ or puts the old files back. A set that was not begun is dropped.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -22,12 +21,12 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from repvgg_deploy.errors import DeployError
+from repvgg_deploy.files.journal import Move, encode_journal, identify, read_journal
 from repvgg_deploy.files.work_folders import (
     WorkFolder,
     flush_files,
@@ -40,8 +39,6 @@ from repvgg_deploy.files.work_folders import (
 
 _PREFIX = ".repvgg-deploy-"
 _JOURNAL, _ROLLBACK = "journal", "rollback"
-# A line per file.
-_MOST_BYTES = 64 << 20
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -111,31 +108,13 @@ def finish_interrupted(folder: Path) -> None:
     """Complete the sets in `folder` whose process was killed between two renames, and remove what killed ones left.
 
     Waits while another process renames its files there. Where nothing can be written, nothing is done.
+
+    Raises:
+        DeployError: a set cannot be completed, as its journal is damaged.
     """
     if list_work_folders(folder, _PREFIX):
         with suppress(OSError), locked(folder):
             _finish_all(folder)
-
-
-@dataclass(frozen=True)
-class _Move:
-    """One file or folder that takes its place: `path` below the folder, `new` and `old` tell what is there after it.
-
-    `old` is None where there was nothing.
-    """
-
-    path: str
-    new: tuple[int, ...]
-    old: tuple[int, ...] | None
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """What a rename leaves as it is and a writer does not; None if there is nothing at `path`."""
-    try:
-        found = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return (found.st_ino,) if stat.S_ISDIR(found.st_mode) else (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _is_special(path: Path) -> bool:
@@ -147,14 +126,14 @@ def _is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
 
 
-def _plan(new: Path, folder: Path) -> list[_Move]:
+def _plan(new: Path, folder: Path) -> list[Move]:
     """The moves, by name; a folder whose name is taken by a folder is not one, but what is in it."""
-    moves: list[_Move] = []
+    moves: list[Move] = []
     for path in sorted(new.iterdir()):
         target = folder / path.name
         is_folder, was_folder = path.is_dir(), target.is_dir()
         if is_folder and was_folder:
-            moves += [_Move(f"{path.name}/{move.path}", move.new, move.old) for move in _plan(path, target)]
+            moves += [Move(f"{path.name}/{move.path}", move.new, move.old) for move in _plan(path, target)]
             continue
         if was_folder:
             raise DeployError(f"{target} is a directory, so no file can take its place", "choose another -o")
@@ -162,13 +141,13 @@ def _plan(new: Path, folder: Path) -> list[_Move]:
             raise DeployError(f"{target} is a pipe or a device, so no file can take its place", "choose another -o")
         if is_folder and os.path.lexists(target):
             raise DeployError(f"{target} is a file, so no directory can take its place", "choose another -o")
-        identity = _identity(path)
+        identity = identify(path)
         assert identity is not None
-        moves.append(_Move(path.name, identity, _identity(target)))
+        moves.append(Move(path.name, identity, identify(target)))
     return moves
 
 
-def _keep_old(work: Path, folder: Path, moves: Sequence[_Move]) -> None:
+def _keep_old(work: Path, folder: Path, moves: Sequence[Move]) -> None:
     for move in moves:
         if move.old is not None:
             kept = work / "old" / move.path
@@ -178,9 +157,9 @@ def _keep_old(work: Path, folder: Path, moves: Sequence[_Move]) -> None:
                 os.link(folder / move.path, kept, follow_symlinks=False)
 
 
-def _write_journal(work: Path, moves: Sequence[_Move]) -> None:
+def _write_journal(work: Path, moves: Sequence[Move]) -> None:
     beside = work / f"{_JOURNAL}.new"
-    beside.write_text(json.dumps([asdict(move) for move in moves]), encoding="utf-8")
+    beside.write_text(encode_journal(moves), encoding="ascii")
     flush_files(work)
     # So that there is a whole journal, or none.
     beside.rename(work / _JOURNAL)
@@ -191,38 +170,13 @@ def _write_journal(work: Path, moves: Sequence[_Move]) -> None:
         raise
 
 
-def _read_journal(path: Path, folder: Path) -> list[_Move]:
-    """The moves; none if the file is not whole, or is about other places than those in `folder`.
-
-    Whoever made the folder, or packed it into an archive, may have made the journal as well.
-    """
-    import msgspec
-
-    from repvgg_deploy.files.typed_values import read_file
-
-    try:
-        # Not the typed reader's parser: a file's name that is not UTF-8 has lone surrogates.
-        moves = msgspec.convert(json.loads(read_file(path, str(path), "", _MOST_BYTES)), list[_Move])
-    except (OSError, DeployError, ValueError, RecursionError, msgspec.ValidationError):
-        return []
-    return moves if all(_is_inside(folder, move.path) for move in moves) else []
-
-
-def _is_inside(folder: Path, path: str) -> bool:
-    """Whether what `path` names lies below `folder`, and not where a link leads to."""
-    parts = PurePosixPath(path).parts
-    if not parts or "\0" in path or path.startswith("/") or ".." in parts:
-        return False
-    return not any(folder.joinpath(*parts[:count]).is_symlink() for count in range(1, len(parts)))
-
-
 def _forget(journal: Path) -> None:
     # One that cannot be removed describes what is so already, and does no harm.
     with suppress(OSError):
         journal.unlink()
 
 
-def _move(work: Path, folder: Path, moves: Sequence[_Move]) -> None:
+def _move(work: Path, folder: Path, moves: Sequence[Move]) -> None:
     """Move what is not in its place yet; after an error everything is as it was before the first move."""
     try:
         for move in moves:
@@ -238,7 +192,7 @@ def _move(work: Path, folder: Path, moves: Sequence[_Move]) -> None:
         raise
 
 
-def _roll_back(work: Path, folder: Path, moves: Sequence[_Move], error: BaseException) -> None:
+def _roll_back(work: Path, folder: Path, moves: Sequence[Move], error: BaseException) -> None:
     """Put the old files back; if that fails too, the next run completes the set or puts them back.
 
     Raises:
@@ -249,7 +203,7 @@ def _roll_back(work: Path, folder: Path, moves: Sequence[_Move], error: BaseExce
             (work / _JOURNAL).rename(work / _ROLLBACK)
         for move in reversed(moves):
             new, target, kept = work / "new" / move.path, folder / move.path, work / "old" / move.path
-            found = _identity(target)
+            found = identify(target)
             if os.path.lexists(kept) and found in (None, move.new, move.old):
                 kept.replace(target)
             elif move.old is None and found == move.new:
@@ -274,22 +228,42 @@ def _finish(work: Path, folder: Path) -> None:
     """Complete the set of a killed process, if it was begun and nobody has changed its files since."""
     rollback, journal = work / _ROLLBACK, work / _JOURNAL
     if rollback.exists():
+        moves = _read_moves(rollback, folder)
         with _held_signals():
-            _roll_back(work, folder, _read_journal(rollback, folder), OSError("interrupted"))
+            _roll_back(work, folder, moves, OSError("interrupted"))
     if not journal.exists():
         return
-    moves = _read_journal(journal, folder)
+    moves = _read_moves(journal, folder)
     states = {_state(work, folder, move) for move in moves}
     if "foreign" not in states and states & {"moved", "between"}:
         with _held_signals():
             _move(work, folder, moves)
     # Removed first: what is left of the folder after a second kill is not taken for a set.
-    journal.unlink()
+    _forget(journal)
 
 
-def _state(work: Path, folder: Path, move: _Move) -> str:
+def _read_moves(journal: Path, folder: Path) -> list[Move]:
+    """The moves of a set that was begun; none if its journal is damaged and all new files have taken their places.
+
+    Raises:
+        DeployError: the journal is damaged, so nobody can say which files are of which run; nothing was changed.
+    """
+    moves = read_journal(journal, folder)
+    work = journal.parent
+    # Of a set that is being taken back, the old files count as well.
+    places = [work / "new", *([work / "old"] if journal.name == _ROLLBACK else [])]
+    if moves is None and any(path.is_symlink() or not path.is_dir() for place in places for path in place.rglob("*")):
+        raise DeployError(
+            f"{folder} may have files of two runs: the journal of the one that was interrupted, {journal}, is damaged",
+            f"its files are in {work}/new, those from before in {work}/old: move what you want to keep to its place, "
+            "and delete that folder",
+        )
+    return moves or []
+
+
+def _state(work: Path, folder: Path, move: Move) -> str:
     """`waiting`, `moved`, `between` (the old file is aside, the new one is not there), or `foreign`."""
-    found = _identity(folder / move.path)
+    found = identify(folder / move.path)
     if not os.path.lexists(work / "new" / move.path):
         return "moved" if found == move.new else "foreign"
     if found == move.old:

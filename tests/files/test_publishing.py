@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,51 @@ NO_JOURNALS = (
 )  # fmt: skip
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files, those of work folders among them."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def with_checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", ["journal", "rollback"])
 @pytest.mark.parametrize("journal", NO_JOURNALS, ids=lambda text: text[:40])
-def test_a_journal_that_is_none_moves_nothing(journal: str, tmp_path: Path) -> None:
+def test_a_journal_that_is_none_moves_nothing_and_loses_nothing(
+    journal: str, name: str, whole: bool, tmp_path: Path
+) -> None:
     work = tmp_path / "out" / ".repvgg-deploy-0"
-    write(work, {"new/x": "1", "journal": journal, "old/x": "2"})
-    finish_interrupted(tmp_path / "out")
-    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+    write(work, {"new/x": "1", name: with_checksum(journal) if whole else journal, "old/x": "2"})
+    before = everything(tmp_path)
+    with pytest.raises(DeployError, match=r"may have files of two runs: the journal .* is damaged") as raised:
+        finish_interrupted(tmp_path / "out")
+    assert f"{work}/new" in raised.value.hint
+    assert everything(tmp_path) == before
+
+
+def test_a_bit_in_a_journal_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    kill_between(folder)
+    (journal,) = folder.glob(".repvgg-deploy-*/journal")
+    text, before = journal.read_text(), everything(folder)
+    digit = text.rindex("5") if "5" in text[10:] else text.rindex("1")
+    journal.write_text(f"{text[:digit]}7{text[digit + 1 :]}")
+    with pytest.raises(DeployError, match="is damaged"):
+        finish_interrupted(folder)
+    journal.write_text(text)
+    assert everything(folder) == before
+    finish_interrupted(folder)
+    assert not has_work(folder)
+
+
+@pytest.mark.parametrize("place", ["new", "old"])
+def test_what_a_damaged_journal_leaves_nothing_open_of_is_removed(place: str, tmp_path: Path) -> None:
+    name = {"new": "rollback", "old": "journal"}[place]
+    write(tmp_path / ".repvgg-deploy-0", {name: "damaged", **({"old/x": "2"} if place == "old" else {})})
+    finish_interrupted(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_journal_moves_nothing_out_of_the_folder(tmp_path: Path) -> None:
@@ -166,9 +206,12 @@ def test_a_journal_moves_nothing_out_of_the_folder(tmp_path: Path) -> None:
     write(tmp_path, {"x": "foreign"})
     found = (tmp_path / "x").stat()
     moved = {"path": "../x", "new": [found.st_ino, found.st_size, found.st_mtime_ns], "old": None}
-    (work / "journal").write_text(json.dumps([moved, {"path": "a", "new": [0, 0, 0], "old": None}]))
-    finish_interrupted(tmp_path / "out")
-    assert read(tmp_path) == {"x": "foreign"}
+    moves = [moved, {"path": "a", "new": [0, 0, 0], "old": None}]
+    (work / "journal").write_text(with_checksum(json.dumps(moves)))
+    before = everything(tmp_path)
+    with pytest.raises(DeployError, match="is damaged"):
+        finish_interrupted(tmp_path / "out")
+    assert everything(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["journal", "rollback"])
@@ -179,18 +222,19 @@ def test_a_journal_that_was_made_up_moves_nothing_through_a_link(name: str, tmp_
     write(work, {"new/link/x": "evil", "old/link/x": "evil"})
     (folder / "link").symlink_to(outside)
     # The old file aside, the new one not there yet: no inode has to be known for that.
-    (work / name).write_text(json.dumps([{"path": "link/x", "new": [1, 1, 1], "old": [2, 2, 2]}]))
-    finish_interrupted(folder)
+    moves = [{"path": "link/x", "new": [1, 1, 1], "old": [2, 2, 2]}]
+    (work / name).write_text(with_checksum(json.dumps(moves)))
+    with pytest.raises(DeployError, match="is damaged"):
+        finish_interrupted(folder)
     assert list(outside.iterdir()) == []
-    assert not work.exists()
 
 
 def test_a_pipe_in_the_place_of_a_journal_is_not_waited_for(tmp_path: Path) -> None:
     work = tmp_path / "out" / ".repvgg-deploy-0"
     write(work, {"new/x": "1"})
     os.mkfifo(work / "journal")
-    finish_interrupted(tmp_path / "out")
-    assert read(tmp_path / "out") == {}
+    with pytest.raises(DeployError, match="is damaged"):
+        finish_interrupted(tmp_path / "out")
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_one_but_a_living_one_is_not_disturbed(
