@@ -178,6 +178,7 @@ def _run_profiled(path: Path, name: str, images: Any, threads: int, seconds: flo
                 raise
             raise GraphError(f"{path} does not run: {first_line(error)}", "`inspect` shows what it takes") from error
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    # Every run has the same nodes: the warm-up's share of the runs is its share of the events.
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX)]
     return nodes[len(nodes) * warmup // (runs + warmup) :]
 

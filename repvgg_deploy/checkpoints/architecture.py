@@ -75,6 +75,7 @@ def _infer_block(
             "the file is damaged, or its kernels were reshaped",
         )
     width, per_group = kernel.shape[:2]
+    # No layout has groups in its stem, so the stem's kernel tells the channels of the image.
     channels = channels or per_group
     groups, rest = divmod(channels, per_group)
     if rest or groups < 1 or width % groups:

@@ -65,7 +65,8 @@ def _preprocessing(config: Mapping[str, Any]) -> PreprocessingOptions:
         order = "rgb" if any(found.get(key) for key in ("to_rgb", "bgr_to_rgb")) else "bgr"
     resizing = next((step for step in steps if _type(step) in ("ResizeEdge", "Resize")), {})
     cropping = next((step for step in steps if _type(step) == "CenterCrop"), {})
-    target = as_size([abs(n) for n in _numbers(resizing.get("scale", resizing.get("size"))) if n > 0])
+    # mmcls 0.x writes (256, -1) for a short side of 256.
+    target = as_size([n for n in _numbers(resizing.get("scale", resizing.get("size"))) if n > 0])
     crop = as_size(cropping.get("crop_size")) or target
     mean, std = normalization or (None, None)
     resize = None if target is None else min(target)

@@ -213,6 +213,7 @@ def take_int8(values: dict[str, Any], wanted: bool, val_alone: bool = False) -> 
                 raise click.UsageError(f"{flag(option)} is for --int8.")
         return None
     if request["images"] is None and request["cache"] is not None and request["cache"].exists():
+        # Without images to calibrate on, the file is of use only if it has the scales that `qat` wrote.
         request["scales"], request["cache"] = request["cache"], None
     elif request["images"] is None:
         raise click.UsageError(

@@ -74,6 +74,7 @@ def check_plan(plan: Path, trust: bool = False) -> tuple[bytes, Sidecar | None]:
     Raises:
         DeployError: there is no such plan or no sidecar, or the plan is not what the sidecar was written for.
     """
+    # A run that was killed between its renames may have left its plan beside an older sidecar.
     finish_interrupted(plan.parent)
     content = read_plan(plan)
     if trust:

@@ -89,6 +89,7 @@ class EngineRunner:
         running: deque[tuple[EngineStream, int]] = deque()
         for number, start in enumerate(range(0, len(images), largest)):
             stream = self.streams[number % len(self.streams)]
+            # A stream's page-locked memory has room for one batch: its results are taken before it gets the next.
             if len(running) == len(self.streams):
                 parts.append(self._collect(*running.popleft()))
             chunk = images[start : start + largest]

@@ -185,6 +185,7 @@ def _move(work: Path, folder: Path, moves: Sequence[Move]) -> None:
                 if move.old is not None and not os.path.lexists(kept):
                     target.rename(kept)
                 new.replace(target)
+        # Before the journal is removed: after a power failure there is either the journal or every new name.
         for parent in {(folder / move.path).parent for move in moves}:
             flush_folder(parent)
     except BaseException as error:

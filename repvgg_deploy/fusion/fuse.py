@@ -50,6 +50,7 @@ def fuse(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     memo: dict[int, object] = {}
     blocks = find_blocks(module)
     for name, (block, parts) in blocks.items():
+        # Of this package's own blocks the forward is known; any other may do more than its parts tell.
         if not isinstance(block, TrainingBlock):
             _require_same_function(block, parts, name)
         fused_block = _fused_block(parts, dtype, training=block.training)

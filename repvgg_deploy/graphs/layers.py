@@ -37,6 +37,7 @@ class Fp16Rounding:
         # 65520 is the first value that rounds to infinity.
         if largest >= 65520.0:
             self.overflowed[name] = largest
+            # In place of infinities: whoever makes the graph refuses it by `overflowed`.
             return np.zeros(array.shape, np.float16)
         return array.astype(np.float16)
 

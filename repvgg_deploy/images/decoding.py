@@ -163,6 +163,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
+# As 64-bit integers, which the scaling takes, a strip is 8 MiB.
 _STRIP_PIXELS = 1 << 20
 
 

@@ -70,6 +70,8 @@ def decode_ahead(
     """
     options = options or DecodingOptions()
     ahead = max(1, min(ahead, _AHEAD_BYTES // (3 * preprocessing.height * preprocessing.width)))
+    # Python itself takes 5 % of the time of a photograph: beyond some twenty, threads would wait for its lock.
+    workers = options.workers or min(16, usable_cores())
 
     def decode(source: ImageData) -> Pixels | ImageError:
         try:
@@ -79,7 +81,7 @@ def decode_ahead(
 
     # The filters of warnings are shared by all threads, so they are set once, out here. Pillow warns about the size of
     # large images and about damaged EXIF data; neither matters to the consumer of the pixels.
-    with warnings.catch_warnings(), start_workers(options.workers or min(16, usable_cores())) as pool:
+    with warnings.catch_warnings(), start_workers(workers) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         waiting: deque[Future[Pixels | ImageError]] = deque()
         try:

@@ -157,6 +157,7 @@ class _RepVGGFile(_File, frozen=True, kw_only=True, tag="repvgg"):
             **self.values(),
             blocks=arch.blocks,
             widths=widths,
+            # As in the official repvgg.py.
             stem=arch.stem or min(64, widths[0]),
             groups=arch.groups,
             # Paper section 4.1: every second layer, counted from 1 at the first block after the stem, up to 26.

@@ -16,6 +16,7 @@ from repvgg_deploy.nets.baselines import BaselineNet, build_baseline
 from repvgg_deploy.nets.cards import BaselineCard, RepVGGCard
 from repvgg_deploy.nets.repvgg import RepVGG
 
+# At 64 px the last maps have 2x2 pixels: sixteen values for the statistics of each channel.
 _SETTLING_BATCH, _SETTLING_SIZE = 4, 64
 
 

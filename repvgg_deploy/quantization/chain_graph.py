@@ -131,6 +131,7 @@ def _output_scales(done: Sequence[QuantizedChain]) -> dict[str, float]:
 
 
 def _replace_nodes(graph: onnx.GraphProto, work: _Insertion) -> None:
+    # Copies: these messages are parts of the graph that is emptied next.
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in work.nodes]
     del graph.node[:]
     graph.node.extend(nodes)

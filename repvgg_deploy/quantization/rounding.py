@@ -109,6 +109,7 @@ def choose_weight_scales(weight: Tensor, taps: int, importance: Tensor | None = 
     peak = weight.abs().amax(1)
     if grid.per_tensor:
         peak = peak.amax().expand(len(weight))
+    # A filter of zeros needs a scale above 0; `bias_headroom` gives it one that its bias fits.
     peak = peak.clamp_min(1e-30)
     best = torch.full_like(peak, torch.inf)
     scales = peak / grid.levels

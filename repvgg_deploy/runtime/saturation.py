@@ -86,6 +86,7 @@ def find_saturating_layers(path: Path) -> tuple[str, ...]:
         optimized = scratch / "optimized.onnx"
         options = runtime.SessionOptions()
         options.log_severity_level = 4
+        # Integer operators are made up to here. The level above saves layouts of this machine, and warns of it.
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(optimized)
         try:

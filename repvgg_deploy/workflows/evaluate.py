@@ -158,6 +158,7 @@ class Hits:
         """Whether as many are right as guessing gets, within two standard deviations; False if too few were seen."""
         share = 1 / classes
         limit = self.count * share + 2 * math.sqrt(self.count * share * (1 - share))
+        # Of few images two deviations reach past the middle between guessing and all right: they show nothing.
         return self.first <= limit < self.count * (1 + share) / 2
 
     @property

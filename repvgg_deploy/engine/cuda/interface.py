@@ -165,6 +165,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
+        # Without `stream`: whoever takes the array waits for nothing, as `run_on_device` says of its callers.
         return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.pointer, False), "version": 3}
 
     @classmethod
@@ -214,6 +215,7 @@ def stream_handle(stream: Any) -> int:
     if hasattr(stream, "__cuda_stream__"):
         # cuda.core's protocol: the version of the protocol, and the handle.
         return int(stream.__cuda_stream__()[1])
+    # Of torch, cupy and pycuda.
     for attribute in ("cuda_stream", "ptr", "handle"):
         value = getattr(stream, attribute, None)
         if value is not None:
