@@ -23,7 +23,7 @@ def float32(tf32: bool = False, benchmark: bool = False, deterministic: bool = F
         with _newer_switches(tf32, benchmark, deterministic):
             yield
         return
-    # Said, since `flags` turns cuDNN off by default.
+    # `flags` turns cuDNN off by default.
     flags = {"enabled": True, "benchmark": benchmark, "deterministic": deterministic, "allow_tf32": tf32}
     with torch.backends.cudnn.flags(**flags):
         torch.set_float32_matmul_precision("high" if tf32 else "highest")

@@ -268,7 +268,7 @@ def _build(
         return bool(parsed.builder.build_serialized_network_to_stream(parsed.network, config, stream))
 
     done = run_cancellable(build, cancellation)
-    # What stopped the library, which itself says no more than that it failed.
+    # The library itself only says that it failed, not what stopped it.
     if monitor.error is not None:
         raise monitor.error
     if writer.error is not None:

@@ -48,7 +48,7 @@ def make_work_folder(parent: Path, prefix: str, announce: Callable[[Path], None]
     while True:
         path = parent / f"{prefix}{secrets.token_hex(8)}"
         announce(path)
-        # In a shared folder for temporary files nobody else looks into it, or puts anything there.
+        # Nobody else may look into it or add to it, also where the parent is a shared folder for temporary files.
         path.mkdir(mode=0o700)
         with suppress(FileNotFoundError):
             descriptor = open_folder(path)

@@ -50,8 +50,8 @@ class _Naming:
     transparent: tuple[str, ...] = ()
 
 
-# Of this project, the official code with QARepVGG's, timm, and OpenMMLab. Stochastic depth (`drop_path`) does nothing
-# in evaluation.
+# In this order: this project, the official code and QARepVGG's, timm, OpenMMLab. Stochastic depth (`drop_path`) does
+# nothing in evaluation.
 _NAMINGS = (
     _Naming(("branch_3x3", "branch_1x1", "branch_identity"), "bn", "se_before", "act", "se_after"),
     _Naming(("rbr_dense", "rbr_1x1", "rbr_identity"), "bn", "se", "nonlinearity", "post_se"),

@@ -124,7 +124,7 @@ def make_pictures(
         DeployError: `net` has no BN with running statistics: it is in deploy form.
     """
     options = options or PictureOptions()
-    # In evaluation: every BN passes on what it did in the trained net, not the statistics of these images.
+    # In evaluation every BN normalizes by the running statistics, not by those of these images.
     net = copy.deepcopy(net).eval().requires_grad_(False)
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
     if not norms:

@@ -45,8 +45,8 @@ class _RoundActivations(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         ratio, rounded = ctx.saved_tensors
         (grad,) = grad_outputs
-        # Of the scale, by LSQ's equation 3: the rounding error inside the range, the integer that it saturates at
-        # beyond it.
+        # The gradient of the scale is that of LSQ, equation 3: the rounding error inside the range, and beyond it the
+        # integer that the value saturates at.
         inside = (ratio >= LOWEST) & (ratio <= ctx.highest)
         return grad * inside, (grad * torch.where(inside, rounded - ratio, rounded)).sum(), None
 
@@ -154,6 +154,7 @@ def _optimizer(layers: dict[str, _Learnable], pool: Tensor | None, rate: float) 
         {"params": scales + ([] if pool is None else [pool]), "lr": rate * _SLOWER},
         {"params": biases, "lr": rate * _SLOWER},
     ]
+    # Without LSQ's factor on the gradients of scales: Adam divides by their size in any case.
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
 

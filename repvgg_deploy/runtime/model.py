@@ -121,7 +121,7 @@ def rank_classes(outputs: dict[str, Array], count: int) -> NDArray[np.int64]:
 
 def softmax(logits: Array) -> Array:
     """Probabilities along the last axis, in float64."""
-    # Less the largest, so that no exponential overflows.
+    # The largest is subtracted so that no exponential overflows.
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 

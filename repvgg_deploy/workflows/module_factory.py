@@ -105,7 +105,7 @@ def _choose(contents: Contents, path: Path) -> Mapping[str, StoredTensor]:
 
 def _strip(tensors: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]) -> Mapping[str, StoredTensor]:
     """The tensors under the module's own names, without the prefix of a wrapper that all of them have."""
-    # Wrappers may lie in one another: `module._orig_mod.`.
+    # Wrappers may be nested: `module._orig_mod.`.
     while not tensors.keys() & wanted.keys():
         prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)
         if prefix is None:

@@ -87,7 +87,7 @@ def _new_folder(output: Path) -> Iterator[Path]:
     try:
         with undone_on_abort(lambda: shutil.rmtree(folder, ignore_errors=True)):
             yield folder
-            # In the place of nothing, or of an empty folder: the system replaces no other.
+            # A folder can replace nothing but an empty folder.
             folder.replace(output)
     finally:
         with suppress(FileNotFoundError):
