@@ -137,6 +137,7 @@ def _time_whole(model: Model, paths: tuple[ImageSource, ...], batch: int, second
 
 
 def _endless(model: Model, paths: tuple[ImageSource, ...], batch: int, broken: BrokenImages) -> Iterator[Pixels]:
+    # The threads that decode ahead begin anew with every list, so lists are long.
     repeats = max(1, 4096 // len(paths))
     while True:
         found = False

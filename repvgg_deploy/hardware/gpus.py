@@ -78,6 +78,7 @@ def ask_nvml(nvml: Any, function: str, *arguments: Any) -> Any:
 def _list_gpus(nvml: Any) -> FoundGpus:
     driver = ask_nvml(nvml, "nvmlSystemGetDriverVersion") or ""
     version = ask_nvml(nvml, "nvmlSystemGetCudaDriverVersion_v2") or 0
+    # CUDA writes 13.1 as 13010.
     cuda = f"{version // 1000}.{version % 1000 // 10}" if version else ""
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     uuids = tuple(str(ask_nvml(nvml, "nvmlDeviceGetUUID", handle)) for handle in handles)

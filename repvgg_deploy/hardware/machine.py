@@ -185,6 +185,7 @@ def _commit() -> str | None:
             subprocess.run(
                 ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
             ).stdout
+            # Of the package alone: documents and results do not change what is measured.
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "repvgg_deploy"))
         )
     except (OSError, subprocess.SubprocessError):

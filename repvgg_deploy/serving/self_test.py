@@ -50,6 +50,7 @@ def run_onnx(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
 def find_graphs(version: Path) -> list[Path]:
     """The graph in a version's folder; of an ensemble those of its steps, of the same version."""
     model = version.parent
+    # By its text, so that this file needs nothing of Triton.
     steps = re.findall(r'^ *model_name: "([^"]+)"', (model / "config.pbtxt").read_text(encoding="utf-8"), re.MULTILINE)
     return [model.parent / name / version.name / "model.onnx" for name in steps or [model.name]]
 

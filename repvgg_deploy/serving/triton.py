@@ -112,6 +112,7 @@ class ServedEnsemble:
         lines = [
             f"name: {_quote(self.name)}",
             'platform: "ensemble"',
+            # Images of different sizes cannot be one batch.
             "max_batch_size: 0",
             *_tensors("input", self.first.inputs, False),
             *_tensors("output", outputs, False),

@@ -153,6 +153,7 @@ def _lock_images(int8: Int8Request) -> LockedImages | None:
         name = str(source).removeprefix(f"{int8.images}/")
         lines.append(f"{digest}  {name}")
     text = "".join(f"{line}\n" for line in lines)
+    # A name that is not UTF-8 counts by its bytes, as `sha256sum` prints it.
     return LockedImages(
         str(int8.images), hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(), tuple(lines)
     )

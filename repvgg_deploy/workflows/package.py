@@ -253,6 +253,7 @@ def _publish(repository: Path, entries: Sequence[_Entry], progress: Progress) ->
     """Write all folders as one set; an ensemble never stands there without its models."""
     folders = [repository / entry.config.name for entry in entries]
     kept = [_keep_config(folder, entry, progress) for folder, entry in zip(folders, entries, strict=True)]
+    # One number for all of them: `self_test.py` looks for an ensemble's models under its own.
     version = 1 + max((number for folder in folders for number in _versions(folder)), default=0)
 
     def require_unused() -> None:
