@@ -9,20 +9,25 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
-from fuzzing import checkpoints, graphs, paths, pictures, texts
+from fuzzing import checkpoints, graphs, own, paths, pictures, texts
 from fuzzing.cases import Case, Format
 from fuzzing.child import Result, require_one_thread, run_case
 from fuzzing.verdict import Verdict, judge
 
-FORMATS: tuple[Format, ...] = (*checkpoints.FORMATS, *graphs.FORMATS, *texts.FORMATS, *pictures.FORMATS, *paths.FORMATS)
-_ROUND = tuple(each for each in FORMATS for _ in range(each.weight))
+Kind = Literal["foreign", "own"]
+FORMATS: Mapping[Kind, tuple[Format, ...]] = {
+    "foreign": (*checkpoints.FORMATS, *graphs.FORMATS, *texts.FORMATS, *pictures.FORMATS, *paths.FORMATS),
+    "own": own.FORMATS,
+}
+"""Files that come from elsewhere, and those that the package itself leaves and reads again."""
+_ROUNDS = {kind: tuple(each for each in formats for _ in range(each.weight)) for kind, formats in FORMATS.items()}
 _COMMON_MESSAGES = 12
 
 
@@ -53,14 +58,14 @@ class Outcome:
         }
 
 
-def format_of(number: int) -> Format:
-    """The format of the case with this number: all of them in turn, by their weights."""
-    return _ROUND[number % len(_ROUND)]
+def format_of(kind: Kind, number: int) -> Format:
+    """The format of the case with this number: all of a kind in turn, by their weights."""
+    return _ROUNDS[kind][number % len(_ROUNDS[kind])]
 
 
-def make_case(seed: int, number: int) -> Case:
+def make_case(kind: Kind, seed: int, number: int) -> Case:
     """The case of a seed with this number; always the same one."""
-    return format_of(number).make(Random(f"{seed}/{number}"))
+    return format_of(kind, number).make(Random(f"{seed}/{number}"))
 
 
 def warm_up(folder: Path) -> None:
@@ -69,6 +74,7 @@ def warm_up(folder: Path) -> None:
     import matplotlib.font_manager  # noqa: F401 (its list of fonts is made by a process)
     import torch
 
+    import repvgg_deploy.workflows.qat  # noqa: F401 (not run: training starts threads)
     from repvgg_deploy.cli.main import main
     from repvgg_deploy.graphs import simplification
 
@@ -119,21 +125,22 @@ def _check_in_process(module: Any) -> None:
     check.__exit__ = lambda *_: None
 
 
-def run_cases(seed: int, numbers: Iterable[int], folder: Path) -> Iterator[Outcome]:
+def run_cases(kind: Kind, seed: int, numbers: Iterable[int], folder: Path) -> Iterator[Outcome]:
     """Run cases in turn, in a scratch folder."""
     for number in numbers:
-        case = make_case(seed, number)
+        case = make_case(kind, seed, number)
         result = run_case(case, folder / "case")
-        yield Outcome(number, format_of(number).name, case, result, judge(result))
+        yield Outcome(number, format_of(kind, number).name, case, result, judge(result))
 
 
 def keep_failure(outcome: Outcome, folder: Path) -> None:
     """Write the files of a case and what was printed, to look at."""
     place = folder / f"{outcome.number}"
-    for name, content in outcome.case.files.items():
-        path = place / "in" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    for folder_name, files in (("in", outcome.case.files), ("out", outcome.case.before)):
+        for name, content in files.items():
+            path = place / folder_name / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     lines = [
         f"{outcome.format}: {outcome.case.mutation}",
         f"repvgg-deploy {' '.join(outcome.case.arguments)}",
@@ -148,7 +155,7 @@ def keep_failure(outcome: Outcome, folder: Path) -> None:
     (place / "what.txt").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
-def run_campaign(seed: int, cases: int, log: Path, seconds: float) -> int:
+def run_campaign(kind: Kind, seed: int, cases: int, log: Path, seconds: float) -> int:
     """Run the cases that the log lacks or that failed, until `seconds` have passed; how many there are in it then."""
     done = {row["number"] for row in read_log(log) if row["outcome"] != "failed"} if log.exists() else set()
     end = time.monotonic() + seconds
@@ -157,7 +164,7 @@ def run_campaign(seed: int, cases: int, log: Path, seconds: float) -> int:
     scratch = log.absolute().with_suffix("")
     missing = (number for number in range(cases) if number not in done)
     with log.open("a", encoding="utf-8") as file:
-        for outcome in run_cases(seed, missing, scratch / str(os.getpid())):
+        for outcome in run_cases(kind, seed, missing, scratch / str(os.getpid())):
             file.write(json.dumps({**outcome.to_row(), "commit": commit}) + "\n")
             file.flush()
             done.add(outcome.number)
@@ -193,7 +200,7 @@ def read_log(log: Path) -> list[dict[str, Any]]:
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts by format and outcome, the messages, times and memory."""
     formats: dict[str, Any] = {}
-    for each in FORMATS:
+    for each in (each for kind in FORMATS.values() for each in kind):
         own = [row for row in rows if row["format"] == each.name]
         if not own:
             continue

@@ -26,6 +26,9 @@ class Case:
         mutation: what was done to them.
         places: what else lies in the folders `in` and `out`: a `folder`, `file`, `fifo`, `loop` or `dangling` link.
         check: holds the outputs of a run with exit status 0 against an oracle.
+        before: what lies in `OUT`, by name, as an earlier run has left it.
+        prepare: called with the case's folder once all of that is there.
+        after: holds what lies in the folders after any other exit status against an oracle.
     """
 
     arguments: tuple[str, ...]
@@ -33,6 +36,9 @@ class Case:
     mutation: str
     check: Check | None = None
     places: Mapping[str, str] = field(default_factory=dict)
+    before: Mapping[str, bytes] = field(default_factory=dict)
+    prepare: Callable[[Path], None] | None = None
+    after: Check | None = None
 
 
 Maker = Callable[[Random], Case]

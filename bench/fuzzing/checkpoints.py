@@ -72,7 +72,8 @@ class _Kind:
     mutate: Callable[[bytes, Random], tuple[bytes, str]]
 
 
-def _torch_bytes(value: Any, new: bool = True) -> bytes:
+def torch_bytes(value: Any, new: bool = True) -> bytes:
+    """A value as torch saves it, in its zip format or the one before."""
     stream = io.BytesIO()
     # Storages lie in the file in the order of their addresses in memory, if they are sorted.
     with patch("torch.serialization.sorted", list, create=True):
@@ -94,7 +95,8 @@ def _wrapped(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"state_dict": tensors, **settings, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
 
 
-def _mutate_archive(content: bytes, rng: Random) -> tuple[bytes, str]:
+def mutate_archive(content: bytes, rng: Random) -> tuple[bytes, str]:
+    """A file of torch's zip format with another archive, another pickle or other bytes."""
     kind = rng.choice(("zip", "zip", "pickle", "pickle", "pickle", "bytes", "nested"))
     if kind == "bytes":
         changed, name = mutate_bytes(content, rng)
@@ -148,8 +150,8 @@ def _pickle_length(content: bytes) -> int:
 
 
 _KINDS = {
-    "torch zip": _Kind("pth", lambda tensors: _torch_bytes(_wrapped(tensors)), _mutate_archive),
-    "torch legacy": _Kind("pth", lambda tensors: _torch_bytes(_wrapped(tensors), new=False), _mutate_pickles),
+    "torch zip": _Kind("pth", lambda tensors: torch_bytes(_wrapped(tensors)), mutate_archive),
+    "torch legacy": _Kind("pth", lambda tensors: torch_bytes(_wrapped(tensors), new=False), _mutate_pickles),
     "pickle": _Kind(
         "pkl", lambda tensors: pickle.dumps({k: v.numpy() for k, v in tensors.items()}, 4), _mutate_pickles
     ),
@@ -216,7 +218,7 @@ def _make(kind: str, rng: Random) -> Case:
     how = _KINDS[kind]
     if rng.random() < 0.15 and kind not in ("safetensors", "pickle", "npz"):
         tensors, mutation = _damaged_tensors(rng)
-        content = _torch_bytes(tensors, kind == "torch zip")
+        content = torch_bytes(tensors, kind == "torch zip")
     else:
         content, mutation = how.mutate(_whole(kind), rng)
     name = f"net.{how.ending}"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fuzzing.cases import Case, UnreadableError
+from fuzzing.cases import Case, Check, UnreadableError
 
 CPU_SECONDS = 10
 WALL_SECONDS = 90
@@ -48,7 +48,8 @@ class Result:
         status: the exit status; negative for a signal, None where the process was ended for its time.
         crash: the traceback of an exception that reached the top.
         violations: what the canary saw.
-        wrong: what the oracle says of the outputs of a success; `checked` if it could say anything.
+        wrong: what the oracle says of the outputs of a success, or of what lies there after a failure; `checked` if it
+            could say anything.
         cpu_s, peak_bytes: of the process; the memory is what came on top of the parent's.
     """
 
@@ -70,12 +71,15 @@ def run_case(case: Case, folder: Path) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("in", "out", "tmp"):
         (folder / name).mkdir(parents=True)
-    for name, content in case.files.items():
-        path = folder / "in" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    for place, files in (("in", case.files), ("out", case.before)):
+        for name, content in files.items():
+            path = folder / place / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     for name, kind in case.places.items():
         _make_place(folder / name, kind)
+    if case.prepare is not None:
+        case.prepare(folder)
     before = _listing(folder / "in")
     base, start = _resident(), time.monotonic()
     pid = os.fork()
@@ -194,8 +198,9 @@ def _be_the_child(case: Case, folder: Path) -> NoReturn:
         canary.is_armed = True
         status, report["crash"] = _run_command(_arguments(case, folder))
         canary.is_armed = False
-        if status == 0 and case.check is not None:
-            report["wrong"] = _check(case, folder)
+        check = case.check if status == 0 else case.after
+        if check is not None:
+            report["wrong"] = _check(check, folder)
             report["checked"] = report["wrong"] is not None
             report["wrong"] = report["wrong"] or ""
         report["violations"] = canary.seen[:20]
@@ -256,11 +261,10 @@ def _run_command(arguments: list[str]) -> tuple[int, str]:
         sys.stderr.flush()
 
 
-def _check(case: Case, folder: Path) -> str | None:
+def _check(check: Check, folder: Path) -> str | None:
     """What the oracle says; None if it cannot tell."""
-    assert case.check is not None
     try:
-        return case.check(folder / "in", folder / "out") or ""
+        return check(folder / "in", folder / "out") or ""
     except UnreadableError:
         return None
     except Exception:

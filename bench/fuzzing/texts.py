@@ -98,7 +98,8 @@ def _mutate_json(tree: Tree, rng: Random) -> tuple[bytes, str]:
     return write_json(changed, rng), name
 
 
-def _mutate_toml(tree: Tree, rng: Random) -> tuple[bytes, str]:
+def mutate_toml(tree: Tree, rng: Random) -> tuple[bytes, str]:
+    """A tree as TOML, changed as a tree or as a text, and how."""
     if rng.random() < 0.25:
         content, name = mutate_text(write_toml(tree).encode(), rng)
         return content, f"text: {name}"
@@ -212,19 +213,24 @@ def _statistics_file() -> bytes:
     return stream.getvalue()
 
 
+def whole_recipe() -> bytes:
+    """A recipe with which calibrating on ten small pictures is quick."""
+    return write_toml(_RECIPE).encode()
+
+
 def _recipe(rng: Random) -> Case:
-    content, name = _mutate_toml(_RECIPE, rng)
+    content, name = mutate_toml(_RECIPE, rng)
     return _int8("--recipe", "own.toml", content, name)
 
 
 def _suite(rng: Random) -> Case:
-    content, name = _mutate_toml(_SUITE, rng)
+    content, name = mutate_toml(_SUITE, rng)
     files = {"own.toml": content}
     return Case(("bench", "--suite", "IN/own.toml", "-o", "OUT/result.json"), files, name)
 
 
 def _options(rng: Random) -> Case:
-    content, name = _mutate_toml(_OPTIONS, rng)
+    content, name = mutate_toml(_OPTIONS, rng)
     files = {"net.safetensors": whole_safetensors(), "own.toml": content}
     return Case(
         ("export", "IN/net.safetensors", "-o", "OUT", "--engine", "none", "--config", "IN/own.toml"), files, name

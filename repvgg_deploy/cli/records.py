@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,17 @@ def _read_lock(ctx: click.Context, _option: click.Parameter, path: Path | None) 
     misplaced = next((key for key in options if key.replace("_", "-") in _NOT_LOCKED), None)
     if misplaced is not None:
         raise click.UsageError(f"--from {path}: {misplaced} is no option of a lock file.", ctx)
+    options = {key: value for key, value in options.items() if not _would_be_written(key, value)}
     set_defaults(ctx, options, f"--from {path}")
     if checkpoint is not None:
         ctx.default_map = {**(ctx.default_map or {}), _CHECKPOINT: checkpoint}
     return path
+
+
+def _would_be_written(key: str, value: Any) -> bool:
+    """Whether an option is a calibration cache that is not there: it makes no difference to the graphs."""
+    # Not Path.exists(): it raises for names that no file can have.
+    return key.replace("_", "-") == "calib-cache" and isinstance(value, str) and not os.path.exists(value)  # noqa: PTH110
 
 
 records_input = option_group(

@@ -161,6 +161,9 @@ def _check_about(about: _About, fresh: QatTraining) -> None:
         validated = _VALIDATED if _VALIDATED & row.keys() else set()
         if row.keys() != _ALWAYS | later | validated or any(row[name] is None for name in row if name != _ODD):
             raise CheckpointError("its curves have other columns")
+    steps = [step for row in about.rows if isinstance(step := row["step"], int) and step <= about.done]
+    if len(steps) != len(about.rows) or steps != sorted({*steps}):
+        raise CheckpointError("its curves have other steps")
     if about.since.keys() not in (set(), {"steps", *_LATER}) or (about.done and not about.rows):
         raise CheckpointError("its curves have no beginning")
     if about.best_step > about.done:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,8 +14,8 @@ from random import Random
 
 import pytest
 import torch
-from fuzzing import checkpoints, graphs, paths, pictures, texts
-from fuzzing.campaign import read_log, summarize
+from fuzzing import checkpoints, own
+from fuzzing.campaign import FORMATS, read_log, summarize
 from fuzzing.cases import UnreadableError
 from fuzzing.child import CPU_SECONDS, MEMORY, Result
 from fuzzing.mutations import FORGED
@@ -24,21 +25,22 @@ from fuzzing.verdict import judge
 from fuzzing.zips import Zip, make_entry, read_zip, write_zip
 
 from repvgg_deploy.checkpoints import build, load_checkpoint
+from repvgg_deploy.files.publishing import finish_interrupted
 from repvgg_deploy.fusion.fuse import fuse
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMATS = (*checkpoints.FORMATS, *graphs.FORMATS, *texts.FORMATS, *pictures.FORMATS, *paths.FORMATS)
 CLEAR = Result(1, "", "error: the file is damaged\nhint: copy it again\n", "", (), "", False, 0.1, 0.1, 1 << 20)
 SHARE, SEED = 120, 7
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [*FORMATS["foreign"], *FORMATS["own"]], ids=lambda form: form.name)
 def test_cases_come_from_their_seed_and_differ(form) -> None:
     made = [form.make(Random(f"a/{number}")) for number in range(12)]
     again = [form.make(Random(f"a/{number}")) for number in range(12)]
-    assert [(c.arguments, c.files, c.mutation) for c in made] == [(c.arguments, c.files, c.mutation) for c in again]
-    assert len({(case.arguments, tuple(case.files.values())) for case in made}) > 6
+    same = [[(c.arguments, c.files, c.before, c.mutation) for c in cases] for cases in (made, again)]
+    assert same[0] == same[1]
+    assert len({(case.arguments, *case.files.values(), *case.before.values()) for case in made}) > 6
 
 
 def test_clear_errors_and_successes_are_allowed() -> None:
@@ -159,12 +161,73 @@ def test_a_share_of_the_cases_ends_in_clear_errors_or_right_output(tmp_path: Pat
     assert len(rows) == SHARE
     assert outcomes["error"] > SHARE / 5
     assert outcomes["success"] > SHARE / 10
-    assert {row["format"] for row in rows} == {form.name for form in FORMATS}
+    assert {row["format"] for row in rows} == {form.name for form in FORMATS["foreign"]}
     assert sum(row["checked"] for row in rows) > 10
     summary = summarize(read_log(log))
     assert summary["cases"] == SHARE
     assert sum(sum(each["outcomes"].values()) for each in summary["formats"].values()) == SHARE
     assert summary["failures"] == []
+
+
+@pytest.mark.slow
+def test_a_share_of_the_cases_of_own_files_passes(tmp_path: Path) -> None:
+    log = tmp_path / "fuzz.jsonl"
+    command = [sys.executable, "bench/fuzz.py", "run", "--kind", "own", "--cases", "24", "--log", str(log)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    rows = read_log(log)
+    assert Counter(row["format"] for row in rows) == {form.name: 8 for form in FORMATS["own"]}
+    assert sum(row["checked"] for row in rows) > 16
+    assert {"success", "error"} <= {row["outcome"] for row in rows}
+
+
+def lay_out(interrupted: own._Interrupted, folder: Path) -> Path:
+    out = folder / "out"
+    for name, content in interrupted.lay_out().items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    interrupted.finish(folder)
+    return out
+
+
+def interrupted_sets() -> list[own._Interrupted]:
+    made = [own._journal(Random(number)).prepare for number in range(400)]
+    return [each.__self__ for each in made if each is not None and each.__self__.is_true]
+
+
+def test_sets_whose_journal_is_whole_are_settled(tmp_path: Path) -> None:
+    for number, interrupted in enumerate(interrupted_sets()[:40]):
+        out = lay_out(interrupted, tmp_path / str(number))
+        assert interrupted.check(False, out, out) == "the set was left unsettled"
+        finish_interrupted(out)
+        assert interrupted.check(False, out, out) is None, interrupted
+
+
+def test_the_oracle_of_journals_sees_what_is_lost_or_mixed(tmp_path: Path) -> None:
+    interrupted = next(each for each in interrupted_sets() if (each.name, each.moved) == ("journal", 2))
+    out = lay_out(interrupted, tmp_path)
+    work = next(out.glob(".repvgg-deploy-*"))
+    damaged = replace(interrupted, is_true=False, damage=1)
+    assert damaged.check(True, out, out) is None
+    moved = out / "net.onnx"
+    content = moved.read_bytes()
+    moved.write_bytes(b"other")
+    assert damaged.check(True, out, out) == "the set was left, and net.onnx is another"
+    assert replace(interrupted, is_true=False).check(True, out, out) == "net.onnx is neither the old nor the new one"
+    moved.write_bytes(content)
+    shutil.rmtree(work)
+    assert damaged.check(True, out, out) == "a damaged journal was dropped with the files of its set"
+    assert interrupted.check(False, out, out) == "the set is not settled"
+    (out / "kept.txt").unlink()
+    assert interrupted.check(False, out, out) == "a file of nobody's was touched"
+
+
+def test_a_failed_command_must_leave_all_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    assert own._check_untouched({"a": b"1"}, tmp_path, tmp_path) is None
+    for before in ({"a": b"2"}, {}, {"a": b"1", "b": b""}):
+        assert own._check_untouched(before, tmp_path, tmp_path)
 
 
 def test_a_log_has_the_last_row_of_each_case_whole_or_not_at_all(tmp_path: Path) -> None:

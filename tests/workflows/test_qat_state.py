@@ -150,6 +150,9 @@ def test_what_is_said_of_a_run_is_held_to_types_and_bounds(content, load) -> Non
             assert "student." not in refusal(changed), changed
     for key, wrong in (("done", 5), ("rates", []), ("identity", "6" * 64), ("version", 1), ("best_step", 2)):
         assert "student." not in refusal({**about, key: wrong})
+    first, second = about["rows"]
+    for rows in ([first, {**second, "step": 0.5}], [{**first, "step": 1}, second], [first, {**second, "step": 2}]):
+        assert "its curves have other steps" in refusal({**about, "rows": rows})
     tree = torch.load(io.BytesIO(content), weights_only=True)
     with pytest.raises(DeployError, match="are not those of step 2"):
         load(save_tree({**tree, "about": json.dumps({**about, "done": 2})}))

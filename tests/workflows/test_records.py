@@ -203,6 +203,23 @@ def test_a_lock_says_neither_where_files_go_nor_which_code_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_lock_says_not_where_a_calibration_cache_is_written(
+    checkpoint_file: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    cache, lock = tmp_path / "cache.npz", tmp_path / "deploy.toml"
+    options = ["--int8", "--calib", image_folder, "--recipe", "fast", "--calib-cache", cache]
+    assert run("export", checkpoint_file, *PLAIN, *options, "-o", tmp_path / "first", "--lock", lock).exit_code == 0
+    cache.unlink()
+    result = run("export", "--from", lock, "-o", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert not cache.exists()
+    # Where whoever runs the command says so, it is.
+    result = run("export", "--from", lock, "--calib-cache", tmp_path / "own.npz", "-o", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "own.npz").exists()
+
+
 def test_an_artifact_that_differs_names_the_versions_that_do(tmp_path: Path) -> None:
     graph = tmp_path / "net.fp16.onnx"
     graph.write_bytes(b"graph")
