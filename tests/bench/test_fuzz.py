@@ -33,8 +33,13 @@ CLEAR = Result(1, "", "error: the file is damaged\nhint: copy it again\n", "", (
 SHARE, SEED = 120, 7
 
 
+# A saved run is trained first, and a lock file exported.
+OWN = [pytest.param(form, marks=() if form.name == "publish journal" else pytest.mark.exhaustive, id=form.name)
+       for form in FORMATS["own"]]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [*FORMATS["foreign"], *FORMATS["own"]], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [*(pytest.param(form, id=form.name) for form in FORMATS["foreign"]), *OWN])
 def test_cases_come_from_their_seed_and_differ(form) -> None:
     made = [form.make(Random(f"a/{number}")) for number in range(12)]
     again = [form.make(Random(f"a/{number}")) for number in range(12)]
@@ -169,7 +174,7 @@ def test_a_share_of_the_cases_ends_in_clear_errors_or_right_output(tmp_path: Pat
     assert summary["failures"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_share_of_the_cases_of_own_files_passes(tmp_path: Path) -> None:
     log = tmp_path / "fuzz.jsonl"
     command = [sys.executable, "bench/fuzz.py", "run", "--kind", "own", "--cases", "24", "--log", str(log)]
