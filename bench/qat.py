@@ -2,7 +2,8 @@
 
     python bench/qat.py --checkpoint CKPT --calib DIR --val DIR [--case 6-bit …] [--steps N] [-o bench/results]
 
-Cases: `int8` (8 bits, one scale per filter, from the recipe's export), `per-tensor` (8 bits, one weight scale per
+Cases: `int8` (8 bits, one scale per filter, from the recipe's export), `int8 full-range` (activations after a ReLU up
+to 255, for ONNX Runtime and OpenVINO), `per-tensor` (8 bits, one weight scale per
 layer), `6-bit` (weights and activations), `6-bit per-tensor`, `4-bit per-tensor`. Three states are measured: the
 plainest post-training quantization, of the fused net with the ranges of the largest values, rounded to nearest; the
 start of the training, which is the export by the recipe to the integers of the case; and the end, the best state by the
@@ -45,6 +46,7 @@ from repvgg_deploy.workflows.qat_images import hold_out, image_limits, read_trai
 
 CASES = {
     "int8": QatOptions(),
+    "int8 full-range": QatOptions(full_range=True),
     "per-tensor": QatOptions(per_tensor=True),
     "6-bit": QatOptions(weight_bits=6, activation_bits=6),
     "6-bit per-tensor": QatOptions(weight_bits=6, activation_bits=6, per_tensor=True),
@@ -166,10 +168,9 @@ def measure_plain(
 
     def reach(name: str) -> float:
         point = points[name]
-        # As many steps as the student has there: with fewer than 8 bits all integers from 0, after a ReLU.
-        unsigned = options.activation_bits < 8 and float(point.lowest.min()) >= 0
-        bits = options.activation_bits if unsigned else options.activation_bits - 1
-        return float(point.largest.max()) / float(2**bits - 1)
+        unsigned = float(point.lowest.min()) >= 0
+        highest = UNSIGNED_HIGHEST if unsigned and options.full_range else options.highest(unsigned)
+        return float(point.largest.max()) / highest
 
     layers: dict[str, LayerScales] = {}
     for name in layer_names(fused):

@@ -18,6 +18,7 @@ from repvgg_deploy.cli.options import (
     take_checkpoint,
     take_preprocessing,
 )
+from repvgg_deploy.cli.startup import share_cores
 from repvgg_deploy.cli.types import RECIPE, FiniteRange
 
 
@@ -57,6 +58,8 @@ from repvgg_deploy.cli.types import RECIPE, FiniteRange
                  help="Learning rate at the start, in steps of the weights' integers."),
     click.option("--label-weight", type=FiniteRange(min=0), default=0.0, metavar="X",
                  help="Weight of the labels of --data DIR/<class>/ relative to the float net's outputs."),
+    click.option("--full-range", is_flag=True,
+                 help="Activations after a ReLU up to 255 instead of 127: finer, for ONNX Runtime and OpenVINO only."),
     click.option("--bn", type=click.Choice(["frozen", "moving"]), default="frozen",
                  help="Running statistics of the batch norms: frozen, or updated from the quantized activations."),
     click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of all random numbers."),
@@ -79,6 +82,7 @@ def qat(ckpt: Path, output: Path, **options: Any) -> Any:
     (in deploy form with --from-deploy), and NAME.scales.npz beside it what `export --int8 --calib-cache` takes. Run it
     again with the same options after a stop: it goes on, and ends as it would have ended.
     """
+    share_cores()
     from repvgg_deploy.cli.tables import print_fields
     from repvgg_deploy.quantization.qat import QatOptions
     from repvgg_deploy.quantization.qat_training import TrainingOptions
@@ -105,7 +109,7 @@ def qat(ckpt: Path, output: Path, **options: Any) -> Any:
         validation=options.pop("val"),
         interval_s=options.pop("interval"),
         training=training,
-        options=QatOptions(moving_statistics=options.pop("bn") == "moving"),
+        options=QatOptions(moving_statistics=options.pop("bn") == "moving", full_range=options.pop("full_range")),
         preprocessing=take_preprocessing(options),
         read=take_checkpoint(options),
         **options,

@@ -18,6 +18,7 @@ from repvgg_deploy.engine.network import ParsedNetwork, parse_onnx, read_convolu
 from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
 from repvgg_deploy.engine.timing_cache import use_timing_cache
+from repvgg_deploy.errors import GraphError
 from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.graphs.metadata import read_metadata
 from repvgg_deploy.graphs.serialization import read_onnx_metadata
@@ -90,6 +91,7 @@ def build_engine(
     # Hashed on another core while the build runs.
     with start_workers(1) as pool:
         provenance = read_metadata(read_onnx_metadata(onnx))
+        require_signed_range(onnx, provenance)
         onnx_hash = pool.submit(hash_file, onnx)
         found = find_gpus()
         parsing = time.perf_counter()
@@ -123,6 +125,16 @@ def build_engine(
         )
     sidecar_path(plan).write_text(side.to_json(), encoding="utf-8")
     return Engine(plan, side)
+
+
+def require_signed_range(onnx: Path, provenance: Provenance | None) -> None:
+    """Raise GraphError if an INT8 graph has activations up to 255: an engine would clip them at 127, half of that."""
+    about = None if provenance is None else provenance.extra.get("quantization")
+    if isinstance(about, dict) and about.get("full_range"):
+        raise GraphError(
+            f"the activations of {onnx.name} go up to 255, and TensorRT saturates at 127",
+            "run it in ONNX Runtime or OpenVINO; or train without --full-range",
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from repvgg_deploy.artifacts import Precision, Provenance
 from repvgg_deploy.engine.backends import Backend, has
-from repvgg_deploy.engine.building import Engine
+from repvgg_deploy.engine.building import Engine, require_signed_range
 from repvgg_deploy.engine.loading import LoadedEngine, check_plan, load_plan
 from repvgg_deploy.engine.log import collect_messages, construct, explain_failure, get_logger
 from repvgg_deploy.engine.sidecar import Sidecar, sidecar_path
@@ -97,6 +97,7 @@ def refit_engine(plan: Path, onnx: Path, folder: Path) -> Engine:
     """
     side = require_refittable(plan)
     provenance = read_metadata(read_onnx_metadata(onnx))
+    require_signed_range(onnx, provenance)
     require_same_net(side, provenance)
     loaded = load_plan(plan, for_refit=True)
     try:

@@ -22,7 +22,7 @@ from repvgg_deploy.quantization.layer_inputs import run_layer, weights_of_errors
 from repvgg_deploy.quantization.pair_sums import count_taps, round_in_pairs
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, Images, after_conv, fused_blocks, per_channel, rebatch
 from repvgg_deploy.quantization.state import LayerIntegers, QuantizationState, Reconstruction
-from repvgg_deploy.quantization.target import CLIPPING, LOWEST, UNSIGNED_HIGHEST, highest_integers
+from repvgg_deploy.quantization.target import LOWEST, highest_integers
 
 # Weights move by a share of one integer step. Scales, held as logarithms, move by this part of it, as a share of what
 # they are; biases too, in the units of the activations.
@@ -111,7 +111,7 @@ def learn(state: QuantizationState, images: Images, progress: Progress = SILENT)
     if not options.steps:
         return state
     kept = _keep_images(images, net.device)
-    turns = [highest_integers(net, highest) for highest in (CLIPPING, UNSIGNED_HIGHEST)]
+    turns = [highest_integers(net, highest) for highest in state.grid.saturations]
     layers = {name: _Learnable.start(layer) for name, layer in start.layers.items()}
     pool = None
     if start.pool_scale is not None:

@@ -24,7 +24,7 @@ from repvgg_deploy.fusion.algebra import Affine, Convolved, Input, Normalized, S
 from repvgg_deploy.fusion.blocks import BlockParts
 from repvgg_deploy.fusion.fuse import find_blocks
 from repvgg_deploy.nets.repvgg import RepVGG
-from repvgg_deploy.quantization.grid import Grid
+from repvgg_deploy.quantization.grid import INT8, Grid
 from repvgg_deploy.quantization.pair_sums import LEVELS, count_taps, round_in_pairs
 from repvgg_deploy.quantization.points import CLASSIFIER, geometry, per_channel
 
@@ -37,6 +37,7 @@ class QatOptions(Grid):
         weight_bits: of weights, 2 to 8. An INT8 graph has 8.
         activation_bits: of activations, 2 to 8.
         per_tensor: one scale for all filters of a layer, instead of one per filter.
+        full_range: activations after a ReLU up to 255: finer, for ONNX Runtime and OpenVINO, not for TensorRT.
         moving_statistics: the running statistics of the BNs follow the quantized activations; by default they stay.
     """
 
@@ -55,11 +56,13 @@ class LayerScales:
 class QatScales:
     """The scales of a net: its blocks and its classifier by name, and of the input of the global pool.
 
-    For a module other than a RepVGG classifier, only the RepVGG blocks have scales, and `pool` is None.
+    For a module other than a RepVGG classifier, only the RepVGG blocks have scales, and `pool` is None. With
+    `full_range` they are for activations up to 255, which TensorRT does not have.
     """
 
     layers: Mapping[str, LayerScales]
     pool: float | None = None
+    full_range: bool = False
 
 
 class _RoundWeights(torch.autograd.Function):
@@ -111,16 +114,16 @@ class FakeQuantizer(nn.Module):
     """Rounds activations with one learned scale; its logarithm is the parameter, so that it stays positive.
 
     `highest` is the integer at which it saturates. With 8 bits after a ReLU that is 127 in TensorRT and 255 in ONNX
-    Runtime: whoever trains for both sets it in turn.
+    Runtime: whoever trains for both sets it in turn. With `full_range` it is 255.
     """
 
-    def __init__(self, scale: float, bits: int = 8, unsigned: bool = False) -> None:
+    def __init__(self, scale: float, grid: Grid = INT8, unsigned: bool = False) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32))
-        self.lowest = -(2 ** (bits - 1))
+        self.lowest = -(2 ** (grid.activation_bits - 1))
         self.unsigned = unsigned
-        # No engine runs fewer bits, so there is no signed format to fit: an unsigned input uses all integers from 0.
-        self.highest = 2**bits - 1 if unsigned and bits < 8 else 2 ** (bits - 1) - 1
+        in_turn = unsigned and grid.activation_bits == 8
+        self.highest = grid.saturations[0] if in_turn else grid.highest(unsigned)
 
     @property
     def scale(self) -> float:
@@ -139,7 +142,7 @@ class _QuantizedLayer(nn.Module):
     def __init__(self, filters: int, scales: LayerScales, options: QatOptions, unsigned: bool) -> None:
         super().__init__()
         self.options = options
-        self.input = FakeQuantizer(scales.input, options.activation_bits, unsigned)
+        self.input = FakeQuantizer(scales.input, options, unsigned)
         values = scales.weight.log() if not options.per_tensor else scales.weight.amax().log().reshape(1)
         self.log_weight_scale = nn.Parameter(values.detach().clone().float())
         self.filters = filters
@@ -262,7 +265,7 @@ def prepare_qat(model: nn.Module, scales: QatScales, options: QatOptions | None 
         layer: Any = QatLinear(net.classifier, scales.layers[CLASSIFIER], options, behind_relu)
         net.classifier = layer
         if scales.pool is not None:
-            last.output = FakeQuantizer(scales.pool, options.activation_bits, behind_relu)
+            last.output = FakeQuantizer(scales.pool, options, behind_relu)
     return net
 
 
@@ -291,7 +294,9 @@ def convert_qat(model: nn.Module) -> tuple[nn.Module, QatScales]:
     pool = next((output.scale for output in outputs if isinstance(output, FakeQuantizer)), None)
     for name, layer in found.items():
         _replace(net, name, layer.block if isinstance(layer, QatBlock) else layer.linear)
-    return net.requires_grad_(False).eval(), QatScales({name: layer.scales() for name, layer in found.items()}, pool)
+    full_range = any(layer.options.full_range and layer.input.unsigned for layer in found.values())
+    layers = {name: layer.scales() for name, layer in found.items()}
+    return net.requires_grad_(False).eval(), QatScales(layers, pool, full_range)
 
 
 def qat_layers(net: nn.Module) -> list[str]:

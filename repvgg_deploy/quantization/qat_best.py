@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repvgg_deploy.quantization.points import BATCH
-from repvgg_deploy.quantization.qat_training import QatTraining, set_saturation
-from repvgg_deploy.quantization.target import CLIPPING, UNSIGNED_HIGHEST
+from repvgg_deploy.quantization.qat_training import QatTraining, saturations, set_saturation
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,20 @@ class BestState:
     def offer(self, training: QatTraining) -> dict[str, float]:
         """Keep the student as it is now, if it is better; its agreement in percent, and its divergence.
 
-        Both are the mean of what TensorRT and ONNX Runtime compute, which saturate at different integers.
+        Both are the mean of what the engines compute that it is for: TensorRT and ONNX Runtime saturate at different
+        integers.
         """
         if self._wanted is None:
             self._wanted = self._run(training.teacher.net)
         training.student.eval()
         same, divergence = 0.0, 0.0
-        for highest in (CLIPPING, UNSIGNED_HIGHEST):
+        engines = saturations(training.student)
+        for highest in engines:
             set_saturation(training.student, highest)
             given = self._run(training.student)
-            same += float((given.argmax(1) == self._wanted.argmax(1)).double().mean()) / 2
+            same += float((given.argmax(1) == self._wanted.argmax(1)).double().mean()) / len(engines)
             parts = F.kl_div(given.log_softmax(1), self._wanted.log_softmax(1), reduction="none", log_target=True)
-            divergence += float(parts.sum(1).mean()) / 2
+            divergence += float(parts.sum(1).mean()) / len(engines)
         training.student.train()
         # Not a number is not less.
         if divergence < self.divergence:

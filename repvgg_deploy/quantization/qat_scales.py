@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -55,9 +55,11 @@ def observe_scales(model: nn.Module, batches: Iterable[Any], options: QatOptions
     for name in names:
         layer = model.get_submodule(name)
         weight = layer.weight if isinstance(layer, nn.Linear) else equivalent_kernel_bias(layer, torch.float32)[0]
-        layers[name] = LayerScales(_weight_scales(weight, options), seen[name].scale(options))
+        # The full range is that of what follows a ReLU, in a classifier; see `prepare_qat`.
+        grid = options if name != names[0] and isinstance(model, RepVGG) else replace(options, full_range=False)
+        layers[name] = LayerScales(_weight_scales(weight, options), seen[name].scale(grid))
     pool = seen[POOL].scale(options) if POOL in seen else None
-    return QatScales(layers, pool)
+    return QatScales(layers, pool, options.full_range and isinstance(model, RepVGG))
 
 
 def _weight_scales(weight: Tensor, grid: Grid) -> Tensor:
@@ -158,6 +160,7 @@ class ScalesOrigin:
 @dataclass(frozen=True)
 class _About(ScalesOrigin):
     sha256: Sha256
+    full_range: bool = False
 
 
 def save_scales(scales: QatScales, path: Path, sha256: str, origin: ScalesOrigin) -> None:
@@ -168,7 +171,7 @@ def save_scales(scales: QatScales, path: Path, sha256: str, origin: ScalesOrigin
         arrays[f"{name}/input"] = np.float32(layer.input)
     if scales.pool is not None:
         arrays[f"{POOL}/input"] = np.float32(scales.pool)
-    save_arrays(path, {**asdict(origin), "kind": _KIND, "sha256": sha256}, arrays)
+    save_arrays(path, {**asdict(origin), "kind": _KIND, "sha256": sha256, "full_range": scales.full_range}, arrays)
 
 
 def load_scales(path: Path, sha256: str) -> tuple[QatScales, ScalesOrigin] | None:
@@ -193,7 +196,7 @@ def load_scales(path: Path, sha256: str) -> tuple[QatScales, ScalesOrigin] | Non
         weight = _positive(file, f"{name}/weight", (None,)).float()
         layers[name] = LayerScales(weight, float(_positive(file, f"{name}/input", ())))
     pool = float(_positive(file, f"{POOL}/input", ())) if f"{POOL}/input" in file.keys else None
-    return QatScales(layers, pool), ScalesOrigin(about.recipe, about.steps, about.seed)
+    return QatScales(layers, pool, about.full_range), ScalesOrigin(about.recipe, about.steps, about.seed)
 
 
 def _positive(file: ArrayFile, key: str, shape: tuple[int | None, ...]) -> Tensor:

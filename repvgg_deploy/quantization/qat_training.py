@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from repvgg_deploy.fusion.algebra import Affine, Convolved, Normalized, Scaled, Summed, norms_of
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.augmentation import blend, crop, recolour
+from repvgg_deploy.quantization.grid import INT8
 from repvgg_deploy.quantization.qat import QatBlock, QatLinear, quantizers
-from repvgg_deploy.quantization.target import CLIPPING, UNSIGNED_HIGHEST
 
 # Scales, BN weights and biases move by a share of what they are, kernels by a share of one integer step.
 _SLOWER = 0.02
@@ -200,7 +200,8 @@ class QatTraining:
 
     def _set_saturation(self) -> None:
         """TensorRT and ONNX Runtime saturate at different integers, so the steps take turns."""
-        set_saturation(self.student, (CLIPPING, UNSIGNED_HIGHEST)[self.done % 2])
+        turns = saturations(self.student)
+        set_saturation(self.student, turns[self.done % len(turns)])
 
     def _draw(self, take: Take, count: int, limits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         options = self.options
@@ -226,6 +227,12 @@ def set_saturation(net: nn.Module, highest: int) -> None:
     for quantizer in quantizers(net):
         if quantizer.unsigned and quantizer.lowest == -128:
             quantizer.highest = highest
+
+
+def saturations(net: nn.Module) -> tuple[int, ...]:
+    """Where such activations saturate in the engines that `net` is trained for."""
+    grids = (layer.options for layer in net.modules() if isinstance(layer, QatBlock))
+    return next(grids, INT8).saturations
 
 
 def _optimizer(student: nn.Module, rate: float) -> torch.optim.Adam:

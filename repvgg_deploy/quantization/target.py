@@ -21,6 +21,12 @@ CLIPPING = 127
 # Where a uint8 QuantizeLinear saturates: ONNX Runtime keeps the integers above the clipping threshold.
 UNSIGNED_HIGHEST = 255
 
+FULL_CLIPPING = 204
+"""The integer of the clipping threshold where all integers to 255 are used.
+
+At 255 itself there would be no room for images that reach further than those of the calibration.
+"""
+
 
 def unsigned_points(net: RepVGG) -> frozenset[str]:
     """The points of a fused net that never hold a negative value: all after a ReLU."""

@@ -209,6 +209,7 @@ def _metadata(stage: ModuleStage, request: _Request, quantized: QuantizedGraph |
             "images": quantized.examples,
             "images_sha256": quantized.examples_sha256,
             "chains": [[conv.weight for conv in q.chain.convs] for q in quantized.chains],
+            **({"full_range": True} if request.scales is not None and request.scales.full_range else {}),
         }
     provenance = Provenance(
         sha256=_hash_weights(stage.fused),

@@ -194,6 +194,7 @@ def make_int8_graph(prepared: Prepared, for_engine: bool, progress: Progress) ->
         "seed": summary.seed,
         "kept_float": list(quantized.float_layers()),
         "activation_type": request.activation_type,
+        **({"full_range": True} if summary.full_range else {}),
         "largest_pair_sum": max(largest_pair_sum(layer.weight) for layer in quantized.integers().values()),
     }
     dtype = np.dtype(np.float16 if request.rest is Precision.FP16 else np.float32)

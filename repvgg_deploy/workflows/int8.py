@@ -60,7 +60,7 @@ def quantize_for_export(
     """
     if request.device == "cuda" and not torch.cuda.is_available():
         raise DeployError("torch sees no CUDA GPU here", "leave out --calib-device, or install torch for CUDA")
-    trained = _find_scales(source, request)
+    trained = _find_scales(source, request, for_engine)
     if trained is not None:
         return trained
     recipe = load_recipe(request.recipe)
@@ -90,7 +90,9 @@ def quantize_for_export(
     return quantized.cpu(), quantized.summary
 
 
-def _find_scales(source: Int8Source, request: Int8Request) -> tuple[QuantizedNet, QuantizationSummary] | None:
+def _find_scales(
+    source: Int8Source, request: Int8Request, for_engine: bool
+) -> tuple[QuantizedNet, QuantizationSummary] | None:
     """The net with the scales that `qat` learned, where the request names some; nothing is calibrated then."""
     path = request.scales or request.cache
     found = None if path is None else load_scales(path, source.sha256)
@@ -105,7 +107,14 @@ def _find_scales(source: Int8Source, request: Int8Request) -> tuple[QuantizedNet
             "every layer was trained in INT8", "leave out --keep-float and --max-drop, or calibrate with --calib DIR"
         )
     scales, origin = found
-    summary = QuantizationSummary(origin.recipe, 0, "", origin.seed, layers=(), trained_steps=origin.steps)
+    if scales.full_range and (for_engine or request.activation_type == "int8"):
+        raise DeployError(
+            f"the scales in {path} are for activations up to 255, and TensorRT saturates at 127",
+            "--engine none, for ONNX Runtime or OpenVINO; or train without --full-range",
+        )
+    summary = QuantizationSummary(
+        origin.recipe, 0, "", origin.seed, (), trained_steps=origin.steps, full_range=scales.full_range
+    )
     return apply_scales(source.fused, scales, summary), summary
 
 

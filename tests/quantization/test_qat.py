@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.nets.repvgg import RepVGG, TrainingBlock
 from repvgg_deploy.quantization import load_recipe, quantize
+from repvgg_deploy.quantization.grid import Grid
 from repvgg_deploy.quantization.pair_sums import INT16_MAX, largest_pair_sum
-from repvgg_deploy.quantization.qat import FakeQuantizer, QatBlock, QatOptions, QatScales, round_kernel
+from repvgg_deploy.quantization.qat import FakeQuantizer, QatBlock, QatOptions, QatScales, quantizers, round_kernel
 from repvgg_deploy.quantization.qat_scales import ScalesOrigin, apply_scales, load_scales, observe_scales, save_scales
 from repvgg_deploy.quantization.qat_start import start_training
 from repvgg_deploy.quantization.qat_training import set_saturation
@@ -286,9 +288,47 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
 
 def test_only_eight_bits_behind_a_relu_take_turns() -> None:
-    quantizers = [FakeQuantizer(0.1), FakeQuantizer(0.1, unsigned=True), FakeQuantizer(0.1, 6, unsigned=True)]
-    set_saturation(nn.ModuleList(quantizers), 255)
-    assert [q.highest for q in quantizers] == [127, 255, 63]
+    six = Grid(activation_bits=6)
+    several = [FakeQuantizer(0.1), FakeQuantizer(0.1, unsigned=True), FakeQuantizer(0.1, six, unsigned=True)]
+    set_saturation(nn.ModuleList(several), 255)
+    assert [q.highest for q in several] == [127, 255, 63]
+
+
+@pytest.mark.slow
+def test_the_full_range_has_finer_activations_and_a_smaller_error() -> None:
+    net = make_net().requires_grad_(False)
+    calibration, images = images_of(40, 1), images_of(24, 2)
+    begun = [start_training(net, [calibration], QUICK, QatOptions(full_range=full)) for full in (False, True)]
+    errors, scales, inputs = [], [], []
+    for start in begun:
+        set_saturation(start.student, 255)
+        errors.append(relative(start.student.eval()(images), start.teacher(images)))
+        scales.append(convert_qat(start.student)[1])
+        blocks = [block for block in start.student.modules() if isinstance(block, QatBlock)]
+        inputs.append([block.input for block in blocks])
+    assert errors[1] < 0.9 * errors[0]
+    assert [found.full_range for found in scales] == [False, True]
+    # The images are signed: nothing changes for them.
+    assert scales[1].layers["stages.0.0"].input == pytest.approx(scales[0].layers["stages.0.0"].input)
+    for narrow, wide in zip(inputs[0][1:], inputs[1][1:], strict=True):
+        assert wide.scale < 0.75 * narrow.scale
+    fresh = prepare_qat(net, scales[1], QatOptions(full_range=True))
+    assert [q.highest for q in quantizers(fresh)] == [127] + [255] * (len(inputs[1]) + 1)
+
+
+def test_observed_scales_have_the_range_that_is_asked_for() -> None:
+    net, images = make_net(), [images_of(8)]
+    narrow, wide = (observe_scales(net, images, QatOptions(full_range=full)) for full in (False, True))
+    assert (narrow.full_range, wide.full_range) == (False, True)
+    inner = [name for name in narrow.layers if name != "stages.0.0"]
+    assert all(wide.layers[name].input < 0.8 * narrow.layers[name].input for name in inner)
+    # What the quantizers keep at 127 has scales for 127: images without a negative value, and blocks of other modules.
+    positive = [images_of(8).abs()]
+    narrow, wide = (observe_scales(net, positive, QatOptions(full_range=full)) for full in (False, True))
+    assert wide.layers["stages.0.0"].input == narrow.layers["stages.0.0"].input
+    narrow, wide = (observe_scales(Segmenter().eval(), positive, QatOptions(full_range=full)) for full in (False, True))
+    assert not wide.full_range
+    assert all(wide.layers[name].input == layer.input for name, layer in narrow.layers.items())
 
 
 def test_scales_are_kept_for_one_checkpoint(tmp_path: Path) -> None:
@@ -304,3 +344,8 @@ def test_scales_are_kept_for_one_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="another checkpoint"):
         load_scales(path, "b" * 64)
     assert load_scales(tmp_path / "none.npz", "a" * 64) is None
+    assert not read.full_range
+    save_scales(replace(scales, full_range=True), path, "a" * 64, ScalesOrigin("fast", 5, 1))
+    wide = load_scales(path, "a" * 64)
+    assert wide is not None
+    assert wide[0].full_range

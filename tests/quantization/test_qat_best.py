@@ -13,7 +13,7 @@ from torch import Tensor
 from repvgg_deploy.quantization.qat import QatOptions
 from repvgg_deploy.quantization.qat_best import BestState
 from repvgg_deploy.quantization.qat_start import start_training
-from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions
+from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions, set_saturation
 
 
 def images_of(count: int, seed: int) -> Tensor:
@@ -70,6 +70,21 @@ def test_a_better_state_takes_the_place_of_a_worse_one(training) -> None:
     assert again.step == 3
     assert all(torch.equal(value, begun[name]) for name, value in training.student.state_dict().items())
     training.done = 0
+
+
+def test_with_the_full_range_only_the_engines_that_have_it_count() -> None:
+    net, images = make_net().requires_grad_(False), images_of(24, 3)
+    for full_range, engines in ((False, (127, 255)), (True, (255,))):
+        start = start_training(net, [images_of(40, 1)], QUICK, QatOptions(full_range=full_range))
+        training = QatTraining(start.student, start.teacher, TrainingOptions(steps=1))
+        given = BestState(images).offer(training)["held_out_divergence"]
+        parts = []
+        for highest in engines:
+            set_saturation(training.student, highest)
+            answers = training.student.eval()(images).double().log_softmax(1)
+            wanted = training.teacher.net(images).double().log_softmax(1)
+            parts.append(float((wanted.exp() * (wanted - answers)).sum(1).mean().detach()))
+        assert given == pytest.approx(sum(parts) / len(parts), rel=1e-6)
 
 
 def test_the_float_net_itself_agrees_with_itself(training) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.small_nets import make_net
 from torch import Tensor
 
 from repvgg_deploy.artifacts import Preprocessing
@@ -16,7 +17,7 @@ from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.images.decoding import normalize
 from repvgg_deploy.images.synthetic import draw_images
 from repvgg_deploy.quantization import load_recipe
-from repvgg_deploy.quantization.qat import QatOptions, prepare_qat
+from repvgg_deploy.quantization.qat import QatOptions, prepare_qat, quantizers
 from repvgg_deploy.quantization.qat_scales import observe_scales
 from repvgg_deploy.quantization.qat_start import StartingPoint, start_training
 from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions, set_saturation
@@ -112,6 +113,20 @@ def test_the_seed_decides_the_pictures(start) -> None:
         for seed in (0, 0, 1)
     ]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("full_range", "seen"), [(False, [127, 255, 127]), (True, [255, 255, 255])])
+def test_steps_take_turns_between_the_engines_they_are_for(full_range, seen) -> None:
+    net = make_net()
+    options = QatOptions(full_range=full_range)
+    student = prepare_qat(net, observe_scales(net, [IMAGES], options), options)
+    training = QatTraining(student, fuse(net, torch.float32).eval(), TrainingOptions(steps=3, batch=4))
+    taken = []
+    for _ in range(3):
+        training.step(take, len(IMAGES), LIMITS)
+        taken.append(max(quantizer.highest for quantizer in quantizers(student)))
+    assert taken == seen
 
 
 @pytest.mark.slow

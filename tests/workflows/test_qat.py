@@ -17,13 +17,20 @@ import torch
 from click.testing import CliRunner
 from helpers.quantized_nets import QUICK_RECIPE
 
+from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.checkpoints import build, load_checkpoint
 from repvgg_deploy.cli.main import main
-from repvgg_deploy.errors import DeployError
+from repvgg_deploy.engine.building import require_signed_range
+from repvgg_deploy.errors import DeployError, GraphError
 from repvgg_deploy.files.places import data_folder
-from repvgg_deploy.images.synthetic import write_image_folder
+from repvgg_deploy.graphs.metadata import read_metadata
+from repvgg_deploy.graphs.serialization import read_onnx_metadata
+from repvgg_deploy.images.decoding import normalize
+from repvgg_deploy.images.synthetic import draw_images, write_image_folder
 from repvgg_deploy.quantization.qat_scales import load_scales
 from repvgg_deploy.quantization.qat_training import TrainingOptions
+from repvgg_deploy.runtime.onnxruntime import OnnxRunner
+from repvgg_deploy.verification.engine import run_as_engine
 from repvgg_deploy.workflows.qat import run_qat
 from repvgg_deploy.workflows.qat_request import QatRequest, state_path
 
@@ -229,6 +236,25 @@ def test_strict_an_image_that_cannot_be_read_is_an_error_before_any_training(whe
     assert "leave --strict out" in result.stderr
     assert not out.exists()
     assert not state_path(out).exists()
+
+
+@pytest.mark.slow
+def test_the_full_range_is_for_engines_that_have_it(images, tmp_path) -> None:
+    out, scales = tmp_path / "trained.pth", tmp_path / "trained.scales.npz"
+    qat(DEMO, images, out, "--full-range")
+    refused = export_with(out, scales, tmp_path / "a", "--activation-type", "int8", code=1)
+    assert "activations up to 255, and TensorRT saturates at 127" in refused.stderr
+    assert not (tmp_path / "a").exists()
+    export_with(out, scales, tmp_path / "b")
+    graph = tmp_path / "b" / "trained.int8.onnx"
+    # What an engine would compute from it is far from what was trained.
+    pixels = normalize(draw_images(32, 13)[0], Preprocessing(64, 64, 64))
+    answers = [next(iter(found.values())) for found in (OnnxRunner(graph).run(pixels), run_as_engine(graph, pixels))]
+    exact = build(load_checkpoint(DEMO)).eval()(torch.from_numpy(pixels)).detach().numpy()
+    errors = [np.linalg.norm(answer - exact) / np.linalg.norm(exact) for answer in answers]
+    assert errors[0] < 0.5 * errors[1]
+    with pytest.raises(GraphError, match="go up to 255"):
+        require_signed_range(graph, read_metadata(read_onnx_metadata(graph)))
 
 
 @pytest.mark.slow
