@@ -31,8 +31,8 @@ class QuantizationSummary:
     """How a net was quantized: the recipe's name, the calibration images, and one row per layer.
 
     Without images `images` is 0, and `pictures` says what was made in their place. `trained_steps` are those of `qat`,
-    where the scales were learned; nothing was calibrated then. `warnings` are what a user should know of the calibration.
-    With `full_range` activations after a ReLU go to 255, which TensorRT does not have.
+    where the scales were learned; nothing was calibrated then. `warnings` are what a user should know of the
+    calibration. With `full_range` activations after a ReLU go to 255, which TensorRT does not have.
     """
 
     recipe: str
