@@ -160,7 +160,7 @@ class ScalesOrigin:
 @dataclass(frozen=True)
 class _About(ScalesOrigin):
     sha256: Sha256
-    full_range: bool = False
+    full_range: bool
 
 
 def save_scales(scales: QatScales, path: Path, sha256: str, origin: ScalesOrigin) -> None:
