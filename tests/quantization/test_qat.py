@@ -316,6 +316,7 @@ def test_the_full_range_has_finer_activations_and_a_smaller_error() -> None:
     assert [q.highest for q in quantizers(fresh)] == [127] + [255] * (len(inputs[1]) + 1)
 
 
+@pytest.mark.slow
 def test_observed_scales_have_the_range_that_is_asked_for() -> None:
     net, images = make_net(), [images_of(8)]
     narrow, wide = (observe_scales(net, images, QatOptions(full_range=full)) for full in (False, True))

@@ -72,6 +72,7 @@ def test_a_better_state_takes_the_place_of_a_worse_one(training) -> None:
     training.done = 0
 
 
+@pytest.mark.slow
 def test_with_the_full_range_only_the_engines_that_have_it_count() -> None:
     net, images = make_net().requires_grad_(False), images_of(24, 3)
     for full_range, engines in ((False, (127, 255)), (True, (255,))):
