@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
@@ -26,6 +26,7 @@ from int8_bench.setup import (
     run_torch,
     write_record,
 )
+from repvgg_deploy.quantization import load_recipe
 
 
 def summarize(rows: Sequence[dict[str, Any]], recipe: str, runs_on: str) -> dict[str, Any]:
@@ -55,8 +56,9 @@ def summarize(rows: Sequence[dict[str, Any]], recipe: str, runs_on: str) -> dict
     "--seed", "seeds", type=int, multiple=True, default=(11, 12, 13), show_default=True, help="A draw; repeatable."
 )
 @recipes_option("fast", "accurate", "thorough")
+@click.option("--full-range", is_flag=True, help="Activations up to 255, as with `export --full-range`.")
 @click.option("--name", default="int8-draws", show_default=True, help="Name of the record.")
-def draws(data: Data, seeds: Sequence[int], recipes: Sequence[str], name: str) -> None:
+def draws(data: Data, seeds: Sequence[int], recipes: Sequence[str], full_range: bool, name: str) -> None:
     """The recipes on several draws of calibration images.
 
     Settings were chosen with other draws, but for the augmentations of an image, for which seed 11 was looked at too;
@@ -68,7 +70,7 @@ def draws(data: Data, seeds: Sequence[int], recipes: Sequence[str], name: str) -
     rows: list[dict[str, Any]] = []
     for seed, recipe in product(seeds, recipes):
         calibration = read_calibration(data.calib, data.count, seed)
-        logits, seconds = run_ours(fused, recipe, calibration, images)
+        logits, seconds = run_ours(fused, replace(load_recipe(recipe), full_range=full_range), calibration, images)
         for runs_on, values in logits.items():
             row = {"recipe": recipe, "runs_on": runs_on, "seed": seed, "seconds": seconds}
             rows.append({**row, **asdict(compare(values, exact, labels))})
@@ -76,6 +78,8 @@ def draws(data: Data, seeds: Sequence[int], recipes: Sequence[str], name: str) -
         # After each draw: one that is stopped leaves what it has.
         ways = dict.fromkeys((row["recipe"], row["runs_on"]) for row in rows)
         summary = [summarize(rows, *way) for way in ways]
-        path = write_record(data.output, name, rows, calibration_images=data.count, summary=summary)
+        path = write_record(
+            data.output, name, rows, calibration_images=data.count, full_range=full_range, summary=summary
+        )
     print(*summary, sep="\n")
     print(f"written {path}")

@@ -31,7 +31,7 @@ from repvgg_deploy.images.sources import list_images
 from repvgg_deploy.nets.cards import find_card
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.nets.seeding import seeded_repvgg
-from repvgg_deploy.quantization import load_recipe, quantize
+from repvgg_deploy.quantization import Recipe, load_recipe, quantize
 from repvgg_deploy.quantization.qdq import as_tensorrt_reads, to_qdq_onnx
 from repvgg_deploy.runtime.saturation import saturates_here
 
@@ -132,9 +132,9 @@ def run_openvino(path: Path, images: Floats) -> Floats:
     return np.concatenate([compiled(np.ascontiguousarray(batch))[0] for batch in in_batches(images, 200)])
 
 
-def quantize_ours(fused: RepVGG, recipe: str, images: Floats, target: Path) -> None:
+def quantize_ours(fused: RepVGG, recipe: str | Recipe, images: Floats, target: Path) -> None:
     """This project's Q/DQ graph."""
-    net = quantize(fused, in_batches(images), load_recipe(recipe))
+    net = quantize(fused, in_batches(images), load_recipe(recipe) if isinstance(recipe, str) else recipe)
     height, width = images.shape[2:]
     write_graph(to_qdq_onnx(net, GraphOptions(height, width), {}), target)
 
@@ -144,7 +144,9 @@ def write_as_tensorrt_reads(source: Path, target: Path) -> None:
     onnx.save(as_tensorrt_reads(onnx.load(source)), target)
 
 
-def run_ours(fused: RepVGG, recipe: str, calibration: Floats, images: Floats) -> tuple[dict[str, Floats], float]:
+def run_ours(
+    fused: RepVGG, recipe: str | Recipe, calibration: Floats, images: Floats
+) -> tuple[dict[str, Floats], float]:
     """The logits of this project's graph in ONNX Runtime, as it is and as TensorRT reads it, and the wall seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         graph, as_engine = Path(scratch) / "int8.onnx", Path(scratch) / "engine.onnx"

@@ -112,6 +112,8 @@ int8_options = option_group(
                  help="Precision of the layers that are not INT8."),
     click.option("--activation-type", type=click.Choice(["uint8", "int8"]), default="uint8",
                  help="Type of the activations; int8 for TensorRT before 10.10, which refuses uint8."),
+    click.option("--full-range", is_flag=True,
+                 help="Activations after a ReLU up to 255 instead of 127: finer, for ONNX Runtime and OpenVINO only."),
     click.option("--keep-float", multiple=True, metavar="LAYER", help="Layer that is not quantized; repeatable."),
     click.option("--max-drop", type=FiniteRange(min=0), metavar="POINTS",
                  help="Limit on the top-1 loss on the images of --val; layers are kept in float to meet it."),
@@ -203,8 +205,8 @@ def take_int8(values: dict[str, Any], wanted: bool, val_alone: bool = False) -> 
     names = {
         "calib": "images", "calib_count": "count", "calib_seconds": "seconds",
         "calib_cache": "cache", "calib_device": "device", "recipe": "recipe",
-        "rest": "rest", "keep_float": "keep_float", "activation_type": "activation_type", "val": "validation",
-        "max_drop": "max_drop",
+        "rest": "rest", "keep_float": "keep_float", "activation_type": "activation_type",
+        "full_range": "full_range", "val": "validation", "max_drop": "max_drop",
     }  # fmt: skip
     request = {field: values.pop(option) for option, field in names.items()}
     if not wanted:

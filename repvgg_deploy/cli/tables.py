@@ -42,6 +42,8 @@ def print_export(result: CheckpointExportResult, layers: bool, images: str) -> N
         q = result.quantization
         kept = [row.name for row in q.layers if row.kept_float]
         print(f"int8: recipe {q.recipe}, {q.calibrated_on}; kept in float: {', '.join(kept) or 'nothing'}")
+        if q.full_range:
+            print("int8: activations up to 255, for ONNX Runtime and OpenVINO; no engine can be built from it")
         if layers:
             print_layers(q.layers)
     size = result.onnx.stat().st_size / 1e6

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.layer_inputs import run_layer
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, after_conv, fused_blocks
 from repvgg_deploy.quantization.rounding import quantize_activations
-from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction, RemovedInputs
-from repvgg_deploy.quantization.target import CLIPPING
+from repvgg_deploy.quantization.state import LayerIntegers, QuantizationState, RemovedInputs
 
 
 @dataclass(frozen=True)
@@ -52,24 +49,22 @@ def signal_to_noise_db(signal: Tensor, noisy: Tensor) -> float:
 
 
 @torch.no_grad()
-def report_layers(
-    net: RepVGG,
-    result: Reconstruction,
-    removed: Mapping[str, RemovedInputs],
-    images: Tensor,
-) -> tuple[LayerRow, ...]:
-    """One row per layer of the prepared `net`, measured on a few `images` (N, C, H, W)."""
+def report_layers(state: QuantizationState, images: Tensor) -> tuple[LayerRow, ...]:
+    """One row per layer of the prepared net of `state`, measured on a few `images` (N, C, H, W)."""
+    net, result, removed = state.net, state.integers, state.removed
+    highest = state.grid.highest_of_points(net)
     rows: list[LayerRow] = []
     exact = rounded = images
     for name, block in fused_blocks(net):
         exact_out = block.conv(exact)
-        row, rounded_out = _row(name, block.conv, result.layers.get(name), rounded, exact_out, removed.get(name))
+        place = _Place(name, block.conv, highest[name])
+        row, rounded_out = _row(place, result.layers.get(name), rounded, exact_out, removed.get(name))
         rows.append(row)
         exact, rounded = after_conv(block, exact_out), after_conv(block, rounded_out)
     if result.pool_scale is not None:
-        quantized = quantize_activations(rounded, result.pool_scale)
+        quantized = quantize_activations(rounded, result.pool_scale, highest[POOL])
         db = signal_to_noise_db(exact.mean((2, 3)), quantized.mean((2, 3)))
-        scale, clipped = result.pool_scale, _saturation(rounded, result.pool_scale)
+        scale, clipped = result.pool_scale, _saturation(rounded, result.pool_scale, highest[POOL])
         noise = signal_to_noise_db(rounded, quantized)
         rows.append(LayerRow(POOL, False, scale, clipped, None, noise, db, 0, 0.0))
         rounded = quantized
@@ -77,30 +72,40 @@ def report_layers(
         return tuple(rows)
     exact, rounded = exact.mean((2, 3)), rounded.mean((2, 3))
     out = net.classifier(exact)
-    rows.append(_row(CLASSIFIER, net.classifier, result.layers.get(CLASSIFIER), rounded, out, None)[0])
+    place = _Place(CLASSIFIER, net.classifier, highest[CLASSIFIER])
+    rows.append(_row(place, result.layers.get(CLASSIFIER), rounded, out, None)[0])
     return tuple(rows)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A layer, and the integer of the clipping threshold of its input."""
+
+    name: str
+    layer: nn.Conv2d | nn.Linear
+    highest: int
+
+
 def _row(
-    name: str,
-    layer: nn.Conv2d | nn.Linear,
+    place: _Place,
     integers: LayerIntegers | None,
     x: Tensor,
     exact: Tensor,
     removed: RemovedInputs | None,
 ) -> tuple[LayerRow, Tensor]:
+    name, layer = place.name, place.layer
     columns, bound = (removed.columns, removed.bound) if removed is not None else (0, 0.0)
     if integers is None:
         out = cast(Tensor, layer(x))
         return LayerRow(name, True, None, None, None, None, signal_to_noise_db(exact, out), columns, bound), out
-    quantized = quantize_activations(x, integers.input_scale)
+    quantized = quantize_activations(x, integers.input_scale, place.highest)
     weight = integers.dequantized()
     out = run_layer(layer, quantized, weight, integers.bias)
     row = LayerRow(
         name,
         False,
         integers.input_scale,
-        _saturation(x, integers.input_scale),
+        _saturation(x, integers.input_scale, place.highest),
         signal_to_noise_db(layer.weight, weight),
         signal_to_noise_db(x, quantized),
         signal_to_noise_db(exact, out),
@@ -110,6 +115,6 @@ def _row(
     return row, out
 
 
-def _saturation(x: Tensor, scale: float) -> float:
+def _saturation(x: Tensor, scale: float, highest: int) -> float:
     # Up to half a step above it a value still rounds to the threshold.
-    return float((x.abs() > (CLIPPING + 0.5) * scale).double().mean())
+    return float((x.abs() > (highest + 0.5) * scale).double().mean())

@@ -17,7 +17,7 @@ from repvgg_deploy.quantization.bias_headroom import make_room_for_biases
 from repvgg_deploy.quantization.dead_inputs import remove_dead_inputs
 from repvgg_deploy.quantization.distinct_images import count_distinct
 from repvgg_deploy.quantization.equalize import equalize
-from repvgg_deploy.quantization.grid import INT8, Grid
+from repvgg_deploy.quantization.grid import Grid
 from repvgg_deploy.quantization.layer_report import report_layers
 from repvgg_deploy.quantization.learned_rounding import learn
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
@@ -104,10 +104,10 @@ def begin_quantization(
     images: Images,
     recipe: Recipe,
     statistics: CalibrationStatistics | None = None,
-    grid: Grid = INT8,
+    grid: Grid | None = None,
     progress: Progress = SILENT,
 ) -> QuantizationState:
-    """What the first pass is given: a copy of `fused`, and its statistics.
+    """What the first pass is given: a copy of `fused`, and its statistics; by default `grid` is the recipe's INT8.
 
     Raises:
         DeployError: `statistics` are of other augmentations than the recipe's.
@@ -132,7 +132,7 @@ def begin_quantization(
             f"not fit other images; use at least {FEW_IMAGES} images of different scenes, preferably 512",
             stacklevel=3,
         )
-    return QuantizationState(net, statistics, recipe, grid)
+    return QuantizationState(net, statistics, recipe, grid or Grid(full_range=recipe.full_range))
 
 
 def prepare(state: QuantizationState) -> QuantizationState:
@@ -148,8 +148,10 @@ def _take_images(state: QuantizationState, images: Images) -> Tensor:
 
 def _finish(state: QuantizationState, images: Images) -> QuantizedNet:
     about, recipe = state.statistics, state.recipe
-    rows = report_layers(state.net, state.integers, state.removed, next(rebatch(images, state.net.device)))
-    summary = QuantizationSummary(recipe.name, about.images, about.images_sha256, recipe.seed, rows)
+    rows = report_layers(state, next(rebatch(images, state.net.device)))
+    summary = QuantizationSummary(
+        recipe.name, about.images, about.images_sha256, recipe.seed, rows, full_range=state.grid.full_range
+    )
     return QuantizedNet(state.net, state.integers, summary)
 
 

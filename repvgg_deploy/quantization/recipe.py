@@ -96,6 +96,7 @@ class Recipe:
         dead_inputs: a kernel column is removed if it can add no more than this share of an output's root mean square;
             0 removes only the inputs that are always zero, and None nothing.
         equalize: the exponent of the activation's range in the equalizing scale, or None for no equalization.
+        full_range: activations after a ReLU go to 255: finer, for ONNX Runtime and OpenVINO; TensorRT saturates at 127.
     """
 
     name: Line
@@ -104,6 +105,7 @@ class Recipe:
     augmentations: Annotated[int, Meta(ge=1, le=MOST_AUGMENTATIONS)] = 1
     dead_inputs: _Share | None = 1e-3
     equalize: _Share | None = 0.5
+    full_range: bool = False
     scales: ScaleOptions = field(default_factory=ScaleOptions)
     rounding: RoundingOptions = field(default_factory=RoundingOptions)
     learning: LearningOptions = field(default_factory=LearningOptions)

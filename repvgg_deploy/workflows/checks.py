@@ -39,16 +39,24 @@ def check_request(request: ExportRequest, backend: Any) -> None:
     if backend is not None:
         request.build.check(backend)
     if request.int8 is not None:
-        _check_int8(request.int8)
+        _check_int8(request.int8, backend is not None)
 
 
-def _check_int8(request: Int8Request) -> None:
+def _check_int8(request: Int8Request, for_engine: bool) -> None:
     from repvgg_deploy.quantization.recipe import load_recipe
     from repvgg_deploy.quantization.statistics import check_cache
 
     if request.device == "cuda" and not torch.cuda.is_available():
         raise DeployError("--calib-device cuda: torch sees no CUDA GPU here", "leave it out, or install torch for CUDA")
     recipe = load_recipe(request.recipe)
+    if recipe.full_range or request.full_range:
+        if for_engine:
+            raise DeployError(
+                "with --full-range activations go up to 255, and TensorRT saturates at 127",
+                "--engine none, for ONNX Runtime and OpenVINO",
+            )
+        if request.activation_type == "int8":
+            raise DeployError("--full-range is for uint8: int8 ends at 127", "leave out --activation-type")
     if request.cache is not None:
         check_cache(request.cache, recipe.augmentations)
     if request.images is not None:

@@ -189,6 +189,11 @@ def _make_graph(
         return MadeGraph(exported)
     assert calibration is not None
     recipe = load_recipe(request.recipe)
+    if recipe.full_range:
+        raise DeployError(
+            f"the recipe {recipe.name} has activations up to 255, which the INT8 of a module has not",
+            "leave out full_range",
+        )
     examples = take_examples(calibration, stage.signature.inputs, recipe.count)
     weights = None
     if request.int8_layers == "blocks":

@@ -26,6 +26,8 @@ class Int8Request:
         rest: the precision of what is not INT8.
         keep_float: layers that stay in that precision, by name.
         activation_type: of the zero-points after a ReLU. `int8` is for TensorRT before 10.10 alone.
+        full_range: activations after a ReLU go to 255 instead of 127. ONNX Runtime and OpenVINO compute finer with it;
+            TensorRT does not have these integers, and no engine is built.
         validation: labelled images for `max_drop`.
         max_drop: the most points of top-1 that may be lost; layers are kept in float until it is met.
         seconds: the time that synthesizing images may take; None for no limit.
@@ -46,6 +48,7 @@ class Int8Request:
     rest: Precision = Precision.FP32
     keep_float: tuple[str, ...] = ()
     activation_type: Literal["uint8", "int8"] = "uint8"
+    full_range: bool = False
     validation: Path | None = None
     max_drop: float | None = None
     seconds: float | None = None

@@ -181,6 +181,7 @@ def summary_to_dict(summary: QuantizationSummary) -> dict[str, Any]:
         "calibrated_on": summary.calibrated_on,
         **({} if summary.pictures is None else {"pictures": summary.pictures.to_dict()}),
         "seed": summary.seed,
+        "full_range": summary.full_range,
         "kept_float": [row.name for row in summary.layers if row.kept_float],
         "warnings": list(summary.warnings),
         "layers": layers,

@@ -64,6 +64,7 @@ def quantize_for_export(
     if trained is not None:
         return trained
     recipe = load_recipe(request.recipe)
+    recipe = replace(recipe, full_range=recipe.full_range or request.full_range)
     images = _find_images(source, request, recipe, progress)
     # The caller's net stays where it is.
     fused = source.fused if request.device == "cpu" else copy.deepcopy(source.fused).to(request.device)
@@ -107,6 +108,11 @@ def _find_scales(
             "every layer was trained in INT8", "leave out --keep-float and --max-drop, or calibrate with --calib DIR"
         )
     scales, origin = found
+    if request.full_range and not scales.full_range:
+        raise DeployError(
+            f"the scales in {path} are for activations up to 127",
+            "train with --full-range; or calibrate: --full-range --calib DIR, without these scales",
+        )
     if scales.full_range and (for_engine or request.activation_type == "int8"):
         raise DeployError(
             f"the scales in {path} are for activations up to 255, and TensorRT saturates at 127",

@@ -71,6 +71,8 @@ def _make_lines(card: CardInput) -> Iterator[str]:
     if card.quantization is not None:
         recipe, images = card.quantization.recipe, card.quantization.calibrated_on
         yield from ("", f"INT8: recipe {_text(recipe)}, calibrated on {_text(images)}.")
+        if card.quantization.full_range:
+            yield "Activations go up to 255: ONNX Runtime and OpenVINO run it, TensorRT would clip them at 127."
         yield from (f"Warning: {_text(warning)}." for warning in card.quantization.warnings)
     yield from ("", "## How it was verified", "")
     yield "Each stage was compared with the one before on the same images: the fused net with the training form in"

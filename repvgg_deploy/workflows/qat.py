@@ -60,6 +60,8 @@ def run_qat(request: QatRequest, progress: Progress = SILENT) -> QatResult | Non
     Raises:
         DeployError: any error that the user can fix; the output is not touched then.
     """
+    full_range = request.options.full_range or load_recipe(request.recipe).full_range
+    request = replace(request, options=replace(request.options, full_range=full_range))
     with _processes(request.device) as rank:
         return _run(request, progress if rank == 0 else SILENT, rank)
 

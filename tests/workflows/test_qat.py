@@ -258,6 +258,15 @@ def test_the_full_range_is_for_engines_that_have_it(images, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_recipe_may_have_the_full_range(images, tmp_path) -> None:
+    recipe, out = tmp_path / "full.toml", tmp_path / "trained.pth"
+    recipe.write_text("full_range = true\n" + Path(QUICK_RECIPE).read_text(encoding="utf-8"), encoding="utf-8")
+    qat(DEMO, images, out, "--recipe", recipe)
+    scales, _ = load_scales(tmp_path / "trained.scales.npz", load_checkpoint(out).sha256)
+    assert scales.full_range
+
+
+@pytest.mark.slow
 def test_scales_are_those_of_their_checkpoint(images, tmp_path) -> None:
     out, scales = tmp_path / "trained.pth", tmp_path / "trained.scales.npz"
     qat(DEMO, images, out)
