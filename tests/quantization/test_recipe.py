@@ -16,6 +16,7 @@ from repvgg_deploy.quantization import Recipe, load_recipe
 
 FILES = sorted((Path(__file__).parents[2] / "calibration").glob("*.toml"))
 FULL = {**tomllib.loads(FILES[-1].read_text(encoding="utf-8")), "pictures": {"count": 8, "batch": 8, "steps": 5}}
+FULL["full_range"] = True
 FULL["pictures"] |= {"rate": 0.05, "multiply_adds": 20.0}
 FIELDS = list(places(FULL))
 
