@@ -42,6 +42,17 @@ def check_request(request: ExportRequest, backend: Any) -> None:
         _check_int8(request.int8, backend is not None)
 
 
+def has_full_range(request: Int8Request) -> bool:
+    """Whether activations go up to 255, because the request or its recipe says so.
+
+    Raises:
+        DeployError: the recipe cannot be read.
+    """
+    from repvgg_deploy.quantization.recipe import load_recipe
+
+    return request.full_range or load_recipe(request.recipe).full_range
+
+
 def _check_int8(request: Int8Request, for_engine: bool) -> None:
     from repvgg_deploy.quantization.recipe import load_recipe
     from repvgg_deploy.quantization.statistics import check_cache
@@ -49,7 +60,7 @@ def _check_int8(request: Int8Request, for_engine: bool) -> None:
     if request.device == "cuda" and not torch.cuda.is_available():
         raise DeployError("--calib-device cuda: torch sees no CUDA GPU here", "leave it out, or install torch for CUDA")
     recipe = load_recipe(request.recipe)
-    if recipe.full_range or request.full_range:
+    if has_full_range(request):
         if for_engine:
             raise DeployError(
                 "with --full-range activations go up to 255, and TensorRT saturates at 127",

@@ -24,7 +24,7 @@ from repvgg_deploy.progress import SILENT, Progress
 from repvgg_deploy.runtime.model import Model, softmax
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.verification.parity import MAX_RELATIVE, compare_outputs, require_parity
-from repvgg_deploy.workflows.checks import check_request
+from repvgg_deploy.workflows.checks import check_request, has_full_range
 from repvgg_deploy.workflows.engine_backend import choose_backend
 from repvgg_deploy.workflows.export_request import ExportRequest
 from repvgg_deploy.workflows.export_result import CheckpointExportResult
@@ -86,7 +86,11 @@ def check_possible(request: ExportRequest, progress: Progress) -> Backend | None
     """
     if request.output.exists() and not request.output.is_dir():
         raise DeployError(f"{request.output} is a file, but a folder is needed", "-o DIR")
-    backend = choose_backend(request.engine, progress)
+    if request.engine == "auto" and request.int8 is not None and has_full_range(request.int8):
+        progress.note("no engine will be built: activations up to 255 are for ONNX Runtime and OpenVINO")
+        backend = None
+    else:
+        backend = choose_backend(request.engine, progress)
     check_request(request, backend)
     return backend
 

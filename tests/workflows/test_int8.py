@@ -368,8 +368,12 @@ def test_the_full_range_is_refused_for_engines_and_for_int8_before_anything_is_r
     assert "--full-range is for uint8" in refused.stderr
     monkeypatch.setattr(export_workflow, "choose_backend", lambda *_: object())
     monkeypatch.setattr(BuildOptions, "check", lambda *_: None)
-    refused = export(*arguments, code=1)
+    refused = export(*arguments, "--engine", "tensorrt-rtx", code=1)
     assert "activations go up to 255, and TensorRT saturates at 127" in refused.stderr
+    # Where any engine would do, none is built.
+    refused = export(*arguments, code=1)
+    assert "no engine will be built: activations up to 255" in refused.stderr
+    assert "there is no file missing.pth" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
