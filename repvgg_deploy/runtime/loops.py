@@ -111,11 +111,13 @@ def _length(node: NodeProto, known: _Constants) -> float:
     if node.op_type == "Scan":
         return 1
     trips, condition = (*node.input, "", "")[:2]
+    if not all(_never_stops(body, known) for body in _bodies(node)):
+        # Exporters write `while` as a loop of 2⁶³ − 1 iterations that a computed condition ends.
+        return 1
     if trips:
         found = _value(known.get(trips))
         return 1 if found is None else max(0.0, float(found))
-    starts = not condition or _value(known.get(condition)) == 1
-    return math.inf if starts and all(_never_stops(body, known) for body in _bodies(node)) else 1
+    return math.inf if not condition or _value(known.get(condition)) == 1 else 1
 
 
 def _never_stops(body: GraphProto, known: _Constants) -> bool:

@@ -136,11 +136,13 @@ def test_a_loop_in_a_function_is_seen() -> None:
     assert find_loops(made).found
 
 
+@pytest.mark.parametrize("trips", ["", "trips"])
 @pytest.mark.parametrize("condition", ["keeps", "stops"])
-def test_a_loop_whose_condition_is_computed_is_not_refused(condition: str, tmp_path: Path) -> None:
+def test_a_loop_whose_condition_is_computed_is_not_refused(condition: str, trips: str, tmp_path: Path) -> None:
+    # As exporters write `while`.
     limit = helper.make_node("Constant", [], ["limit"], value_int=3)
     checks = helper.make_node("Less", ["i", "limit"], [condition])
-    path = written(model(loop("", body(limit, checks, condition=condition))), tmp_path)
+    path = written(model(loop(trips, body(limit, checks, condition=condition)), trips=2**63 - 1), tmp_path)
     assert find_loops(path) == Loops(True, 1, "loop over logits")
     np.testing.assert_array_equal(OnnxRunner(path).run(PIXELS)["logits"], np.full((2, 3), 4, np.float32))
 
