@@ -8,7 +8,7 @@ layer), `6-bit` (weights and activations), `6-bit per-tensor`, `4-bit per-tensor
 plainest post-training quantization, of the fused net with the ranges of the largest values, rounded to nearest; the
 start of the training, which is the export by the recipe to the integers of the case; and the end, the best state by the
 images that are held out of the training. What is learned are the float net's answers on the calibration images, without
-labels. A record and the learning curves are written per case. Figures are of
+labels unless --label-weight is given. A record and the learning curves are written per case. Figures are of
 the simulated net, integer for integer what ONNX Runtime computes at 8 bits. `docs/figures/qat_curves.png` is the curve
 of `6-bit`.
 """
@@ -16,10 +16,12 @@ of `6-bit`.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
+import statistics
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def main() -> None:
     """Train every case, and write its record and curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--calib", type=Path, required=True, help="images to calibrate and train on, without labels")
+    parser.add_argument("--calib", type=Path, required=True, help="images to calibrate and train on")
     parser.add_argument("--val", type=Path, required=True, help="labelled images: DIR/<class>/*")
     parser.add_argument("--images", type=int, help="of the validation images at the end; all by default")
     parser.add_argument("--case", action="append", choices=list(CASES))
@@ -67,6 +69,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=TrainingOptions.rate)
+    parser.add_argument("--label-weight", type=float, default=0.0, help="of the labels of --calib DIR/<class>/")
+    parser.add_argument("--seed", type=int, action="append", help="of a run; several begin from the same start")
+    parser.add_argument("--name", help="of the record, after qat-; by default the case")
     parser.add_argument("--minutes", type=float, help="of CPU time; the run ends there, its rate not yet at 0")
     parser.add_argument("--note", help="of the machine: what else it did")
     parser.add_argument("-o", "--output", type=Path, default=Path("bench/results"))
@@ -87,18 +92,21 @@ def run_case(case: str, arguments: argparse.Namespace) -> None:
     begin = time.process_time()
     start = start_training(net, calibration, recipe, CASES[case])
     start_cpu_s = time.process_time() - begin
-    training = QatTraining(
-        start.student, start.teacher, TrainingOptions(arguments.steps, arguments.batch, arguments.rate)
-    )
-    exact = run_torch(training.teacher.net, images)
-    name = f"qat-{case.replace(' ', '-')}"
-    curves = arguments.output / f"{name}.curves.csv"
-    before = measure(training.student, images, labels, exact)
+    exact = run_torch(start.teacher, images)
+    name = f"qat-{(arguments.name or case).replace(' ', '-')}"
+    before = measure(start.student, images, labels, exact)
     results = [plain, {"when": "before training", "cpu_s": round(start_cpu_s, 1), **before}]
     print(case, results[-1], flush=True)
-    results.append(train(training, arguments, curves, (images, labels, exact)))
-    print(case, results[-1], flush=True)
-    lost, begun, left = (100 - float(row["agreement"]) for row in results)
+    curves: list[Path] = []
+    for seed in arguments.seed or [0]:
+        options = TrainingOptions(arguments.steps, arguments.batch, arguments.rate, seed=seed)
+        options = replace(options, labels=arguments.label_weight)
+        training = QatTraining(copy.deepcopy(start.student), start.teacher, options)
+        curves.append(arguments.output / f"{name}{f'-{seed}' if seed else ''}.curves.csv")
+        results.append(train(training, arguments, curves[-1], (images, labels, exact)))
+        print(case, results[-1], flush=True)
+    lost, begun, *ends = (100 - float(row["agreement"]) for row in results)
+    left = statistics.mean(ends)
     about: dict[str, Any] = {
         "won_back_percent": won_back(lost, left),
         "won_back_by_training_percent": won_back(begun, left),
@@ -106,12 +114,14 @@ def run_case(case: str, arguments: argparse.Namespace) -> None:
         "recipe": recipe.name,
         "batch": arguments.batch,
         "rate": arguments.rate,
+        "label_weight": arguments.label_weight,
         "steps_planned": arguments.steps,
         "note": arguments.note,
         "torch_threads": torch.get_num_threads(),
     }
     write_record(arguments.output, name, results, **about)
-    draw_curves(curves)
+    for path in curves:
+        draw_curves(path)
 
 
 def won_back(lost: float, left: float) -> float | None:
@@ -124,7 +134,8 @@ def train(
 ) -> dict[str, Any]:
     """Take the steps, writing the curves as they grow; the figures at the end."""
     images, labels, exact = validation
-    data = hold_out(read_training_images(arguments.calib, PREPROCESSING, None, labelled=False))
+    labelled = bool(arguments.label_weight)
+    data = hold_out(read_training_images(arguments.calib, PREPROCESSING, None, labelled=labelled))
     best, limits = BestState(data.held_out), image_limits(PREPROCESSING)
     some = slice(None, None, max(1, len(images) // 500))
     rows: list[dict[str, Any]] = []
@@ -149,6 +160,7 @@ def train(
     figures = measure(training.student, images, labels, exact)
     return {
         "when": "after training",
+        "seed": training.options.seed,
         "steps": training.done,
         "best_step": best.step,
         "cpu_s": round(time.process_time() - begin - measured, 1),
