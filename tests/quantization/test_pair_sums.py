@@ -328,11 +328,13 @@ def layer_model(layer: IntegerLayer, signed: bool, step: float, shape: list[int]
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_whole_graphs_give_the_same_bits_on_an_older_cpu(runtime: str, tmp_path: Path) -> None:
     images = 2 * draw_images(16, seed=6)
-    cases = {net: (to_qdq_onnx(quantized_net(net), OPTIONS, {}).to_proto(), images) for net in ("plain", "grouped")}
+    wide = quantize(fused_net("plain"), [draw_images(64, seed=1)], replace(QUICK, full_range=True))
+    nets = {"plain": quantized_net("plain"), "grouped": quantized_net("grouped"), "full range": wide}
+    cases = {name: (to_qdq_onnx(net, OPTIONS, {}).to_proto(), images) for name, net in nets.items()}
     here, older = (run_on(cpu, runtime, cases, tmp_path) for cpu in ("here", "Haswell"))
-    for net in cases:
-        assert torch.equal(here[net], older[net])
-        expected = quantized_net(net)(images)
+    for name, net in nets.items():
+        assert torch.equal(here[name], older[name])
+        expected = net(images)
         # OpenVINO's factor between two layers is another float32, so that a tie may round the other way.
-        close = (here[net] - expected).abs().amax(1) < 1e-5 * expected.abs().max()
+        close = (here[name] - expected).abs().amax(1) < 1e-5 * expected.abs().max()
         assert float(close.double().mean()) >= {"onnxruntime": 1.0, "openvino": 0.5}[runtime]

@@ -12,18 +12,16 @@ import torch
 from click.testing import CliRunner
 from helpers.quantized_nets import QUICK_RECIPE
 from helpers.wide_statistics import narrow, randomize
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 from PIL import Image
 
 from repvgg_deploy.checkpoints.writing import name_state_dict
 from repvgg_deploy.cli.main import main
-from repvgg_deploy.engine.options import BuildOptions
 from repvgg_deploy.files.places import data_folder
 from repvgg_deploy.images.synthetic import write_image_folder
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.array_files import save_arrays
 from repvgg_deploy.quantization.qdq import with_fp16_scales
-from repvgg_deploy.workflows import export as export_workflow
 from repvgg_deploy.workflows import int8 as int8_export
 from repvgg_deploy.workflows.evaluate import evaluate
 
@@ -334,57 +332,6 @@ def test_int8_zero_points_are_for_old_releases_of_tensorrt(images, tmp_path) -> 
     about = json.loads({item.key: item.value for item in model.metadata_props}["repvgg_deploy.quantization"])
     assert about["activation_type"] == "int8"
     assert about["largest_pair_sum"] <= 32767
-
-
-@pytest.mark.slow
-def test_with_the_full_range_activations_are_finer_and_the_file_says_so(images, tmp_path) -> None:
-    files, errors = [], []
-    for options in ((), ("--full-range",)):
-        out = tmp_path / f"{len(files)}"
-        values = json.loads(int8(images, out, *options, "--json").stdout)
-        (path,) = out.iterdir()
-        files.append(onnx.load(path))
-        errors.append(values["parity"]["quantized"]["relative"])
-    assert errors[1] < 0.9 * errors[0]
-    narrow, wide = (activation_scales(file) for file in files)
-    assert len(narrow) > 5
-    # The images' own integers are signed or all in use: nothing changes for them.
-    assert [name for name in narrow if wide[name] >= 0.8 * narrow[name]] == [next(iter(narrow))]
-    about = [json.loads({p.key: p.value for p in f.metadata_props}["repvgg_deploy.quantization"]) for f in files]
-    assert [found.get("full_range", False) for found in about] == [False, True]
-    assert about[1]["largest_pair_sum"] <= 32767
-
-
-def activation_scales(model: onnx.ModelProto) -> dict[str, float]:
-    """The scales of the activations, by name, in the order of the graph."""
-    values = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    found = [node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    return {name: float(values[name]) for name in found if not values[name].shape}
-
-
-def test_the_full_range_is_refused_for_engines_and_for_int8_before_anything_is_read(tmp_path, monkeypatch) -> None:
-    arguments = ("missing.pth", "--int8", "--calib", "none", "--full-range", "-o", tmp_path / "out")
-    refused = export(*arguments, "--engine", "none", "--activation-type", "int8", code=1)
-    assert "--full-range is for uint8" in refused.stderr
-    monkeypatch.setattr(export_workflow, "choose_backend", lambda *_: object())
-    monkeypatch.setattr(BuildOptions, "check", lambda *_: None)
-    refused = export(*arguments, "--engine", "tensorrt-rtx", code=1)
-    assert "activations go up to 255, and TensorRT saturates at 127" in refused.stderr
-    # Where any engine would do, none is built.
-    refused = export(*arguments, code=1)
-    assert "no engine will be built: activations up to 255" in refused.stderr
-    assert "there is no file missing.pth" in refused.stderr
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_recipe_may_have_the_full_range(images, tmp_path) -> None:
-    recipe = tmp_path / "full.toml"
-    recipe.write_text("full_range = true\n" + Path(QUICK_RECIPE).read_text(encoding="utf-8"), encoding="utf-8")
-    for out, options in ((tmp_path / "a", ("--full-range",)), (tmp_path / "b", ("--recipe", recipe))):
-        int8(images, out, *options)
-    first, second = (onnx.load(next((tmp_path / name).iterdir())) for name in "ab")
-    assert first.graph == second.graph
 
 
 @pytest.mark.slow
