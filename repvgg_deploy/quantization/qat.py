@@ -26,7 +26,7 @@ from repvgg_deploy.fusion.fuse import find_blocks
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.grid import INT8, Grid
 from repvgg_deploy.quantization.pair_sums import LEVELS, count_taps, round_in_pairs
-from repvgg_deploy.quantization.points import CLASSIFIER, geometry, per_channel
+from repvgg_deploy.quantization.points import CLASSIFIER, POOL, geometry, per_channel
 
 
 @dataclass(frozen=True)
@@ -254,19 +254,30 @@ def prepare_qat(model: nn.Module, scales: QatScales, options: QatOptions | None 
     for name in qat_layers(net):
         if name not in scales.layers:
             raise DeployError(f"there are no scales for {name}", "observe_scales() gives those of every block")
-    # Of a chain of blocks each input but the first is after the ReLU of the block before.
-    behind_relu = False
+    unsigned = unsigned_inputs(net)
     last: QatBlock | None = None
     for name, (block, parts) in blocks.items():
-        last = QatBlock(block, parts, scales.layers[name], options, behind_relu)
+        last = QatBlock(block, parts, scales.layers[name], options, unsigned[name])
         _replace(net, name, last)
-        behind_relu = isinstance(net, RepVGG) and isinstance(parts.act, nn.ReLU)
     if isinstance(net, RepVGG) and last is not None:
-        layer: Any = QatLinear(net.classifier, scales.layers[CLASSIFIER], options, behind_relu)
+        layer: Any = QatLinear(net.classifier, scales.layers[CLASSIFIER], options, unsigned[CLASSIFIER])
         net.classifier = layer
         if scales.pool is not None:
-            last.output = FakeQuantizer(scales.pool, options, behind_relu)
+            last.output = FakeQuantizer(scales.pool, options, unsigned[POOL])
     return net
+
+
+def unsigned_inputs(net: nn.Module) -> dict[str, bool]:
+    """Which of the inputs that are rounded are known never to be negative, by the name of their layer or `POOL`."""
+    # Of a chain of blocks each input but the first is after the ReLU of the block before. In what order the blocks of
+    # any other module run, nobody has said.
+    chained = isinstance(net, RepVGG)
+    known: dict[str, bool] = {}
+    behind_relu = False
+    for name, (_, parts) in find_blocks(net).items():
+        known[name] = behind_relu
+        behind_relu = chained and isinstance(parts.act, nn.ReLU)
+    return {**known, CLASSIFIER: behind_relu, POOL: behind_relu} if chained else known
 
 
 def convert_qat(model: nn.Module) -> tuple[nn.Module, QatScales]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -23,7 +23,7 @@ from repvgg_deploy.quantization.layer_inputs import weights_of_energies
 from repvgg_deploy.quantization.net import QuantizationSummary, QuantizedNet
 from repvgg_deploy.quantization.pair_sums import count_taps
 from repvgg_deploy.quantization.points import CLASSIFIER, POOL, fused_blocks
-from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, qat_layers
+from repvgg_deploy.quantization.qat import LayerScales, QatOptions, QatScales, qat_layers, unsigned_inputs
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights
 from repvgg_deploy.quantization.state import LayerIntegers, Reconstruction
 
@@ -51,14 +51,13 @@ def observe_scales(model: nn.Module, batches: Iterable[Any], options: QatOptions
     seen = _watch(model, names, batches)
     if any(name not in seen for name in points):
         raise DeployError("no block received a batch", "give at least one batch of inputs, as the model takes them")
+    unsigned = unsigned_inputs(model)
     layers = {}
     for name in names:
         layer = model.get_submodule(name)
         weight = layer.weight if isinstance(layer, nn.Linear) else equivalent_kernel_bias(layer, torch.float32)[0]
-        # The full range is that of what follows a ReLU, in a classifier; see `prepare_qat`.
-        grid = options if name != names[0] and isinstance(model, RepVGG) else replace(options, full_range=False)
-        layers[name] = LayerScales(_weight_scales(weight, options), seen[name].scale(grid))
-    pool = seen[POOL].scale(options) if POOL in seen else None
+        layers[name] = LayerScales(_weight_scales(weight, options), seen[name].scale(options, unsigned[name]))
+    pool = seen[POOL].scale(options, unsigned[POOL]) if POOL in seen else None
     return QatScales(layers, pool, options.full_range and isinstance(model, RepVGG))
 
 
@@ -85,12 +84,15 @@ class _Seen:
         self.largest.append(rows.abs().amax(1).cpu())
         self.smallest.append(rows.amin(1).cpu())
 
-    def scale(self, grid: Grid) -> float:
-        """The scale of least square error, in which images with unusually strong activations count less."""
+    def scale(self, grid: Grid, unsigned: bool) -> float:
+        """The scale of least square error, in which images with unusually strong activations count less.
+
+        `unsigned`: whether the integers are those of an input that is never negative; see `unsigned_inputs`.
+        """
         weights = weights_of_energies(torch.cat(self.energies))
         largest = float(torch.cat(self.largest)[weights >= 1].max())
         signed = float(torch.cat(self.smallest).min()) < 0
-        clipping = grid.highest(unsigned=not signed)
+        clipping = grid.highest(unsigned)
         if largest == 0.0:
             return 1.0 / clipping
         values = torch.cat(self.values)

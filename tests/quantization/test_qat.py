@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -330,6 +331,23 @@ def test_observed_scales_have_the_range_that_is_asked_for() -> None:
     narrow, wide = (observe_scales(Segmenter().eval(), positive, QatOptions(full_range=full)) for full in (False, True))
     assert not wide.full_range
     assert all(wide.layers[name].input == layer.input for name, layer in narrow.layers.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", [make_net, Segmenter], ids=["a classifier", "another module"])
+def test_observed_scales_are_for_the_integers_that_the_quantizer_has(net: Callable[[], nn.Module]) -> None:
+    # Below 8 bits a signed quantizer has half of the integers, also for images without a negative value.
+    images, options = images_of(8).abs(), QatOptions(activation_bits=6)
+    model = net().eval()
+    prepared = prepare_qat(model, observe_scales(model, [images], options), options)
+    first = next(quantizers(prepared))
+
+    def error(factor: float) -> float:
+        scale = first.scale * factor
+        rounded = (images / scale).round().clamp(first.lowest, first.highest) * scale
+        return float((rounded - images).square().sum())
+
+    assert error(1.0) < 1.02 * min(error(factor) for factor in (0.5, 0.75, 1.5, 2.0))
 
 
 def test_scales_are_kept_for_one_checkpoint(tmp_path: Path) -> None:
