@@ -44,7 +44,9 @@ PREPROCESSING = Preprocessing(PIXELS, PIXELS, PIXELS)
 class Figures:
     """How a candidate's logits stand against the float net's: percent, percent, dB; `top1_fp32` for the drop.
 
-    `median_db` is the SQNR of the median image, which no few images with enormous logits decide.
+    `median_db` is the SQNR of the median image, which no few images with enormous logits decide. `drop_error` is the
+    standard error of the drop in top-1, in points: both nets see the same images, so it comes from those alone on which
+    just one of them is right (McNemar, https://doi.org/10.1007/BF02295996).
     """
 
     top1: float
@@ -53,6 +55,7 @@ class Figures:
     sqnr_db: float
     median_db: float
     images: int
+    drop_error: float
 
 
 def load_fused(path: Path) -> RepVGG:
@@ -160,6 +163,8 @@ def compare(logits: Floats, exact: Floats, labels: NDArray[np.int64]) -> Figures
     """The figures of `logits` against those of the float net."""
     best, wanted = logits.argmax(1), exact.argmax(1)
     wide = exact.astype(np.float64)
+    # Lost and won images: the drop is their difference, and chance moves it by the root of their sum.
+    one_is_right = int(((wanted == labels) != (best == labels)).sum())
     energy, noise = (wide**2).sum(1), np.maximum(((logits - wide) ** 2).sum(1), 1e-300)
     return Figures(
         round(float((best == labels).mean()) * 100, 2),
@@ -168,6 +173,7 @@ def compare(logits: Floats, exact: Floats, labels: NDArray[np.int64]) -> Figures
         round(10 * float(np.log10(energy.sum() / noise.sum())), 2),
         round(10 * float(np.log10(np.median(energy / noise))), 2),
         len(logits),
+        round(100 * one_is_right**0.5 / len(logits), 2),
     )
 
 
