@@ -136,7 +136,7 @@ def train(
     images, labels, exact = validation
     labelled = bool(arguments.label_weight)
     data = hold_out(read_training_images(arguments.calib, PREPROCESSING, None, labelled=labelled))
-    best, limits = BestState(data.held_out), image_limits(PREPROCESSING)
+    best, limits = BestState(data.held_out, data.held_out_labels), image_limits(PREPROCESSING)
     some = slice(None, None, max(1, len(images) // 500))
     rows: list[dict[str, Any]] = []
     begin, measured = time.process_time(), 0.0

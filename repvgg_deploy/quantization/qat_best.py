@@ -20,25 +20,28 @@ from repvgg_deploy.quantization.qat_training import QatTraining, saturations, se
 
 @dataclass(frozen=True)
 class BestSoFar:
-    """What `BestState` continues from: the step, its divergence, and the student's tensors; none before the first."""
+    """What `BestState` continues from: the step, its cost, and the student's tensors; none before the first."""
 
     step: int
-    divergence: float
+    cost: float
     student: Mapping[str, Tensor]
 
 
 class BestState:
-    """The student of the step with the least divergence among those that were offered; the first of equal ones.
+    """The student of the step with the least cost among those that were offered; the first of equal ones.
 
-    The divergence is the mean over the images of Kullback and Leibler's, of the student's classes from the float net's,
-    in nats. Where the share of images with the same class moves by whole images, it tells how near the others are.
+    The cost is the divergence, the mean over the images of Kullback and Leibler's, of the student's classes from the
+    float net's, in nats. Where the share of images with the same class moves by whole images, it tells how near the
+    others are. A run that learns labels leaves the float net for them: then their cross-entropy is added, with the
+    weight that it has in the training.
     """
 
-    def __init__(self, images: Tensor) -> None:
-        """`images`: normalized (N, C, H, W), held out of the training."""
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """`images`: normalized (N, C, H, W), held out of the training; `labels`: their classes (N), if they count."""
         self.step = 0
-        self.divergence = math.inf
+        self.cost = math.inf
         self._images = images
+        self._labels = labels
         self._student: dict[str, Tensor] = {}
         self._wanted: Tensor | None = None
 
@@ -52,7 +55,7 @@ class BestState:
         if self._wanted is None:
             self._wanted = self._run(training.teacher.net)
         training.student.eval()
-        same, divergence = 0.0, 0.0
+        same, divergence, cost = 0.0, 0.0, 0.0
         engines = saturations(training.student)
         for highest in engines:
             set_saturation(training.student, highest)
@@ -60,10 +63,13 @@ class BestState:
             same += float((given.argmax(1) == self._wanted.argmax(1)).double().mean()) / len(engines)
             parts = F.kl_div(given.log_softmax(1), self._wanted.log_softmax(1), reduction="none", log_target=True)
             divergence += float(parts.sum(1).mean()) / len(engines)
+            if self._labels is not None:
+                cost += training.options.labels * float(F.cross_entropy(given, self._labels)) / len(engines)
         training.student.train()
+        cost += divergence
         # Not a number is not less.
-        if divergence < self.divergence:
-            self.step, self.divergence = training.done, divergence
+        if cost < self.cost:
+            self.step, self.cost = training.done, cost
             self._student = {name: value.clone() for name, value in training.student.state_dict().items()}
         return {"held_out_agreement": 100 * same, "held_out_divergence": divergence}
 
@@ -73,11 +79,11 @@ class BestState:
 
     def state(self) -> BestSoFar:
         """Everything that `restore` needs to continue."""
-        return BestSoFar(self.step, self.divergence, self._student)
+        return BestSoFar(self.step, self.cost, self._student)
 
     def restore(self, state: BestSoFar) -> None:
         """Continue from what `state` returned."""
-        self.step, self.divergence, self._student = state.step, state.divergence, dict(state.student)
+        self.step, self.cost, self._student = state.step, state.cost, dict(state.student)
 
     def _run(self, net: torch.nn.Module) -> Tensor:
         device = next(net.parameters()).device

@@ -77,7 +77,7 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
     if request.validation is not None and rank == 0:
         validation = read_training_images(request.validation, preprocessing, _VALIDATION, labelled=True)
         _tell_left_out(validation.left_out, request, progress)
-    best = BestState(images.held_out)
+    best = BestState(images.held_out, images.held_out_labels)
     if state_path(request.output).exists():
         run = _continue(request, checkpoint, net, best, progress)
     else:

@@ -108,11 +108,15 @@ def read_training_images(
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """The images to train on, by index, and those that are held out of the training, normalized (N, C, H, W)."""
+    """The images to train on, by index, and those that are held out of the training, normalized (N, C, H, W).
+
+    `held_out_labels` are the classes (N) of these, or None.
+    """
 
     images: TrainingImages
     trained: Tensor
     held_out: Tensor
+    held_out_labels: Tensor | None
 
     def __len__(self) -> int:
         return len(self.trained)
@@ -131,7 +135,7 @@ def hold_out(images: TrainingImages) -> ImageSplit:
         chosen = torch.arange(count) * len(images) // count
     rest = torch.ones(len(images), dtype=torch.bool)
     rest[chosen] = len(chosen) == len(images)
-    return ImageSplit(images, everything[rest], images.take(chosen)[0])
+    return ImageSplit(images, everything[rest], *images.take(chosen))
 
 
 def made_images(made: MadePictures) -> TrainingImages:

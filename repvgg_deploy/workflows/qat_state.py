@@ -29,7 +29,7 @@ from repvgg_deploy.quantization.qat_training import QatTraining, TrainingState
 
 _HINT = "delete it to start over, or give another -o"
 # Raised when what a state contains changes.
-_VERSION = 2
+_VERSION = 3
 
 _Rate = Annotated[float, Meta(ge=0, le=1e20)]
 # The loss is relative, the rest are percentages and numbers of steps.
@@ -50,7 +50,7 @@ class _About:
     rates: Annotated[tuple[_Rate, ...], Meta(max_length=100_000)]
     since: Annotated[dict[str, Annotated[float, Meta(ge=0, le=1e20)]], Meta(max_length=10)]
     best_step: Annotated[int, Meta(ge=0, le=1 << 32)]
-    best_divergence: Annotated[float, Meta(ge=0, le=1e10)] | None
+    best_cost: Annotated[float, Meta(ge=0, le=1e10)] | None
     rows: _Rows
 
 
@@ -83,7 +83,7 @@ def save_run(run: SavedRun, file: IO[bytes]) -> None:
         "rates": training.rates,
         "since": training.since,
         "best_step": best.step,
-        "best_divergence": _finite(best.divergence),
+        "best_cost": _finite(best.cost),
         "rows": [{name: _finite(value) for name, value in row.items()} for row in run.rows],
     }
     text = json.dumps(about, allow_nan=False)
@@ -117,11 +117,11 @@ def load_run(path: Path, identity: str, fresh: QatTraining) -> SavedRun:
             _check_moments(state)
             student = fresh.student.state_dict()
             # Before a state was better than none there is no best one.
-            kept = _load(best, student, {}) if best or about.best_divergence is not None else {}
-            divergence = math.inf if about.best_divergence is None else about.best_divergence
+            kept = _load(best, student, {}) if best or about.best_cost is not None else {}
+            cost = math.inf if about.best_cost is None else about.best_cost
             rows = tuple({k: math.nan if v is None else v for k, v in row.items()} for row in about.rows)
             float_net = _load(teacher, fresh.teacher.net.state_dict(), {})
-            return SavedRun(identity, rows, state, float_net, BestSoFar(about.best_step, divergence, kept))
+            return SavedRun(identity, rows, state, float_net, BestSoFar(about.best_step, cost, kept))
     except CheckpointError as error:
         raise DeployError(f"{path} is not the saved state of a run, or a damaged one: {error}", _HINT) from error
 

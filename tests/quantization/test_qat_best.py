@@ -72,6 +72,28 @@ def test_a_better_state_takes_the_place_of_a_worse_one(training) -> None:
     training.done = 0
 
 
+def test_labels_count_for_the_best_state_as_much_as_in_the_training(training) -> None:
+    images = images_of(24, 3)
+    begun = values_of(training)
+    unlikely = training.teacher.net(images).argmin(1)
+    steps = []
+    for labels, weight in ((None, 100.0), (unlikely, 0.0), (unlikely, 100.0)):
+        learning = QatTraining(copy.deepcopy(training.student), training.teacher.net, TrainingOptions(4, labels=weight))
+        best = BestState(images, labels)
+        rows = [best.offer(learning)]
+        # Further from the float net, which finds these classes the least likely of all, and nearer to the labels.
+        with torch.no_grad():
+            learning.student.classifier.linear.weight.mul_(0.5)
+            learning.student.classifier.log_weight_scale.sub_(0.6931)
+            learning.student.classifier.linear.bias.mul_(0.5)
+        learning.done = 2
+        rows.append(best.offer(learning))
+        assert rows[1]["held_out_divergence"] > rows[0]["held_out_divergence"]
+        steps.append(best.step)
+    assert steps == [0, 0, 2]
+    assert all(torch.equal(value, begun[name]) for name, value in training.student.state_dict().items())
+
+
 @pytest.mark.slow
 def test_with_the_full_range_only_the_engines_that_have_it_count() -> None:
     net, images = make_net().requires_grad_(False), images_of(24, 3)

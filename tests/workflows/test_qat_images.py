@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.pictures import jpeg, write_tar
+from PIL import Image
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import ImageError
@@ -31,6 +32,18 @@ def test_no_image_is_both_trained_on_and_held_out(count, held) -> None:
     # Of all classes, where the images come in their order.
     steps = split.held_out.flatten().diff()
     assert float(steps.max() - steps.min()) <= 1
+
+
+def test_the_images_that_are_held_out_have_their_own_classes(tmp_path: Path) -> None:
+    for label, grey in (("a", 0), ("b", 255)):
+        (tmp_path / label).mkdir()
+        for index in range(100):
+            Image.new("L", (8, 8), grey).save(tmp_path / label / f"{index}.png")
+    split = hold_out(read_training_images(tmp_path, SMALL, None, labelled=True))
+    assert split.held_out_labels is not None
+    assert split.held_out_labels.tolist() == (split.held_out.mean((1, 2, 3)) > 0).long().tolist()
+    assert 0 < split.held_out_labels.float().mean() < 1
+    assert hold_out(read_training_images(tmp_path, SMALL, None, labelled=False)).held_out_labels is None
 
 
 @pytest.mark.parametrize("count", [1, 127])
