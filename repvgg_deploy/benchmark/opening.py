@@ -160,7 +160,7 @@ def _build_plan(case: Case, graph: Path, folder: Path) -> Path:
     if isinstance(backend, Unavailable):
         raise DeployError(backend.reason, backend.hint)
     options = replace(case.build or BuildOptions(), tf32=case.precision == "tf32")
-    with stage_files(folder) as staging:
+    with stage_files(folder, is_result=False) as staging:
         built = build_engine(graph, backend, options, staging)
     return folder / built.plan.name
 

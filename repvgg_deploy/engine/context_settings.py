@@ -72,6 +72,6 @@ class ContextSettings:
         if cache is not None:
             content = bytes(cache.serialize() or b"")
             if self._path is not None and content and content != self._stored:
-                with suppress(OSError, DeployError), stage_files(self._path.parent) as staging:
+                with suppress(OSError, DeployError), stage_files(self._path.parent, is_result=False) as staging:
                     (staging / self._path.name).write_bytes(content)
         self._configs.clear()

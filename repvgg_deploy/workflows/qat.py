@@ -250,7 +250,7 @@ def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
     identity = _identity(request, checkpoint)
     saved = SavedRun(identity, tuple(run.rows), run.training.state(), teacher, run.best.state())
     path = state_path(request.output).absolute()
-    with stage_files(path.parent) as staging, (staging / path.name).open("wb") as file:
+    with stage_files(path.parent, is_result=False) as staging, (staging / path.name).open("wb") as file:
         save_run(saved, file)
 
 

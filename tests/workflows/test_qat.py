@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +131,27 @@ class Stop:
     def step(self, name: str, done: float, total: float, /) -> None:
         if name == "training" and done == self.at and done < total:
             raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_state_was_saved_ends_the_run_at_once(images, tmp_path) -> None:
+    out = tmp_path / "trained.safetensors"
+    command = [sys.executable, "-m", "repvgg_deploy", "qat", DEMO, "--data", images, "--calib", images, "-o", out]
+    more = ("--recipe", QUICK_RECIPE, "--steps", "100000", "--batch", "8", "--interval", "0")
+    process = subprocess.Popen([*map(str, (*command, *more))], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not state_path(out).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert told.rstrip().endswith("Aborted!")
+    # A whole state to go on from, and nothing else.
+    assert [path.name for path in tmp_path.iterdir()] == [state_path(out).name]
+    torch.load(state_path(out), weights_only=True)
 
 
 def request_for(images: Path, out: Path) -> QatRequest:
