@@ -50,7 +50,7 @@ class _About:
     rates: Annotated[tuple[_Rate, ...], Meta(max_length=100_000)]
     since: Annotated[dict[str, Annotated[float, Meta(ge=0, le=1e20)]], Meta(max_length=10)]
     best_step: Annotated[int, Meta(ge=0, le=1 << 32)]
-    best_cost: Annotated[float, Meta(ge=0, le=1e10)] | None
+    best_cost: Annotated[float, Meta(ge=0, le=1e20)] | None
     rows: _Rows
 
 

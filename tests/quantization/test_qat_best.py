@@ -74,7 +74,6 @@ def test_a_better_state_takes_the_place_of_a_worse_one(training) -> None:
 
 def test_labels_count_for_the_best_state_as_much_as_in_the_training(training) -> None:
     images = images_of(24, 3)
-    begun = values_of(training)
     unlikely = training.teacher.net(images).argmin(1)
     steps = []
     for labels, weight in ((None, 100.0), (unlikely, 0.0), (unlikely, 100.0)):
@@ -91,7 +90,6 @@ def test_labels_count_for_the_best_state_as_much_as_in_the_training(training) ->
         assert rows[1]["held_out_divergence"] > rows[0]["held_out_divergence"]
         steps.append(best.step)
     assert steps == [0, 0, 2]
-    assert all(torch.equal(value, begun[name]) for name, value in training.student.state_dict().items())
 
 
 @pytest.mark.slow
