@@ -56,6 +56,8 @@ from helpers.interrupt import Interrupted, interrupt  # type: ignore[import-not-
 from helpers.publishing_faults import BEFORE, KINDS, try_each_call  # type: ignore[import-not-found]
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# How long a command may run on after a signal and still succeed: to leave the interpreter takes about a second.
+_LONGEST_END_S = 3.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -151,6 +153,9 @@ def _fault_of(ended: Interrupted, state: str, unfinished: Sequence[str], leftove
         return f"took {ended.seconds_to_end:.1f} s to end"
     if killed:
         return None
+    # Once its files are published a command may end well, but then little is left to do.
+    if ended.status == 0 and ended.seconds_to_end > _LONGEST_END_S:
+        return f"ignored the signal and went on for {ended.seconds_to_end:.1f} s"
     if leftovers:
         return f"left behind: {', '.join(ended.left)}"
     if state not in (("new", "none") if ended.status == 0 else unfinished):

@@ -75,7 +75,7 @@ def commands(inputs: Path, run: str, out: Path) -> dict[str, list[str]]:
         "bench --suite": ["bench", "--suite", inputs / "suite.toml", "-o", out / f"{run}.json"],
         "package": ["package", graph, "--triton", "-o", out],
         "qat": ["qat", checkpoint, "--data", images, "--calib", images, "-o", out / "trained.safetensors",
-                "--recipe", "fast", "--steps", "2", "--batch", "8"],
+                "--recipe", "fast", "--steps", "200", "--interval", "0.2", "--batch", "8"],
         "eval": ["eval", graph, "--data", images],
         "verify": ["verify", checkpoint, graph],
         "bench": ["bench", graph, "--baseline", "resnet18", "--duration", "0.2"],
