@@ -237,5 +237,5 @@ def require_artifact(graph: Path, lock: Lock, path: Path, tools: Mapping[str, st
         f"{graph.name} differs from the one that {path} records, though its inputs are the same",
         f"install the versions that made it: {'; '.join(changed)}"
         if changed
-        else "INT8 depends on the CPU, and with the recipe thorough on the number of threads",
+        else "INT8 depends on the CPU and on the number of threads: set OMP_NUM_THREADS as it was",
     )
