@@ -54,8 +54,11 @@ class Streams:
 
 def weights_of_energies(energy: Tensor) -> Tensor:
     """What each image counts (N), given the mean square of its activations (N), float64; see `Streams`."""
+    median = energy.median()
     # Squared, so that weight times energy falls beyond the limit: the strongest image then counts the least.
-    return (_USUAL * energy.median() / energy.clamp_min(1e-300)).clamp(max=1.0).square()
+    weights = (_USUAL * median / energy.clamp_min(1e-300)).clamp(max=1.0).square()
+    # Where most images drive nothing at all, as before a dead layer, there is no usual one to compare with.
+    return torch.where(median > 0, weights, 1.0)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from repvgg_deploy.errors import DeployError
 from repvgg_deploy.fusion.fuse import fuse
 from repvgg_deploy.quantization import Recipe, collect_statistics, quantize
 from repvgg_deploy.quantization.augmentation import MOST_AUGMENTATIONS, AugmentedImages
-from repvgg_deploy.quantization.layer_inputs import Streams, input_moments
+from repvgg_deploy.quantization.layer_inputs import Streams, input_moments, weights_of_energies
 from repvgg_deploy.quantization.layer_report import signal_to_noise_db
 from repvgg_deploy.quantization.learned_rounding import _relative_error
-from repvgg_deploy.quantization.points import BATCH
+from repvgg_deploy.quantization.points import BATCH, fused_blocks
 from repvgg_deploy.quantization.recipe import LearningOptions, RoundingOptions, ScaleOptions
 from repvgg_deploy.quantization.rounding import choose_weight_scales, round_weights, round_with_feedback
 
@@ -180,6 +180,22 @@ def test_a_dead_channel_with_an_enormous_weight_costs_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_net_that_is_dead_from_some_block_on_is_quantized_all_the_same(first: int) -> None:
+    net = fused_net()
+    conv = fused_blocks(net)[first][1].conv
+    conv.weight.zero_()
+    conv.bias.fill_(-1.0)
+    images = draw_images()
+    int8 = quantize(net, [images], QUICK)
+    torch.testing.assert_close(int8(images), net(images), rtol=0.01, atol=0.01)
+
+
+def test_where_most_images_drive_nothing_the_others_count_all_alike() -> None:
+    energies = torch.tensor([0.0, 0.0, 0.0, 1.0, 100.0], dtype=torch.float64)
+    assert weights_of_energies(energies).tolist() == [1.0] * 5
+
+
 def test_layers_kept_float_are_the_ones_named_and_help() -> None:
     net, images, test_images = fused_net(), [draw_images(64)], draw_images(64, seed=9)
     names = ("stages.0.0", "stages.3.1", "classifier")
