@@ -44,7 +44,7 @@ from repvgg_deploy.quantization.qat_start import start_training
 from repvgg_deploy.quantization.qat_training import QatTraining, TrainingOptions, set_saturation
 from repvgg_deploy.quantization.statistics import collect_statistics
 from repvgg_deploy.quantization.target import UNSIGNED_HIGHEST
-from repvgg_deploy.workflows.qat_images import hold_out, image_limits, read_training_images
+from repvgg_deploy.workflows.qat_images import KnownClasses, hold_out, image_limits, read_training_images
 
 CASES = {
     "int8": QatOptions(),
@@ -134,8 +134,8 @@ def train(
 ) -> dict[str, Any]:
     """Take the steps, writing the curves as they grow; the figures at the end."""
     images, labels, exact = validation
-    labelled = bool(arguments.label_weight)
-    data = hold_out(read_training_images(arguments.calib, PREPROCESSING, None, labelled=labelled))
+    classes = KnownClasses(exact.shape[1]) if arguments.label_weight else None
+    data = hold_out(read_training_images(arguments.calib, PREPROCESSING, None, classes))
     best, limits = BestState(data.held_out, data.held_out_labels), image_limits(PREPROCESSING)
     some = slice(None, None, max(1, len(images) // 500))
     rows: list[dict[str, Any]] = []

@@ -24,6 +24,7 @@ from repvgg_deploy.checkpoints.settings_values import (
     options_of,
     walk_dicts,
 )
+from repvgg_deploy.checkpoints.written_settings import KEY, read_written
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files.typed_values import read_file
 from repvgg_deploy.nets.cards import find_named_card
@@ -68,6 +69,9 @@ def read_settings(
 
 
 def _inside(configuration: Mapping[str, Any]) -> Settings:
+    written = read_written(configuration.get(KEY))
+    if written != NO_SETTINGS:
+        return replace(written, source=IN_FILE)
     meta = configuration.get("meta")
     texts = [meta.get(key) for key in ("cfg", "config")] if isinstance(meta, Mapping) else []
     for text in texts:

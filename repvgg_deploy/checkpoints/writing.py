@@ -10,17 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repvgg_deploy.checkpoints.known_layouts import OFFICIAL, OFFICIAL_PLUS, TIMM
+from repvgg_deploy.artifacts import PreprocessingOptions
+from repvgg_deploy.checkpoints.known_layouts import HOLOCRON, OFFICIAL, OFFICIAL_PLUS, QAREPVGG_V1, QAREPVGG_V2, TIMM
 from repvgg_deploy.checkpoints.layout import KeyMap, Layout
+from repvgg_deploy.checkpoints.loading import Checkpoint
+from repvgg_deploy.checkpoints.written_settings import settings_metadata
 from repvgg_deploy.errors import CheckpointError
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.settings import ASSUMED, StructureOptions
 from repvgg_deploy.nets.spec import ArchSpec
 
 
 def name_state_dict(net: RepVGG, layout: str) -> dict[str, Tensor]:
-    """The tensors of `net`, in either form, under the names of a layout: `official` or `timm`.
+    """The tensors of `net`, in either form, under the names of a layout: `official`, `timm` or `holocron`.
 
-    A net with squeeze-excites after the ReLU gets RepVGGplus' names, stage 3 in two halves.
+    A net with squeeze-excites after the ReLU gets RepVGGplus' names, stage 3 in two halves; QARepVGG's training form
+    has the official names and those of its BN after the sum.
 
     Raises:
         CheckpointError: the layout has no place for a part of the net.
@@ -61,8 +66,11 @@ def _key_map(spec: ArchSpec, layout: str) -> KeyMap:
 
 
 def _layout(spec: ArchSpec, layout: str) -> Layout:
-    if layout == "timm":
-        return TIMM
+    if layout != "official":
+        return {"timm": TIMM, "holocron": HOLOCRON}[layout]
+    if any(block.norm_after_sum for block in spec.blocks):
+        bare = any(branch.kernel == 1 and not branch.norm for block in spec.blocks for branch in block.branches)
+        return QAREPVGG_V2 if bare else QAREPVGG_V1
     after = any(b.squeeze_excite is not None and b.squeeze_excite.position == "after" for b in spec.blocks)
     return OFFICIAL_PLUS if after else OFFICIAL
 
@@ -80,6 +88,19 @@ def write_state_dict(state: Mapping[str, Tensor], path: Path, metadata: Mapping[
         path.write_bytes(content.getbuffer())
 
 
-def class_names_metadata(names: tuple[str, ...] | None) -> dict[str, str]:
-    """What a `.safetensors` file says of the classes."""
-    return {} if names is None else {"class_names": json.dumps(list(names), ensure_ascii=False)}
+def describe_in_metadata(checkpoint: Checkpoint, images: PreprocessingOptions | None = None) -> dict[str, str]:
+    """What a `.safetensors` file made from `checkpoint` says beside its tensors: its classes, and what no tensor tells.
+
+    Of the latter only what somebody has said: a configuration, options, or `images` of the preprocessing.
+    """
+    names = checkpoint.class_names
+    classes = {} if names is None else {"class_names": json.dumps(list(names), ensure_ascii=False)}
+    spec = checkpoint.spec
+    said = {name for name, origin in checkpoint.origins.items() if origin != ASSUMED}
+    structure = StructureOptions(
+        spec.strides if "strides" in said else None,
+        str(spec.activation) if "activation" in said else None,
+        spec.bn_eps if "bn_eps" in said else None,
+    )
+    preprocessing = (images or PreprocessingOptions()).over(checkpoint.settings.preprocessing)
+    return {**classes, **settings_metadata(structure, preprocessing)}

@@ -12,10 +12,12 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
+from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files.typed_values import Line, Sha256
 from repvgg_deploy.fusion.fuse import equivalent_kernel_bias
 from repvgg_deploy.nets.repvgg import RepVGG
+from repvgg_deploy.nets.spec import ArchSpec
 from repvgg_deploy.quantization.array_files import ArrayFile, save_arrays
 from repvgg_deploy.quantization.bias_headroom import make_room
 from repvgg_deploy.quantization.grid import Grid
@@ -151,15 +153,48 @@ def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary 
 
 
 @dataclass(frozen=True)
+class TrainedAs:
+    """What a net was trained as that no tensor tells; the scales are true of no other.
+
+    Attributes:
+        strides: of the stages.
+        activation: of the blocks, as `parse_activation` takes it.
+        bn_eps: the epsilon of the BNs.
+        mean, std, color_order: of the images.
+    """
+
+    strides: tuple[int, ...]
+    activation: Line
+    bn_eps: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    color_order: Line
+
+    @classmethod
+    def of(cls, spec: ArchSpec, preprocessing: Preprocessing) -> TrainedAs:
+        """A net of this architecture, for images prepared like this."""
+        images = (preprocessing.mean, preprocessing.std, str(preprocessing.color_order))
+        return cls(spec.strides, str(spec.activation), spec.bn_eps, *images)
+
+    def differences(self, other: TrainedAs) -> dict[str, Any]:
+        """The values here, by name, that `other` has not."""
+        return {name: value for name, value in vars(self).items() if value != getattr(other, name)}
+
+
+@dataclass(frozen=True)
 class ScalesOrigin:
-    """Where learned scales come from: the recipe that training started from, its steps, and its seed."""
+    """Where learned scales come from: the recipe that training started from, its steps, its seed, and the net.
+
+    Files of earlier versions do not say what the net was trained as.
+    """
 
     recipe: Line
     steps: Annotated[int, Meta(ge=0, le=1 << 32)]
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    trained_as: TrainedAs | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _About(ScalesOrigin):
     sha256: Sha256
     full_range: bool
@@ -198,7 +233,9 @@ def load_scales(path: Path, sha256: str) -> tuple[QatScales, ScalesOrigin] | Non
         weight = _positive(file, f"{name}/weight", (None,)).float()
         layers[name] = LayerScales(weight, float(_positive(file, f"{name}/input", ())))
     pool = float(_positive(file, f"{POOL}/input", ())) if f"{POOL}/input" in file.keys else None
-    return QatScales(layers, pool, about.full_range), ScalesOrigin(about.recipe, about.steps, about.seed)
+    return QatScales(layers, pool, about.full_range), ScalesOrigin(
+        about.recipe, about.steps, about.seed, about.trained_as
+    )
 
 
 def _positive(file: ArrayFile, key: str, shape: tuple[int | None, ...]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from repvgg_deploy.artifacts import Parity, PreprocessingOptions
 from repvgg_deploy.checkpoints import CheckpointOptions, build, load_checkpoint
-from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
+from repvgg_deploy.checkpoints.writing import describe_in_metadata, name_state_dict, write_state_dict
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.files.staging import stage_files
 from repvgg_deploy.fusion.fuse import fuse
@@ -66,7 +66,7 @@ def write_fused(
     with stage_files(target.absolute().parent) as staging:
         written = staging / target.name
         state = name_state_dict(fused, chosen)
-        write_state_dict(state, written, class_names_metadata(checkpoint.class_names))
+        write_state_dict(state, written, describe_in_metadata(checkpoint))
         # Verify what a reader gets from the file, not what was handed to the writer.
         spec = checkpoint.spec
         same = StructureOptions(spec.strides, str(spec.activation), spec.bn_eps)

@@ -27,7 +27,7 @@ from repvgg_deploy.quantization.calibration_images import CalibrationImages, cho
 from repvgg_deploy.quantization.data_free import MadePictures, make_pictures
 from repvgg_deploy.quantization.mixed_precision import DropLimit, quantize_within
 from repvgg_deploy.quantization.net import QuantizationSummary
-from repvgg_deploy.quantization.qat_scales import apply_scales, load_scales
+from repvgg_deploy.quantization.qat_scales import ScalesOrigin, TrainedAs, apply_scales, load_scales
 from repvgg_deploy.quantization.qdq import with_fp16_scales
 from repvgg_deploy.runtime.model import Model
 from repvgg_deploy.runtime.torch import TorchOptions, TorchRunner
@@ -108,6 +108,7 @@ def _find_scales(
             "every layer was trained in INT8", "leave out --keep-float and --max-drop, or calibrate with --calib DIR"
         )
     scales, origin = found
+    _require_same_net(path, origin, source)
     if request.full_range and not scales.full_range:
         raise DeployError(
             f"the scales in {path} are for activations up to 127",
@@ -122,6 +123,23 @@ def _find_scales(
         origin.recipe, 0, "", origin.seed, (), trained_steps=origin.steps, full_range=scales.full_range
     )
     return apply_scales(source.fused, scales, summary), summary
+
+
+def _require_same_net(path: Path | None, origin: ScalesOrigin, source: Int8Source) -> None:
+    """Raise DeployError if the checkpoint is read as another net than the scales were learned for."""
+    if origin.trained_as is None:
+        return
+    other = origin.trained_as.differences(TrainedAs.of(source.fused.spec, source.preprocessing))
+    if not other:
+        return
+    words = {
+        name: ",".join(map(repr, value)) if isinstance(value, tuple) else str(value) for name, value in other.items()
+    }
+    said = ", ".join(f"{name} {text}" for name, text in words.items())
+    options = " ".join(
+        f"--{name.replace('activation', 'act').replace('_', '-')} {text}" for name, text in words.items()
+    )
+    raise DeployError(f"the scales in {path} were learned for another net or other images: {said}", options)
 
 
 def _find_images(

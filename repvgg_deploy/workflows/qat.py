@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from repvgg_deploy.artifacts import Parity, Preprocessing
 from repvgg_deploy.benchmark.report.curves import draw_curves
 from repvgg_deploy.checkpoints import Checkpoint, build, load_checkpoint
-from repvgg_deploy.checkpoints.writing import class_names_metadata, name_state_dict, write_state_dict
+from repvgg_deploy.checkpoints.writing import describe_in_metadata, name_state_dict, write_state_dict
 from repvgg_deploy.errors import DeployError, ImageError
 from repvgg_deploy.files.kinds import hash_file
 from repvgg_deploy.files.staging import stage_files
@@ -36,13 +36,21 @@ from repvgg_deploy.quantization.data_free import make_pictures
 from repvgg_deploy.quantization.points import Images
 from repvgg_deploy.quantization.qat import convert_qat
 from repvgg_deploy.quantization.qat_best import BestState
-from repvgg_deploy.quantization.qat_scales import ScalesOrigin, apply_scales, save_scales
+from repvgg_deploy.quantization.qat_scales import ScalesOrigin, TrainedAs, apply_scales, save_scales
 from repvgg_deploy.quantization.qat_start import empty_start, start_training
 from repvgg_deploy.quantization.qat_training import QatTraining, set_saturation
 from repvgg_deploy.quantization.recipe import load_recipe
 from repvgg_deploy.quantization.target import UNSIGNED_HIGHEST
 from repvgg_deploy.verification.parity import compare, require_parity
-from repvgg_deploy.workflows.qat_images import TrainingImages, hold_out, image_limits, made_images, read_training_images
+from repvgg_deploy.workflows.qat_checks import layout_to_write, load_trainable
+from repvgg_deploy.workflows.qat_images import (
+    TrainingImages,
+    hold_out,
+    image_limits,
+    known_classes,
+    made_images,
+    read_training_images,
+)
 from repvgg_deploy.workflows.qat_request import QatRequest, QatResult, curves_path, scales_path, state_path
 from repvgg_deploy.workflows.qat_rows import describe_row, measure_row, to_csv
 from repvgg_deploy.workflows.qat_state import SavedRun, load_run, save_run
@@ -68,14 +76,14 @@ def run_qat(request: QatRequest, progress: Progress = SILENT) -> QatResult | Non
 
 def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None:
     start = time.perf_counter()
-    checkpoint = _load(request)
+    checkpoint = load_trainable(request)
     preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing, checkpoint.settings)
     net = build(checkpoint).float()
-    images = hold_out(_training_images(request, net, preprocessing, progress))
+    images = hold_out(_training_images(request, checkpoint, net, preprocessing, progress))
     request = _with_steps(request, len(images))
     validation = None
     if request.validation is not None and rank == 0:
-        validation = read_training_images(request.validation, preprocessing, _VALIDATION, labelled=True)
+        validation = read_training_images(request.validation, preprocessing, _VALIDATION, known_classes(checkpoint))
         _tell_left_out(validation.left_out, request, progress)
     best = BestState(images.held_out, images.held_out_labels)
     if state_path(request.output).exists():
@@ -142,45 +150,16 @@ def _processes(device: str) -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def _load(request: QatRequest) -> Checkpoint:
-    if request.output.suffix not in (".pth", ".pt", ".safetensors"):
-        raise DeployError(f"{request.output} has no file extension of a checkpoint", "-o FILE.safetensors or FILE.pth")
-    if request.output.exists() and request.checkpoint.exists() and request.output.samefile(request.checkpoint):
-        raise DeployError(f"{request.output} is the checkpoint itself", "give another name: -o")
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise DeployError("torch sees no CUDA GPU here", "leave out --device, or install torch for CUDA")
-    options = request.options
-    if options.weight_bits != 8 or options.activation_bits != 8:
-        raise DeployError("an INT8 graph has 8 bits", "other widths are for prepare_qat(), in Python")
-    checkpoint = request.read.load(request.checkpoint)
-    if not checkpoint.spec.classes:
-        raise DeployError(
-            f"{request.checkpoint} is a backbone", "qat trains classifiers; prepare_qat() takes any module"
-        )
-    if checkpoint.form == "deploy" and not request.from_deploy:
-        raise DeployError(
-            f"{request.checkpoint} is in deploy form: it has no branches to train",
-            "give the training form, or --from-deploy, which inserts BNs, trains and fuses again",
-        )
-    if checkpoint.form == "train" and request.from_deploy:
-        raise DeployError(f"{request.checkpoint} is in training form", "leave out --from-deploy")
-    return checkpoint
-
-
 def _training_images(
-    request: QatRequest, net: RepVGG, preprocessing: Preprocessing, progress: Progress
+    request: QatRequest, checkpoint: Checkpoint, net: RepVGG, preprocessing: Preprocessing, progress: Progress
 ) -> TrainingImages:
     if request.data is None:
         recipe = load_recipe(request.recipe)
         progress.note("no images to train on: synthesizing images from the BN statistics")
-        return made_images(make_pictures(net, preprocessing, recipe.pictures, recipe.seed, progress=progress))
-    labelled = request.training.labels > 0
-    images = read_training_images(request.data, preprocessing, None, labelled)
-    if labelled and images.classes != net.spec.classes:
-        raise DeployError(
-            f"{request.data} has {images.classes} classes, but the net has {net.spec.classes}",
-            "one folder per class, in the order of the outputs; or leave out --label-weight",
-        )
+        made = make_pictures(net, preprocessing, recipe.pictures, recipe.seed, progress=progress)
+        return made_images(made, preprocessing)
+    classes = known_classes(checkpoint) if request.training.labels > 0 else None
+    images = read_training_images(request.data, preprocessing, None, classes)
     _tell_left_out(images.left_out, request, progress)
     progress.note(f"training on {len(images)} images of {request.data}")
     return images
@@ -270,17 +249,18 @@ def _write(
     trained = cast(RepVGG, converted)
     if request.from_deploy:
         trained = fuse(trained, torch.float32)
-    layout = "timm" if checkpoint.layout == "timm" else "official"
     sample, _ = images.take(torch.arange(min(_SEEN, len(images))))
     target = request.output.absolute()
     with stage_files(target.parent) as staging, torch.no_grad():
-        state = name_state_dict(trained, layout)
-        write_state_dict(state, staging / target.name, class_names_metadata(checkpoint.class_names))
+        state = name_state_dict(trained, layout_to_write(checkpoint))
+        images_as = replace(request.preprocessing, size=None, resize=None, crop_ratio=None)
+        write_state_dict(state, staging / target.name, describe_in_metadata(checkpoint, images_as))
         spec = checkpoint.spec
         same = StructureOptions(spec.strides, str(spec.activation), spec.bn_eps)
         again = build(load_checkpoint(staging / target.name, structure=same))
         fused = again if request.from_deploy else fuse(again, torch.float32)
-        origin = ScalesOrigin(str(request.recipe), request.training.steps, request.training.seed)
+        trained_as = TrainedAs.of(spec, images.preprocessing)
+        origin = ScalesOrigin(str(request.recipe), request.training.steps, request.training.seed, trained_as)
         sha256 = hash_file(staging / target.name)
         save_scales(scales, staging / scales_path(target).name, sha256, origin)
         parity = compare(_run_net(student, sample), _run_net(apply_scales(fused, scales), sample))

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repvgg_deploy.artifacts import Preprocessing
+from repvgg_deploy.checkpoints import Checkpoint
 from repvgg_deploy.errors import ImageError
 from repvgg_deploy.images.decoding import Pixels, normalize, read_pixels
 from repvgg_deploy.images.labelled import list_labelled_images
 from repvgg_deploy.images.reading import BrokenImages, read_batches
 from repvgg_deploy.images.sources import ImageSource, Unreadable, list_images
 from repvgg_deploy.quantization.data_free import MadePictures
+from repvgg_deploy.workflows.evaluate import map_classes
 
 # Decoded pixels are kept in memory up to this many bytes.
 _KEPT_BYTES = 1 << 31
@@ -31,7 +33,7 @@ _MOST_HELD_OUT = 128
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images by index; `labels` are their classes, of which there are `classes`, or None.
+    """Images by index; `labels` are their classes, as the net counts them, or None.
 
     `left_out` says of what cannot be read why.
     """
@@ -39,7 +41,6 @@ class TrainingImages:
     paths: tuple[ImageSource, ...]
     preprocessing: Preprocessing
     labels: NDArray[np.int64] | None = None
-    classes: int = 0
     kept: Pixels | None = None
     made: Tensor | None = None
     left_out: tuple[str, ...] = ()
@@ -61,21 +62,37 @@ class TrainingImages:
             return np.stack(list(pool.map(lambda i: read_pixels(self.paths[i], self.preprocessing), indices)))
 
 
+@dataclass(frozen=True)
+class KnownClasses:
+    """The classes of a net: how many, and their names in the order of its outputs, where they are known."""
+
+    count: int
+    names: tuple[str, ...] | None = None
+
+
+def known_classes(checkpoint: Checkpoint) -> KnownClasses:
+    """The classes of the net in a checkpoint."""
+    return KnownClasses(checkpoint.spec.classes, checkpoint.class_names)
+
+
 def read_training_images(
-    folder: Path, preprocessing: Preprocessing, most: int | None, labelled: bool
+    folder: Path, preprocessing: Preprocessing, most: int | None, classes: KnownClasses | None
 ) -> TrainingImages:
     """The images of `folder`, or `most` evenly spaced ones; broken ones are left out where all are kept in memory.
 
+    With `classes` they have labels, which are found as `evaluate` finds them.
+
     Raises:
-        ImageError: there is no image, or, with `labelled`, no folder per class.
+        ImageError: there is no image, or, with `classes`, no folder per class.
+        DeployError: the folders cannot be these classes.
     """
     labels: NDArray[np.int64] | None = None
-    classes = 0
     paths: tuple[ImageSource, ...]
-    if labelled:
+    if classes is not None:
         found = list_labelled_images(folder)
-        paths, closed, labels = found.paths, found.unreadable, np.asarray(found.labels, np.int64)
-        classes = 0 if found.class_names is None else len(found.class_names)
+        paths, closed = found.paths, found.unreadable
+        if paths:
+            labels = map_classes(found, classes.names, classes.count)[list(found.labels)]
     else:
         listed = list_images(folder)
         closed = tuple(path for path in listed if isinstance(path, Unreadable))
@@ -87,7 +104,7 @@ def read_training_images(
         chosen = np.linspace(0, len(paths), most, endpoint=False).astype(np.int64)
         paths = tuple(paths[i] for i in chosen)
         labels = None if labels is None else labels[chosen]
-    images = TrainingImages(paths, preprocessing, labels, classes, left_out=left_out)
+    images = TrainingImages(paths, preprocessing, labels, left_out=left_out)
     if len(paths) * preprocessing.height * preprocessing.width * 3 > _KEPT_BYTES:
         return images
     broken = BrokenImages()
@@ -100,7 +117,6 @@ def read_training_images(
         tuple(paths[i] for i in indices),
         preprocessing,
         None if labels is None else labels[indices],
-        classes,
         np.concatenate([pixels for pixels, _ in batches]),
         left_out=(*left_out, *broken.reasons.values()),
     )
@@ -138,9 +154,9 @@ def hold_out(images: TrainingImages) -> ImageSplit:
     return ImageSplit(images, everything[rest], *images.take(chosen))
 
 
-def made_images(made: MadePictures) -> TrainingImages:
-    """Images synthesized from BN statistics, to train on."""
-    return TrainingImages((), Preprocessing(), made=made.pictures)
+def made_images(made: MadePictures, preprocessing: Preprocessing) -> TrainingImages:
+    """Images synthesized from BN statistics as if they were prepared like this, to train on."""
+    return TrainingImages((), preprocessing, made=made.pictures)
 
 
 def image_limits(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.quantized_nets import QUICK_RECIPE
+from safetensors.torch import load_file
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.checkpoints import build, load_checkpoint
@@ -239,10 +240,47 @@ def test_what_does_not_fit_is_told_before_any_work(images, tmp_path) -> None:
     (tmp_path / "few" / "a").mkdir(parents=True)
     first = next(path for path in sorted(images.rglob("*.png")))
     (tmp_path / "few" / "a" / "x.png").write_bytes(first.read_bytes())
-    assert "1 classes, but the net has 12" in qat(DEMO, tmp_path / "few", out, "--label-weight", "1", code=1).stderr
+    assert "1 classes, but the model has 12" in qat(DEMO, tmp_path / "few", out, "--label-weight", "1", code=1).stderr
     assert not out.exists()
     assert not state_path(out).exists()
     qat(DEMO, images, out, "--epochs", "1", code=2)
+    for option, value in (("--seed", str(1 << 32)), ("--rate", "1e308"), ("--label-weight", "1e308")):
+        assert option in qat(DEMO, images, out, option, value, code=2).stderr
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.scales.npz", "out.curves.csv", "out.qat-state.pt"])
+def test_a_directory_in_the_place_of_a_file_is_told_before_any_work(name, images, tmp_path) -> None:
+    (tmp_path / name).mkdir()
+    refused = qat(DEMO, images, tmp_path / "out.pth", code=1).stderr
+    assert refused.startswith(f"error: {tmp_path / name} is a directory")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_that_is_too_long_is_told_before_any_work(images, tmp_path) -> None:
+    refused = qat(DEMO, images, tmp_path / f"{'x' * 248}.pth", code=1).stderr
+    assert "cannot be written: File name too long" in refused
+
+
+def test_a_net_that_no_layout_has_names_for_is_told_before_any_work(images, tmp_path) -> None:
+    tensors = {key: value for key, value in load_file(DEMO).items() if not key.startswith("linear.")}
+    width = tensors["stage4.0.rbr_dense.conv.weight"].shape[0]
+    for number, (features, outputs) in {"0": (width, 16), "2": (16, 12)}.items():
+        tensors[f"linear.{number}.weight"] = torch.zeros(outputs, features)
+        tensors[f"linear.{number}.bias"] = torch.zeros(outputs)
+    torch.save(tensors, tmp_path / "deep.pth")
+    result = qat(tmp_path / "deep.pth", images, tmp_path / "out.pth", "--head-act", "relu", code=1)
+    assert result.stderr.startswith(f"error: {tmp_path / 'deep.pth'} cannot be trained, as the result")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["holocron_train.pth", "qarepvgg_v2_train.pth"])
+def test_the_result_has_the_names_of_its_library_if_the_official_layout_has_none(
+    name, images, shared, tmp_path
+) -> None:
+    out = tmp_path / "trained.safetensors"
+    qat(shared / "golden" / name, images, out, "--size", "64")
+    assert load_checkpoint(out).layout == load_checkpoint(shared / "golden" / name).layout
+    export_with(out, tmp_path / "trained.scales.npz", tmp_path / "out", "--size", "64")
 
 
 @pytest.mark.slow
@@ -290,6 +328,25 @@ def test_a_recipe_may_have_the_full_range(images, tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_a_net_whose_settings_no_tensor_tells_is_exported_as_it_was_trained(ending, images, tmp_path) -> None:
+    settings = {"strides": [1, 1, 2, 2, 2], "activation": "SiLU", "mean": [0.4] * 3, "std": [0.2] * 3}
+    torch.save({"state_dict": load_file(DEMO), "hyper_parameters": settings}, tmp_path / "net.ckpt")
+    out = tmp_path / f"trained.{ending}"
+    qat(tmp_path / "net.ckpt", images, out, "--size", "32")
+    more = ("--size", "32")
+    if ending == "pth":
+        # It has no place for them. Without them it would be another net.
+        refused = export_with(out, tmp_path / "trained.scales.npz", tmp_path / "out", *more, code=1).stderr
+        assert "learned for another net or other images: strides 1,1,2,2,2, activation silu, mean" in refused
+        more += tuple(refused.rpartition("hint: ")[2].split())
+    export_with(out, tmp_path / "trained.scales.npz", tmp_path / "out", *more)
+    about = read_metadata(read_onnx_metadata(tmp_path / "out" / "trained.int8.onnx"))
+    assert about.preprocessing.mean == (0.4, 0.4, 0.4)
+    assert [about.extra["assumed"][name]["value"] for name in ("strides", "activation")] == [[1, 1, 2, 2, 2], "silu"]
+
+
+@pytest.mark.slow
 def test_scales_are_those_of_their_checkpoint(images, tmp_path) -> None:
     out, scales = tmp_path / "trained.pth", tmp_path / "trained.scales.npz"
     qat(DEMO, images, out)
@@ -298,4 +355,7 @@ def test_scales_are_those_of_their_checkpoint(images, tmp_path) -> None:
     assert "truncated or damaged" in export_with(out, tmp_path / "no.npz", tmp_path / "a", code=1).stderr
     refused = export_with(out, scales, tmp_path / "a", "--keep-float", "stages.1.1", code=1)
     assert "every layer was trained in INT8" in refused.stderr
+    refused = export_with(out, scales, tmp_path / "a", "--act", "silu", "--mean", "0.5,0.5,0.5", code=1)
+    assert "were learned for another net or other images: activation relu, mean" in refused.stderr
+    assert "hint: --act relu --mean" in refused.stderr
     assert not (tmp_path / "a").exists()

@@ -10,10 +10,11 @@ from helpers.pictures import jpeg, write_tar
 from PIL import Image
 
 from repvgg_deploy.artifacts import Preprocessing
-from repvgg_deploy.errors import ImageError
-from repvgg_deploy.workflows.qat_images import TrainingImages, hold_out, read_training_images
+from repvgg_deploy.errors import DeployError, ImageError
+from repvgg_deploy.workflows.qat_images import KnownClasses, TrainingImages, hold_out, read_training_images
 
 SMALL = Preprocessing(8, 8, 8)
+TWO = KnownClasses(2)
 
 
 def numbered(count: int) -> TrainingImages:
@@ -39,11 +40,11 @@ def test_the_images_that_are_held_out_have_their_own_classes(tmp_path: Path) -> 
         (tmp_path / label).mkdir()
         for index in range(100):
             Image.new("L", (8, 8), grey).save(tmp_path / label / f"{index}.png")
-    split = hold_out(read_training_images(tmp_path, SMALL, None, labelled=True))
+    split = hold_out(read_training_images(tmp_path, SMALL, None, TWO))
     assert split.held_out_labels is not None
     assert split.held_out_labels.tolist() == (split.held_out.mean((1, 2, 3)) > 0).long().tolist()
     assert 0 < split.held_out_labels.float().mean() < 1
-    assert hold_out(read_training_images(tmp_path, SMALL, None, labelled=False)).held_out_labels is None
+    assert hold_out(read_training_images(tmp_path, SMALL, None, None)).held_out_labels is None
 
 
 @pytest.mark.parametrize("count", [1, 127])
@@ -62,7 +63,7 @@ def test_images_and_archives_that_cannot_be_read_are_left_out_by_name(tmp_path: 
     archive = write_tar(tmp_path / "b" / "more.tar", {"x.jpg": jpeg(1)})
     # Its member is whole, and nothing follows it.
     archive.write_bytes(archive.read_bytes()[: 512 * (1 + -(-len(jpeg(1)) // 512))])
-    images = read_training_images(tmp_path, SMALL, None, labelled)
+    images = read_training_images(tmp_path, SMALL, None, TWO if labelled else None)
     assert len(images) == 6
     assert images.labels is None or images.labels.tolist() == [0, 0, 0, 1, 1, 1]
     damaged, broken = images.left_out
@@ -74,4 +75,27 @@ def test_folder_with_nothing_that_can_be_read_is_an_error(tmp_path: Path) -> Non
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.tar").write_bytes(b"")
     with pytest.raises(ImageError, match=r"none of the images of .* can be read"):
-        read_training_images(tmp_path / "a", SMALL, None, labelled=False)
+        read_training_images(tmp_path / "a", SMALL, None, None)
+
+
+def test_labels_are_the_classes_of_the_net_by_name(tmp_path: Path) -> None:
+    for name, grey in (("cat", 0), ("dog", 255)):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8), grey).save(tmp_path / name / "0.png")
+    images = read_training_images(tmp_path, SMALL, None, KnownClasses(3, ("dog", "bird", "cat")))
+    assert images.labels is not None
+    assert images.labels.tolist() == [2, 0]
+    # Names that the net does not know are in its order.
+    assert read_training_images(tmp_path, SMALL, None, KnownClasses(2, ("0", "1"))).labels.tolist() == [0, 1]
+    with pytest.raises(DeployError, match="the folder has 2 classes, but the model has 3"):
+        read_training_images(tmp_path, SMALL, None, KnownClasses(3))
+
+
+@pytest.mark.parametrize("index", [b"2", b"0"])
+def test_numbers_of_classes_are_held_to_those_of_the_net(tmp_path: Path, index: bytes) -> None:
+    archive = write_tar(tmp_path / "set.tar", {"a.jpg": jpeg(1), "a.cls": index})
+    if index == b"0":
+        assert read_training_images(archive, SMALL, None, TWO).labels.tolist() == [0]
+        return
+    with pytest.raises(DeployError, match="class 2, but the model's classes are 0 to 1"):
+        read_training_images(archive, SMALL, None, TWO)
