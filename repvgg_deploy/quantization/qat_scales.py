@@ -154,44 +154,41 @@ def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary 
 
 @dataclass(frozen=True)
 class TrainedAs:
-    """What a net was trained as that no tensor tells; the scales are true of no other.
+    """What a net was trained as that no tensor tells, as options say it; the scales are true of no other.
 
     Attributes:
         strides: of the stages.
-        activation: of the blocks, as `parse_activation` takes it.
+        activation: of the blocks.
         bn_eps: the epsilon of the BNs.
         mean, std, color_order: of the images.
     """
 
-    strides: tuple[int, ...]
+    strides: Line
     activation: Line
-    bn_eps: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    bn_eps: Line
+    mean: Line
+    std: Line
     color_order: Line
 
     @classmethod
     def of(cls, spec: ArchSpec, preprocessing: Preprocessing) -> TrainedAs:
         """A net of this architecture, for images prepared like this."""
-        images = (preprocessing.mean, preprocessing.std, str(preprocessing.color_order))
-        return cls(spec.strides, str(spec.activation), spec.bn_eps, *images)
+        strides, mean, std = (",".join(map(repr, v)) for v in (spec.strides, preprocessing.mean, preprocessing.std))
+        return cls(strides, str(spec.activation), repr(spec.bn_eps), mean, std, preprocessing.color_order)
 
-    def differences(self, other: TrainedAs) -> dict[str, Any]:
-        """The values here, by name, that `other` has not."""
+    def differences(self, other: TrainedAs) -> dict[str, str]:
+        """The values here, by name, that `other` does not have."""
         return {name: value for name, value in vars(self).items() if value != getattr(other, name)}
 
 
 @dataclass(frozen=True)
 class ScalesOrigin:
-    """Where learned scales come from: the recipe that training started from, its steps, its seed, and the net.
-
-    Files of earlier versions do not say what the net was trained as.
-    """
+    """Where learned scales come from: the recipe that training started from, its steps, its seed, and the net."""
 
     recipe: Line
     steps: Annotated[int, Meta(ge=0, le=1 << 32)]
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-    trained_as: TrainedAs | None = None
+    trained_as: TrainedAs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,8 @@ class TrainingState:
 class QatTraining:
     """A student, its teacher and its optimizer, and the number of steps done.
 
-    Under torchrun each process has one of these, takes its share of every batch, and the gradients are averaged.
+    Under torchrun each process has one of these, takes its share of every batch, and the gradients are averaged; an
+    image counts the same in a larger share as in a smaller one.
     """
 
     def __init__(self, student: nn.Module, teacher: RepVGG, options: TrainingOptions) -> None:
@@ -107,8 +108,10 @@ class QatTraining:
         self._since: dict[str, float] = {}
         wrapped: nn.Module = _WithStages(cast(RepVGG, student))
         if dist.is_initialized():
-            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+            # Running statistics that move are those of the first process, whose state is saved.
+            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=_statistics_move(student))
         self._runs = wrapped
+        self._mean_share = options.batch / (dist.get_world_size() if dist.is_initialized() else 1)
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +143,12 @@ class QatTraining:
             loss = loss + options.features * torch.stack(distances).mean()
         if labels is not None and options.labels:
             loss = loss + options.labels * F.cross_entropy(logits.float(), labels)
+        loss = loss * (len(pictures) / self._mean_share)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.done += 1
-        agreement = (logits.argmax(1) == wanted.argmax(1)).float().mean()
+        agreement = (logits.argmax(1) == wanted.argmax(1)).float().sum() / self._mean_share
         values = torch.stack([loss.detach(), agreement])
         if dist.is_initialized():
             dist.all_reduce(values)
@@ -227,6 +231,10 @@ def set_saturation(net: nn.Module, highest: int) -> None:
     for quantizer in quantizers(net):
         if quantizer.unsigned and quantizer.lowest == -128:
             quantizer.highest = highest
+
+
+def _statistics_move(net: nn.Module) -> bool:
+    return any(layer.options.moving_statistics for layer in net.modules() if isinstance(layer, QatBlock))
 
 
 def saturations(net: nn.Module) -> tuple[int, ...]:

@@ -127,19 +127,13 @@ def _find_scales(
 
 def _require_same_net(path: Path | None, origin: ScalesOrigin, source: Int8Source) -> None:
     """Raise DeployError if the checkpoint is read as another net than the scales were learned for."""
-    if origin.trained_as is None:
-        return
     other = origin.trained_as.differences(TrainedAs.of(source.fused.spec, source.preprocessing))
     if not other:
         return
-    words = {
-        name: ",".join(map(repr, value)) if isinstance(value, tuple) else str(value) for name, value in other.items()
-    }
-    said = ", ".join(f"{name} {text}" for name, text in words.items())
-    options = " ".join(
-        f"--{name.replace('activation', 'act').replace('_', '-')} {text}" for name, text in words.items()
-    )
-    raise DeployError(f"the scales in {path} were learned for another net or other images: {said}", options)
+    options = {"activation": "act", "bn_eps": "bn-eps", "color_order": "color-order"}
+    said = ", ".join(f"{name} {value}" for name, value in other.items())
+    hint = " ".join(f"--{options.get(name, name)} {value}" for name, value in other.items())
+    raise DeployError(f"the scales in {path} were learned for another net or other images: {said}", hint)
 
 
 def _find_images(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from repvgg_deploy.checkpoints import Checkpoint
@@ -18,6 +20,7 @@ def load_trainable(request: QatRequest) -> Checkpoint:
         DeployError: the checkpoint cannot be read, or not be trained, or its result could not be written.
     """
     _require_places(request)
+    _require_shares(request)
     if request.output.suffix not in (".pth", ".pt", ".safetensors"):
         raise DeployError(f"{request.output} has no file extension of a checkpoint", "-o FILE.safetensors or FILE.pth")
     if request.output.exists() and request.checkpoint.exists() and request.output.samefile(request.checkpoint):
@@ -58,6 +61,16 @@ def _require_places(request: QatRequest) -> None:
             raise DeployError(f"{path} cannot be written: {error.strerror}", "choose another -o") from error
         if is_folder:
             raise DeployError(f"{path} is a directory, so no file can take its place", "choose another -o")
+
+
+def _require_shares(request: QatRequest) -> None:
+    """Raise DeployError if a process of torchrun would get no image of a batch."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if request.training.batch < processes:
+        raise DeployError(
+            f"a batch of {request.training.batch} is too small for {processes} processes",
+            f"--batch {processes} or more",
+        )
 
 
 def _require_names(checkpoint: Checkpoint) -> None:

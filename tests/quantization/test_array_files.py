@@ -17,15 +17,17 @@ import torch
 from helpers.damage import UNREADABLE, find, places, replaced, truncated, without, wrong_for
 from helpers.quantized_nets import draw_images, fused_net
 
+from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import DeployError
 from repvgg_deploy.quantization import CalibrationStatistics, collect_statistics
 from repvgg_deploy.quantization.array_files import save_arrays
 from repvgg_deploy.quantization.points import fused_blocks
 from repvgg_deploy.quantization.qat import LayerScales, QatScales
-from repvgg_deploy.quantization.qat_scales import ScalesOrigin, apply_scales, load_scales, save_scales
+from repvgg_deploy.quantization.qat_scales import ScalesOrigin, TrainedAs, apply_scales, load_scales, save_scales
 
 SHA256 = "a" * 64
 NET, IMAGES = fused_net(), draw_images(4)
+TRAINED_AS = TrainedAs.of(NET.spec, Preprocessing())
 Content = dict[str, Any]
 
 
@@ -47,7 +49,7 @@ def write_statistics(path: Path) -> None:
 def write_learned(path: Path) -> None:
     widths = {name: len(block.conv.weight) for name, block in fused_blocks(NET)} | {"classifier": NET.spec.classes}
     layers = {name: LayerScales(torch.full((width,), 0.5), 0.25) for name, width in widths.items()}
-    save_scales(QatScales(layers, 0.125), path, SHA256, ScalesOrigin("fast", 5, 1))
+    save_scales(QatScales(layers, 0.125), path, SHA256, ScalesOrigin("fast", 5, 1, TRAINED_AS))
 
 
 KINDS = {"statistics": (write_statistics, load_statistics), "scales": (write_learned, load_learned)}

@@ -26,7 +26,14 @@ from repvgg_deploy.quantization import load_recipe, quantize
 from repvgg_deploy.quantization.grid import Grid
 from repvgg_deploy.quantization.pair_sums import INT16_MAX, largest_pair_sum
 from repvgg_deploy.quantization.qat import FakeQuantizer, QatBlock, QatOptions, QatScales, quantizers, round_kernel
-from repvgg_deploy.quantization.qat_scales import ScalesOrigin, apply_scales, load_scales, observe_scales, save_scales
+from repvgg_deploy.quantization.qat_scales import (
+    ScalesOrigin,
+    TrainedAs,
+    apply_scales,
+    load_scales,
+    observe_scales,
+    save_scales,
+)
 from repvgg_deploy.quantization.qat_start import start_training
 from repvgg_deploy.quantization.qat_training import set_saturation
 
@@ -353,18 +360,23 @@ def test_observed_scales_are_for_the_integers_that_the_quantizer_has(net: Callab
 def test_scales_are_kept_for_one_checkpoint(tmp_path: Path) -> None:
     scales = observe_scales(make_net(), [images_of(8)])
     path = tmp_path / "scales.npz"
-    save_scales(scales, path, "a" * 64, ScalesOrigin("fast", 5, 1))
+    trained_as = TrainedAs.of(make_net().spec, Preprocessing())
+    kept = ScalesOrigin("fast", 5, 1, trained_as)
+    save_scales(scales, path, "a" * 64, kept)
     found = load_scales(path, "a" * 64)
     assert found is not None
     read, origin = found
-    assert origin == ScalesOrigin("fast", 5, 1)
+    assert origin == kept
     assert read.pool == pytest.approx(scales.pool)
     assert all(torch.equal(read.layers[name].weight, layer.weight) for name, layer in scales.layers.items())
+    assert origin.trained_as.differences(trained_as) == {}
+    other = TrainedAs.of(make_net().spec, Preprocessing(mean=(0.5, 0.5, 0.5)))
+    assert trained_as.differences(other).keys() == {"mean"}
     with pytest.raises(DeployError, match="another checkpoint"):
         load_scales(path, "b" * 64)
     assert load_scales(tmp_path / "none.npz", "a" * 64) is None
     assert not read.full_range
-    save_scales(replace(scales, full_range=True), path, "a" * 64, ScalesOrigin("fast", 5, 1))
+    save_scales(replace(scales, full_range=True), path, "a" * 64, kept)
     wide = load_scales(path, "a" * 64)
     assert wide is not None
     assert wide[0].full_range
