@@ -15,7 +15,7 @@ from PIL import Image
 
 from repvgg_deploy.images.synthetic import draw_images
 
-FIGURES = {"top1", "top1_fp32", "agreement", "sqnr_db", "median_db", "images"}
+FIGURES = {"top1", "top1_fp32", "agreement", "sqnr_db", "median_db", "images", "drop_error"}
 
 
 @pytest.fixture(scope="module")
