@@ -94,7 +94,7 @@ def plan_pictures(net: RepVGG, preprocessing: Preprocessing, options: PictureOpt
         affordable = int(options.multiply_adds * 1e12 / each)
         if affordable >= options.count / 2:
             return min(options.count, affordable), height, width
-    return max(32, min(affordable, options.count)), height, width
+    return min(options.count, max(32, affordable)), height, width
 
 
 @torch.inference_mode(False)

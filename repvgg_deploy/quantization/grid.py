@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from repvgg_deploy.errors import DeployError
 from repvgg_deploy.nets.repvgg import RepVGG
 from repvgg_deploy.quantization.pair_sums import LEVELS
 from repvgg_deploy.quantization.points import point_names
@@ -20,12 +21,20 @@ class Grid:
         per_tensor: one scale for all filters of a layer, instead of one per filter.
         full_range: where none is negative, activations of 8 bits use all integers to 255. ONNX Runtime and OpenVINO
             have them; TensorRT does not, and saturates at 127.
+
+    Raises:
+        DeployError: there are fewer bits, or more.
     """
 
     weight_bits: int = 8
     activation_bits: int = 8
     per_tensor: bool = False
     full_range: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if not 2 <= getattr(self, name) <= 8:
+                raise DeployError(f"{name} cannot be {getattr(self, name)}", "2 to 8")
 
     @property
     def levels(self) -> int:

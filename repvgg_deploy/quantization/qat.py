@@ -237,7 +237,8 @@ def prepare_qat(model: nn.Module, scales: QatScales, options: QatOptions | None 
         options: see `QatOptions`.
 
     Raises:
-        DeployError: there is no RepVGG block in training form, or one has no scales.
+        DeployError: there is no RepVGG block in training form, one has no scales or those of another width, or one is
+            not of float32.
 
     Example:
         >>> from repvgg_deploy import build, load_checkpoint, prepare_qat
@@ -252,8 +253,9 @@ def prepare_qat(model: nn.Module, scales: QatScales, options: QatOptions | None 
     net = copy.deepcopy(model).requires_grad_(True)
     blocks = find_blocks(net)
     for name in qat_layers(net):
-        if name not in scales.layers:
-            raise DeployError(f"there are no scales for {name}", "observe_scales() gives those of every block")
+        part = net.get_submodule(name)
+        filters = part.out_features if isinstance(part, nn.Linear) else blocks[name][1].conv.out_channels
+        _require_scales(name, part, filters, scales)
     unsigned = unsigned_inputs(net)
     last: QatBlock | None = None
     for name, (block, parts) in blocks.items():
@@ -265,6 +267,22 @@ def prepare_qat(model: nn.Module, scales: QatScales, options: QatOptions | None 
         if scales.pool is not None:
             last.output = FakeQuantizer(scales.pool, options, unsigned[POOL])
     return net
+
+
+def _require_scales(name: str, layer: nn.Module, filters: int, scales: QatScales) -> None:
+    hint = "observe_scales() gives those of every block"
+    if any(parameter.dtype != torch.float32 for parameter in layer.parameters()):
+        raise DeployError(
+            f"{name} is not of float32, in which scales are learned", "model.float(); and autocast to train"
+        )
+    found = scales.layers.get(name)
+    if found is None:
+        raise DeployError(f"there are no scales for {name}", hint)
+    if found.weight.shape != (filters,):
+        raise DeployError(f"the scales for {name} are of {len(found.weight)} filters, but it has {filters}", hint)
+    values = torch.cat([found.weight.flatten().cpu(), torch.tensor([found.input])])
+    if not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise DeployError(f"the scales for {name} are not all positive numbers", hint)
 
 
 def unsigned_inputs(net: nn.Module) -> dict[str, bool]:
@@ -314,9 +332,11 @@ def qat_layers(net: nn.Module) -> list[str]:
     """The names of the RepVGG blocks in training form, in order, and of a RepVGG's classifier.
 
     Raises:
-        DeployError: there is no such block.
+        DeployError: there is no such block, or `net` itself is one.
     """
     names = list(find_blocks(net))
+    if "" in names:
+        raise DeployError(f"{type(net).__name__} is itself a block, which has no name", "put it into an nn.Sequential")
     if not names:
         raise DeployError(f"{type(net).__name__} has no RepVGG block in training form", "training needs its branches")
     return [*names, CLASSIFIER] if isinstance(net, RepVGG) else names

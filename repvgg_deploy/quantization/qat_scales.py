@@ -40,19 +40,24 @@ def observe_scales(model: nn.Module, batches: Iterable[Any], options: QatOptions
     """Scales to start from, for `prepare_qat`: those of least square error, of kernels and of inputs on some batches.
 
     Args:
-        model: a module with RepVGG blocks in training form, in evaluation mode.
+        model: a module with RepVGG blocks in training form; it is run in evaluation mode, and left in its own.
         batches: inputs of `model`, one at a time: a tensor, or a tuple of arguments.
         options: as for `prepare_qat`.
 
     Raises:
-        DeployError: there is no block, or no batch.
+        DeployError: there is no block, one received no batch, or a value that is not finite, or a batch is no input.
     """
     options = options or QatOptions()
     names = qat_layers(model)
     points = [*names, POOL] if isinstance(model, RepVGG) else names
     seen = _watch(model, names, batches)
-    if any(name not in seen for name in points):
-        raise DeployError("no block received a batch", "give at least one batch of inputs, as the model takes them")
+    missing = [name for name in points if name not in seen]
+    if missing:
+        what = "no block received" if missing == points else f"{missing[0]} did not receive"
+        raise DeployError(f"{what} a batch", "give at least one batch of inputs, as the model takes them")
+    odd = next((name for name in points if not seen[name].is_finite), None)
+    if odd is not None:
+        raise DeployError(f"the activations before {odd} are not finite", "look at the batches, and at the model")
     unsigned = unsigned_inputs(model)
     layers = {}
     for name in names:
@@ -85,6 +90,11 @@ class _Seen:
         self.energies.append(rows.double().square().mean(1).cpu())
         self.largest.append(rows.abs().amax(1).cpu())
         self.smallest.append(rows.amin(1).cpu())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all values were numbers."""
+        return bool(torch.isfinite(torch.cat(self.energies)).all())
 
     def scale(self, grid: Grid, unsigned: bool) -> float:
         """The scale of least square error, in which images with unusually strong activations count less.
@@ -119,13 +129,29 @@ def _watch(model: nn.Module, names: list[str], batches: Iterable[Any]) -> dict[s
     if isinstance(model, RepVGG):
         last = model.get_submodule(names[-2])
         handles.append(last.register_forward_hook(lambda _module, _inputs, output: hook(POOL)(None, (output,))))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         for batch in batches:
-            model(*batch) if isinstance(batch, tuple) else model(torch.as_tensor(batch))
+            model(*_arguments(batch))
     finally:
         for handle in handles:
             handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
     return seen
+
+
+def _arguments(batch: Any) -> tuple[Any, ...]:
+    if isinstance(batch, tuple):
+        return batch
+    try:
+        return (torch.as_tensor(batch),)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DeployError(
+            f"a batch is a {type(batch).__name__} that is no tensor",
+            "a tensor, or a tuple of the model's arguments: (images for images, labels in loader)",
+        ) from error
 
 
 @torch.no_grad()

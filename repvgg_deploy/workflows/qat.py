@@ -86,8 +86,11 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
         validation = read_training_images(request.validation, preprocessing, _VALIDATION, known_classes(checkpoint))
         _tell_left_out(validation.left_out, request, progress)
     best = BestState(images.held_out, images.held_out_labels)
+    identity = _identity(request, checkpoint, images.images)
+    read = [images.images] if validation is None else [images.images, validation]
+    _tell_newly_broken(read, request, progress)
     if state_path(request.output).exists():
-        run = _continue(request, checkpoint, net, best, progress)
+        run = _continue(request, identity, net, best, progress)
     else:
         run = _Run(_begin(request, net, preprocessing, progress), best, [])
     resumed = run.training.done
@@ -96,7 +99,7 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
     every = max(1, steps // 10)
     if rank == 0 and not run.rows:
         _look(run, validation, progress)
-        _save(run, request, checkpoint)
+        _save(run, request, identity)
     saved = time.perf_counter()
     while run.training.done < steps:
         taken = run.training.step(images.take, len(images), limits)
@@ -104,12 +107,13 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
         if not math.isfinite(taken["loss"]):
             raise DeployError(f"the loss of step {done} is not finite", "a lower --rate; delete the saved run")
         progress.step("training", done, steps)
+        _tell_newly_broken(read, request, progress)
         if rank != 0:
             continue
         if done % every == 0 or done == steps:
             _look(run, validation, progress)
         if done == steps or time.perf_counter() - saved >= request.interval_s:
-            _save(run, request, checkpoint)
+            _save(run, request, identity)
             saved = time.perf_counter()
     if rank != 0:
         return None
@@ -172,6 +176,11 @@ def _tell_left_out(reasons: Iterable[str], request: QatRequest, progress: Progre
         progress.note(f"left out: {reason}")
 
 
+def _tell_newly_broken(images: Iterable[TrainingImages], request: QatRequest, progress: Progress) -> None:
+    for some in images:
+        _tell_left_out(some.newly_broken(), request, progress)
+
+
 def _with_steps(request: QatRequest, count: int) -> QatRequest:
     if request.epochs is None:
         return request
@@ -203,11 +212,11 @@ def _begin(request: QatRequest, net: RepVGG, preprocessing: Preprocessing, progr
     return QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
 
 
-def _continue(request: QatRequest, checkpoint: Checkpoint, net: RepVGG, best: BestState, progress: Progress) -> _Run:
+def _continue(request: QatRequest, identity: str, net: RepVGG, best: BestState, progress: Progress) -> _Run:
     """The run whose state was saved."""
     begun = empty_start(net, request.options)
     training = QatTraining(begun.student.to(request.device), begun.teacher.to(request.device), request.training)
-    saved = load_run(state_path(request.output), _identity(request, checkpoint), training)
+    saved = load_run(state_path(request.output), identity, training)
     training.teacher.net.load_state_dict(saved.teacher)
     training.restore(saved.training)
     best.restore(saved.best)
@@ -215,18 +224,18 @@ def _continue(request: QatRequest, checkpoint: Checkpoint, net: RepVGG, best: Be
     return _Run(training, best, list(saved.rows))
 
 
-def _identity(request: QatRequest, checkpoint: Checkpoint) -> str:
+def _identity(request: QatRequest, checkpoint: Checkpoint, images: TrainingImages) -> str:
     """The sha256 of what must be the same for a run to continue."""
     values = asdict(replace(request, output=Path(), interval_s=0.0, validation=None))
     # It decides whether a run ends, not what it computes.
     del values["strict"]
-    text = json.dumps({"checkpoint sha256": checkpoint.sha256, **{name: str(value) for name, value in values.items()}})
+    read = {"checkpoint sha256": checkpoint.sha256, "images": images.names_sha256}
+    text = json.dumps({**read, **{name: str(value) for name, value in values.items()}})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _save(run: _Run, request: QatRequest, checkpoint: Checkpoint) -> None:
+def _save(run: _Run, request: QatRequest, identity: str) -> None:
     teacher = run.training.teacher.net.state_dict()
-    identity = _identity(request, checkpoint)
     saved = SavedRun(identity, tuple(run.rows), run.training.state(), teacher, run.best.state())
     path = state_path(request.output).absolute()
     with stage_files(path.parent, is_result=False) as staging, (staging / path.name).open("wb") as file:

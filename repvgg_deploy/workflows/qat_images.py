@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ _MOST_HELD_OUT = 128
 class TrainingImages:
     """Images by index; `labels` are their classes, as the net counts them, or None.
 
-    `left_out` says of what cannot be read why.
+    `left_out` says of what cannot be read why. Where the images are not kept in memory, a broken one is found when it
+    is taken: it goes into `broken`, and the next one takes its place.
     """
 
     paths: tuple[ImageSource, ...]
@@ -44,6 +46,19 @@ class TrainingImages:
     kept: Pixels | None = None
     made: Tensor | None = None
     left_out: tuple[str, ...] = ()
+    broken: BrokenImages = field(default_factory=BrokenImages)
+    _untold: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @property
+    def names_sha256(self) -> str:
+        """The sha256 of the images' names, in their order; of none if they were synthesized."""
+        return hashlib.sha256("\n".join(map(str, self.paths)).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def newly_broken(self) -> tuple[str, ...]:
+        """Why images could not be read that were found to be broken since the last call."""
+        found = tuple(self._untold)
+        self._untold.clear()
+        return found
 
     def __len__(self) -> int:
         return len(self.paths) if self.made is None else len(self.made)
@@ -52,14 +67,30 @@ class TrainingImages:
         """The normalized images (N, C, H, W) of these indices, and their classes."""
         if self.made is not None:
             return self.made[indices], None
-        labels = None if self.labels is None else torch.from_numpy(self.labels[indices.numpy()])
-        return torch.from_numpy(normalize(self._pixels(indices.tolist()), self.preprocessing)), labels
+        pixels, taken = self._pixels(indices.tolist())
+        labels = None if self.labels is None else torch.from_numpy(self.labels[taken])
+        return torch.from_numpy(normalize(pixels, self.preprocessing)), labels
 
-    def _pixels(self, indices: list[int]) -> Pixels:
+    def _pixels(self, indices: list[int]) -> tuple[Pixels, list[int]]:
+        """The pixels of these images, and which they are."""
         if self.kept is not None:
-            return self.kept[indices]
+            return self.kept[indices], indices
         with ThreadPoolExecutor(_THREADS) as pool:
-            return np.stack(list(pool.map(lambda i: read_pixels(self.paths[i], self.preprocessing), indices)))
+            pixels, taken = zip(*pool.map(self._read, indices), strict=True)
+        return np.stack(pixels), list(taken)
+
+    def _read(self, index: int) -> tuple[Pixels, int]:
+        """An image, or the next one that can be read: the same on every run."""
+        for number in (*range(index, len(self.paths)), *range(index)):
+            source = self.paths[number]
+            if source in self.broken.reasons:
+                continue
+            try:
+                return read_pixels(source, self.preprocessing), number
+            except ImageError as error:
+                if self.broken.reasons.setdefault(source, error.message) is error.message:
+                    self._untold.append(error.message)
+        raise ImageError(f"none of the images can be read: {next(iter(self.broken.reasons.values()))}", "give others")
 
 
 @dataclass(frozen=True)
@@ -78,14 +109,19 @@ def known_classes(checkpoint: Checkpoint) -> KnownClasses:
 def read_training_images(
     folder: Path, preprocessing: Preprocessing, most: int | None, classes: KnownClasses | None
 ) -> TrainingImages:
-    """The images of `folder`, or `most` evenly spaced ones; broken ones are left out where all are kept in memory.
+    """The images of `folder`, or `most` evenly spaced ones, without the broken ones.
 
     With `classes` they have labels, which are found as `evaluate` finds them.
 
     Raises:
-        ImageError: there is no image, or, with `classes`, no folder per class.
+        ImageError: there is no image, or, with `classes`, no folder per class, or images are not what the net takes.
         DeployError: the folders cannot be these classes.
     """
+    if len(preprocessing.mean) not in (1, 3):
+        raise ImageError(
+            f"images have 3 channels, but the net takes {len(preprocessing.mean)}",
+            "--data none and --calib none; or prepare_qat(), in a loop of your own",
+        )
     labels: NDArray[np.int64] | None = None
     paths: tuple[ImageSource, ...]
     if classes is not None:

@@ -111,7 +111,7 @@ def load_run(path: Path, identity: str, fresh: QatTraining) -> SavedRun:
             text, training, teacher, best = _read_parts(archive)
             about = convert(parse_json(text.encode("utf-8", "replace"), name, _HINT), _About, name, _HINT)
             if about.version != _VERSION or about.identity != identity:
-                raise DeployError(f"{path} belongs to another run, with other settings or another checkpoint", _HINT)
+                raise DeployError(f"{path} belongs to another run: other settings, images or checkpoint", _HINT)
             _check_about(about, fresh)
             state = TrainingState(about.done, about.rates, about.since, _load(training, *fresh.known_tensors()))
             _check_moments(state)

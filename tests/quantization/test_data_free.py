@@ -137,6 +137,8 @@ def test_the_work_is_bounded_whatever_the_size_of_the_net() -> None:
     assert (height, width) == (64, 64)
     assert 32 <= count < 128
     assert plan_pictures(small, Preprocessing(32, 48, 48), options) == (256, 32, 48)
+    # No more than were asked for.
+    assert plan_pictures(wide, Preprocessing(), replace(options, count=8, multiply_adds=0.1)) == (8, 64, 64)
 
 
 @pytest.mark.slow

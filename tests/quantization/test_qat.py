@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +294,67 @@ def test_what_cannot_be_trained_is_refused() -> None:
         convert_qat(net)
     with pytest.raises(DeployError, match="no block received a batch"):
         observe_scales(net, [])
+    block = net.stages[1][1]
+    with pytest.raises(DeployError, match="is itself a block, which has no name"):
+        observe_scales(block, [torch.rand(1, 8, 8, 8)])
+    for bits in (QatOptions, Grid):
+        for options in ({"weight_bits": 1}, {"activation_bits": 9}):
+            with pytest.raises(DeployError, match="_bits cannot be"):
+                bits(**options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ([torch.rand(2, 3, 32, 32), torch.zeros(2)], "a batch is a list that is no tensor"),
+        ({"images": torch.rand(2, 3, 32, 32)}, "a batch is a dict that is no tensor"),
+        (torch.full((2, 3, 32, 32), math.nan), "activations before stages.0.0 are not finite"),
+        (torch.full((2, 3, 32, 32), math.inf), "activations before stages.0.0 are not finite"),
+    ],
+)
+def test_batches_that_are_no_inputs_are_told_of(batch, said) -> None:
+    with pytest.raises(DeployError, match=said):
+        observe_scales(make_net(), [batch])
+
+
+def test_a_block_that_took_no_part_is_named() -> None:
+    net = nn.ModuleList(list(make_net().blocks())[:2])
+    net.forward = lambda x: net[0](x)
+    with pytest.raises(DeployError, match="1 did not receive a batch"):
+        observe_scales(net, [images_of(2)])
+
+
+def test_a_model_that_trains_is_observed_in_evaluation_mode_and_left_as_it_was() -> None:
+    net, images = make_net(), images_of(4)
+    wanted = observe_scales(net.eval(), [images])
+    net.train()
+    net.stages[0].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = observe_scales(net, [images])
+    assert all(found.layers[name].input == layer.input for name, layer in wanted.layers.items())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.training
+    assert net.stages[1].training
+    assert not net.stages[0].training
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda layer: replace(layer, weight=layer.weight[:-1]), "of 7 filters, but it has 8"),
+        (lambda layer: replace(layer, weight=0 * layer.weight), "not all positive"),
+        (lambda layer: replace(layer, input=math.nan), "not all positive"),
+        (lambda layer: replace(layer, input=-1.0), "not all positive"),
+    ],
+)
+def test_scales_that_cannot_be_those_of_the_block_are_refused(change, said) -> None:
+    net = make_net()
+    scales = observe_scales(net, [images_of(2)])
+    layers = {**scales.layers, "stages.1.0": change(scales.layers["stages.1.0"])}
+    with pytest.raises(DeployError, match=said):
+        prepare_qat(net, replace(scales, layers=layers))
+    with pytest.raises(DeployError, match=r"stages\.0\.0 is not of float32"):
+        prepare_qat(net.half(), scales)
 
 
 def test_only_eight_bits_behind_a_relu_take_turns() -> None:

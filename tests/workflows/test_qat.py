@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from repvgg_deploy.quantization.qat_scales import load_scales
 from repvgg_deploy.quantization.qat_training import TrainingOptions
 from repvgg_deploy.runtime.onnxruntime import OnnxRunner
 from repvgg_deploy.verification.engine import run_as_engine
+from repvgg_deploy.workflows import qat_images
 from repvgg_deploy.workflows.qat import run_qat
 from repvgg_deploy.workflows.qat_checks import load_trainable
 from repvgg_deploy.workflows.qat_request import QatRequest, state_path
@@ -191,6 +193,24 @@ def test_a_state_of_other_settings_is_not_taken(images, tmp_path) -> None:
         run_qat(request, Stop(2))
     with pytest.raises(DeployError, match="belongs to another run"):
         run_qat(replace(request, training=replace(request.training, rate=0.5)))
+    shutil.copytree(images, tmp_path / "images")
+    request = replace(request, data=tmp_path / "images", output=tmp_path / "other.pth")
+    with pytest.raises(KeyboardInterrupt):
+        run_qat(request, Stop(2))
+    next(request.data.rglob("*.png")).unlink()
+    with pytest.raises(DeployError, match="belongs to another run: other settings, images or checkpoint"):
+        run_qat(request)
+
+
+@pytest.mark.slow
+def test_images_too_many_to_keep_are_named_when_they_are_met_broken(images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(qat_images, "_KEPT_BYTES", 0)
+    shutil.copytree(images, tmp_path / "images")
+    bad = sorted((tmp_path / "images").rglob("*.png"))[5]
+    bad.write_bytes(b"no image")
+    out = tmp_path / "trained.pth"
+    assert f"left out: {bad} is not an image" in qat(DEMO, tmp_path / "images", out).stderr
+    assert f"error: {bad} is not an image" in qat(DEMO, tmp_path / "images", out, "--strict", code=1).stderr
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from PIL import Image
 
 from repvgg_deploy.artifacts import Preprocessing
 from repvgg_deploy.errors import DeployError, ImageError
+from repvgg_deploy.workflows import qat_images
 from repvgg_deploy.workflows.qat_images import KnownClasses, TrainingImages, hold_out, read_training_images
 
 SMALL = Preprocessing(8, 8, 8)
@@ -99,3 +100,32 @@ def test_numbers_of_classes_are_held_to_those_of_the_net(tmp_path: Path, index: 
         return
     with pytest.raises(DeployError, match="class 2, but the model's classes are 0 to 1"):
         read_training_images(archive, SMALL, None, TWO)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_broken_image_of_too_many_to_keep_gives_its_place_to_the_next(tmp_path, monkeypatch, labelled) -> None:
+    monkeypatch.setattr(qat_images, "_KEPT_BYTES", 0)
+    for label, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("L", (8, 8), 100 * label + 50 * number).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "a" / "1.png").write_bytes(b"no image")
+    images = read_training_images(tmp_path, SMALL, None, TWO if labelled else None)
+    assert images.kept is None
+    pixels, labels = images.take(torch.tensor([0, 1, 2, 3, 1]))
+    assert torch.equal(pixels[1], pixels[2])
+    assert not torch.equal(pixels[0], pixels[1])
+    assert labels is None or labels.tolist() == [0, 1, 1, 1, 1]
+    (said,) = images.newly_broken()
+    assert "1.png is not an image" in said
+    assert images.newly_broken() == ()
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ImageError, match="none of the images can be read"):
+        images.take(torch.tensor([3]))
+
+
+def test_images_are_for_nets_of_one_or_three_channels(tmp_path) -> None:
+    four = Preprocessing(8, 8, 8, mean=(0.5,) * 4, std=(0.5,) * 4)
+    with pytest.raises(ImageError, match="images have 3 channels, but the net takes 4"):
+        read_training_images(tmp_path, four, None, None)
