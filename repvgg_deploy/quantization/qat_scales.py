@@ -163,7 +163,9 @@ def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary 
     """
     layers: dict[str, LayerIntegers] = {}
     wanted: list[tuple[str, nn.Conv2d | nn.Linear]] = [(name, block.conv) for name, block in fused_blocks(fused)]
-    for name, layer in [*wanted, (CLASSIFIER, fused.classifier)]:
+    if fused.has_classifier:
+        wanted.append((CLASSIFIER, fused.classifier))
+    for name, layer in wanted:
         found = scales.layers.get(name)
         if found is None or len(found.weight) != len(layer.weight):
             raise DeployError(
@@ -173,9 +175,12 @@ def apply_scales(fused: RepVGG, scales: QatScales, summary: QuantizationSummary 
         rows = round_weights(layer.weight.detach().flatten(1), found.weight.to(layer.weight.device), taps)
         integers = rows.reshape(layer.weight.shape).to(torch.int8)
         layers[name] = LayerIntegers(integers, found.weight, cast(Tensor, layer.bias).detach().clone(), found.input)
-    if scales.pool is None:
+    # Of a backbone that ends early, what follows its last block is the input of a block that it does not have.
+    following = scales.layers.get(f"stages.{len(fused.spec.stages)}.0")
+    pool = scales.pool if following is None else following.input
+    if pool is None:
         raise DeployError(f"the file has no scale for {POOL}", "give the file that qat wrote")
-    return QuantizedNet(fused, make_room(Reconstruction(layers, scales.pool)), summary)
+    return QuantizedNet(fused, make_room(Reconstruction(layers, pool)), summary)
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,11 @@ class TrainedAs:
         return cls(strides, str(spec.activation), repr(spec.bn_eps), mean, std, preprocessing.color_order)
 
     def differences(self, other: TrainedAs) -> dict[str, str]:
-        """The values here, by name, that `other` does not have."""
-        return {name: value for name, value in vars(self).items() if value != getattr(other, name)}
+        """The values here, by name, that `other` does not have; a backbone that ends early has the first strides."""
+        different = {name: value for name, value in vars(self).items() if value != getattr(other, name)}
+        if f"{self.strides},".startswith(f"{other.strides},"):
+            different.pop("strides", None)
+        return different
 
 
 @dataclass(frozen=True)

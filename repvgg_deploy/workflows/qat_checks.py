@@ -23,8 +23,6 @@ def load_trainable(request: QatRequest) -> Checkpoint:
     _require_shares(request)
     if request.output.suffix not in (".pth", ".pt", ".safetensors"):
         raise DeployError(f"{request.output} has no file extension of a checkpoint", "-o FILE.safetensors or FILE.pth")
-    if request.output.exists() and request.checkpoint.exists() and request.output.samefile(request.checkpoint):
-        raise DeployError(f"{request.output} is the checkpoint itself", "give another name: -o")
     if request.device == "cuda" and not torch.cuda.is_available():
         raise DeployError("torch sees no CUDA GPU here", "leave out --device, or install torch for CUDA")
     options = request.options
@@ -57,10 +55,16 @@ def _require_places(request: QatRequest) -> None:
     for path in (output, scales_path(output), curves_path(output), state_path(output)):
         try:
             is_folder = path.is_dir()
+            # Folders that are still to be made may lead back to it.
+            is_source = os.path.realpath(path) == os.path.realpath(request.checkpoint) or (
+                path.exists() and request.checkpoint.exists() and path.samefile(request.checkpoint)
+            )
         except OSError as error:
             raise DeployError(f"{path} cannot be written: {error.strerror}", "choose another -o") from error
         if is_folder:
             raise DeployError(f"{path} is a directory, so no file can take its place", "choose another -o")
+        if is_source:
+            raise DeployError(f"{path} is the checkpoint itself", "give another name: -o")
 
 
 def _require_shares(request: QatRequest) -> None:

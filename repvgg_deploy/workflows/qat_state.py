@@ -6,6 +6,7 @@ checksums are compared, and each tensor has to be one that the run has.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -88,7 +89,10 @@ def save_run(run: SavedRun, file: IO[bytes]) -> None:
     }
     text = json.dumps(about, allow_nan=False)
     tensors = {"training": training.tensors, "teacher": run.teacher, "best": dict(best.student)}
-    torch.save({"about": text, **tensors}, file)
+    # Not written by torch itself, which does not mention a full disk.
+    content = io.BytesIO()
+    torch.save({"about": text, **tensors}, content)
+    file.write(content.getbuffer())
 
 
 def _finite(value: float) -> float | None:

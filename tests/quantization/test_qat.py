@@ -434,6 +434,8 @@ def test_scales_are_kept_for_one_checkpoint(tmp_path: Path) -> None:
     assert origin.trained_as.differences(trained_as) == {}
     other = TrainedAs.of(make_net().spec, Preprocessing(mean=(0.5, 0.5, 0.5)))
     assert trained_as.differences(other).keys() == {"mean"}
+    assert trained_as.differences(replace(trained_as, strides="2,2,2")) == {}
+    assert trained_as.differences(replace(trained_as, strides="1,2,2")) == {"strides": "2,2,2,2,2"}
     with pytest.raises(DeployError, match="another checkpoint"):
         load_scales(path, "b" * 64)
     assert load_scales(tmp_path / "none.npz", "a" * 64) is None

@@ -285,6 +285,16 @@ def test_a_directory_in_the_place_of_a_file_is_told_before_any_work(name, images
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("output", ["net.pth", "link.pth", "new/../net.pth"])
+def test_the_checkpoint_itself_is_not_replaced(output, images, tmp_path) -> None:
+    checkpoint = tmp_path / "net.pth"
+    torch.save(load_file(DEMO), checkpoint)
+    before = checkpoint.read_bytes()
+    (tmp_path / "link.pth").symlink_to(checkpoint)
+    assert "is the checkpoint itself" in qat(checkpoint, images, tmp_path / output, code=1).stderr
+    assert checkpoint.read_bytes() == before
+
+
 def test_a_name_that_is_too_long_is_told_before_any_work(images, tmp_path) -> None:
     refused = qat(DEMO, images, tmp_path / f"{'x' * 248}.pth", code=1).stderr
     assert "cannot be written: File name too long" in refused
@@ -384,6 +394,12 @@ def test_scales_are_those_of_their_checkpoint(images, tmp_path) -> None:
     assert "truncated or damaged" in export_with(out, tmp_path / "no.npz", tmp_path / "a", code=1).stderr
     refused = export_with(out, scales, tmp_path / "a", "--keep-float", "stages.1.1", code=1)
     assert "every layer was trained in INT8" in refused.stderr
+    for features in ((), ("2,3",)):
+        export_with(out, scales, tmp_path / "features", "--features", *features)
+    assert OnnxRunner(tmp_path / "features" / "trained.int8.onnx").run(np.zeros((1, 3, 64, 64), np.float32)).keys() == {
+        "stage2",
+        "stage3",
+    }
     refused = export_with(out, scales, tmp_path / "a", "--act", "silu", "--mean", "0.5,0.5,0.5", code=1)
     assert "were learned for another net or other images: activation relu, mean" in refused.stderr
     assert "hint: --act relu --mean" in refused.stderr

@@ -200,3 +200,9 @@ def test_pipe_in_its_place_is_refused_at_once(tmp_path: Path, fresh: QatTraining
     os.mkfifo(path)
     with pytest.raises(DeployError, match="is a pipe or a device"):
         load_run(path, IDENTITY, fresh)
+
+
+def test_full_disk_is_an_error_of_the_system(run: QatTraining) -> None:
+    saved = SavedRun(IDENTITY, ROWS, run.state(), {}, BestSoFar(0, 0.25, {}))
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        save_run(saved, file)
