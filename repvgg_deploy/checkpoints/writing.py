@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from repvgg_deploy.artifacts import PreprocessingOptions
-from repvgg_deploy.checkpoints.known_layouts import HOLOCRON, OFFICIAL, OFFICIAL_PLUS, QAREPVGG_V1, QAREPVGG_V2, TIMM
+from repvgg_deploy.checkpoints.known_layouts import (
+    HOLOCRON,
+    OFFICIAL,
+    OFFICIAL_PLUS,
+    QAREPVGG_V1,
+    QAREPVGG_V2,
+    REPOPTIMIZERS,
+    TIMM,
+)
 from repvgg_deploy.checkpoints.layout import KeyMap, Layout
 from repvgg_deploy.checkpoints.loading import Checkpoint
 from repvgg_deploy.checkpoints.written_settings import settings_metadata
@@ -22,7 +30,8 @@ from repvgg_deploy.nets.spec import ArchSpec
 
 
 def name_state_dict(net: RepVGG, layout: str) -> dict[str, Tensor]:
-    """The tensors of `net`, in either form, under the names of a layout: `official`, `timm` or `holocron`.
+    """The tensors of `net`, in either form, under the names of a layout: `official`, `timm`, `holocron` or, in
+    training form, `repoptimizers`.
 
     A net with squeeze-excites after the ReLU gets RepVGGplus' names, stage 3 in two halves; QARepVGG's training form
     has the official names and those of its BN after the sum.
@@ -67,7 +76,7 @@ def _key_map(spec: ArchSpec, layout: str) -> KeyMap:
 
 def _layout(spec: ArchSpec, layout: str) -> Layout:
     if layout != "official":
-        return {"timm": TIMM, "holocron": HOLOCRON}[layout]
+        return {"timm": TIMM, "holocron": HOLOCRON, "repoptimizers": REPOPTIMIZERS}[layout]
     if any(block.norm_after_sum for block in spec.blocks):
         bare = any(branch.kernel == 1 and not branch.norm for block in spec.blocks for branch in block.branches)
         return QAREPVGG_V2 if bare else QAREPVGG_V1

@@ -29,6 +29,7 @@ from repvgg_deploy.quantization.mixed_precision import DropLimit, quantize_withi
 from repvgg_deploy.quantization.net import QuantizationSummary
 from repvgg_deploy.quantization.qat_scales import ScalesOrigin, TrainedAs, apply_scales, load_scales
 from repvgg_deploy.quantization.qdq import with_fp16_scales
+from repvgg_deploy.quantization.target import unsigned_points
 from repvgg_deploy.runtime.model import Model
 from repvgg_deploy.runtime.torch import TorchOptions, TorchRunner
 from repvgg_deploy.workflows.evaluate import Evaluation, evaluate
@@ -109,7 +110,8 @@ def _find_scales(
         )
     scales, origin = found
     _require_same_net(path, origin, source)
-    if request.full_range and not scales.full_range:
+    # Where no activation is after a ReLU, both ranges are the same.
+    if request.full_range and not scales.full_range and unsigned_points(source.fused):
         raise DeployError(
             f"the scales in {path} are for activations up to 127",
             "train with --full-range; or calibrate: --full-range --calib DIR, without these scales",

@@ -229,7 +229,8 @@ def _identity(request: QatRequest, checkpoint: Checkpoint, images: TrainingImage
     values = asdict(replace(request, output=Path(), interval_s=0.0, validation=None))
     # It decides whether a run ends, not what it computes.
     del values["strict"]
-    read = {"checkpoint sha256": checkpoint.sha256, "images": images.names_sha256}
+    recipe = str(load_recipe(request.recipe))
+    read = {"checkpoint sha256": checkpoint.sha256, "images": images.names_sha256, "contents of the recipe": recipe}
     text = json.dumps({**read, **{name: str(value) for name, value in values.items()}})
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -46,7 +46,8 @@ def load_trainable(request: QatRequest) -> Checkpoint:
 
 def layout_to_write(checkpoint: Checkpoint) -> str:
     """Whose names the trained checkpoint gets: those that the official layout has no place for keep their own."""
-    return checkpoint.layout if checkpoint.layout in ("timm", "holocron") else "official"
+    own = ("timm", "holocron") if checkpoint.form == "deploy" else ("timm", "holocron", "repoptimizers")
+    return checkpoint.layout if checkpoint.layout in own else "official"
 
 
 def _require_places(request: QatRequest) -> None:

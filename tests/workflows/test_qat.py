@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.quantized_nets import QUICK_RECIPE
+from helpers.small_nets import NETS, make_net, name_in_layout
 from safetensors.torch import load_file
 
 from repvgg_deploy.artifacts import Preprocessing
@@ -197,6 +198,14 @@ def test_a_state_of_other_settings_is_not_taken(images, tmp_path) -> None:
     request = replace(request, data=tmp_path / "images", output=tmp_path / "other.pth")
     with pytest.raises(KeyboardInterrupt):
         run_qat(request, Stop(2))
+    recipe = tmp_path / "own.toml"
+    recipe.write_bytes(Path(QUICK_RECIPE).read_bytes())
+    own = replace(request, recipe=recipe, output=tmp_path / "own.pth")
+    with pytest.raises(KeyboardInterrupt):
+        run_qat(own, Stop(2))
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("count = 512", "count = 500"), encoding="utf-8")
+    with pytest.raises(DeployError, match="belongs to another run: other settings"):
+        run_qat(own)
     next(request.data.rglob("*.png")).unlink()
     with pytest.raises(DeployError, match="belongs to another run: other settings, images or checkpoint"):
         run_qat(request)
@@ -312,14 +321,17 @@ def test_a_net_that_no_layout_has_names_for_is_told_before_any_work(images, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["holocron_train.pth", "qarepvgg_v2_train.pth"])
-def test_the_result_has_the_names_of_its_library_if_the_official_layout_has_none(
-    name, images, shared, tmp_path
-) -> None:
+@pytest.mark.parametrize("layout", NETS)
+def test_a_net_of_any_library_is_trained_and_read_again(layout, images, tmp_path) -> None:
+    torch.save(name_in_layout(make_net(**NETS[layout]), layout), tmp_path / "net.pth")
+    before = load_checkpoint(tmp_path / "net.pth")
     out = tmp_path / "trained.safetensors"
-    qat(shared / "golden" / name, images, out, "--size", "64")
-    assert load_checkpoint(out).layout == load_checkpoint(shared / "golden" / name).layout
-    export_with(out, tmp_path / "trained.scales.npz", tmp_path / "out", "--size", "64")
+    qat(tmp_path / "net.pth", images, out, "--size", "32")
+    after = load_checkpoint(out)
+    assert after.spec == before.spec
+    # The official layout has names for all that OpenMMLab's nets consist of.
+    assert after.layout == (before.layout if layout != "openmmlab" else "official")
+    export_with(out, tmp_path / "trained.scales.npz", tmp_path / "out", "--size", "32")
 
 
 @pytest.mark.slow
@@ -355,6 +367,14 @@ def test_the_full_range_is_for_engines_that_have_it(images, tmp_path) -> None:
     assert errors[0] < 0.5 * errors[1]
     with pytest.raises(GraphError, match="go up to 255"):
         require_signed_range(graph, read_metadata(read_onnx_metadata(graph)))
+
+
+@pytest.mark.slow
+def test_without_a_relu_the_full_range_is_the_only_one(images, tmp_path) -> None:
+    out, scales = tmp_path / "trained.safetensors", tmp_path / "trained.scales.npz"
+    qat(DEMO, images, out, "--full-range", "--act", "silu")
+    for more in ((), ("--full-range",)):
+        export_with(out, scales, tmp_path / "out", *more)
 
 
 @pytest.mark.slow
