@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repvgg_deploy.errors import DeployError
 from repvgg_deploy.quantization.points import BATCH, geometry
 from repvgg_deploy.quantization.target import CLIPPING
 
@@ -131,6 +133,11 @@ def _moments(sums: list[Tensor], weight: Tensor, count: int) -> Moments:
     drift = drift - torch.outer(weight @ (exact - rounded), rounded)
     # An entry of `square` is off by no more than a few ε √(sᵢ sⱼ), s being its diagonal: a matrix of norm ε Σ s.
     noise = _ROUNDINGS * torch.finfo(square.dtype).eps * float(square.diagonal().sum())
+    if not math.isfinite(noise):
+        raise DeployError(
+            "activations are so large that their squares are not finite",
+            "look at the checkpoint: its training diverged",
+        )
     return Moments(exact, rounded, covariance, drift, count, noise)
 
 

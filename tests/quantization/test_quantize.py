@@ -240,6 +240,13 @@ def test_images_that_are_not_finite_are_refused() -> None:
 
 
 @pytest.mark.exhaustive
+def test_activations_whose_squares_are_not_finite_are_refused() -> None:
+    net = fused_net()
+    fused_blocks(net)[0][1].conv.weight.mul_(1e25)
+    with pytest.raises(DeployError, match="their squares are not finite"):
+        quantize(net, [draw_images()], QUICK)
+
+
 def test_an_image_with_many_times_the_usual_error_does_not_decide_the_loss_of_learning() -> None:
     generator = torch.Generator().manual_seed(5)
     target = torch.randn(32, 10, generator=generator)
