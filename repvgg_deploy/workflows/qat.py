@@ -42,6 +42,7 @@ from repvgg_deploy.quantization.qat_training import QatTraining, set_saturation
 from repvgg_deploy.quantization.recipe import load_recipe
 from repvgg_deploy.quantization.target import UNSIGNED_HIGHEST
 from repvgg_deploy.verification.parity import compare, require_parity
+from repvgg_deploy.workflows.choices import warn_of_choices
 from repvgg_deploy.workflows.qat_checks import layout_to_write, load_trainable
 from repvgg_deploy.workflows.qat_images import (
     TrainingImages,
@@ -78,6 +79,8 @@ def _run(request: QatRequest, progress: Progress, rank: int) -> QatResult | None
     start = time.perf_counter()
     checkpoint = load_trainable(request)
     preprocessing = choose_preprocessing(checkpoint.spec, request.preprocessing, checkpoint.settings)
+    for warning in warn_of_choices(checkpoint, preprocessing, request.preprocessing):
+        progress.note(f"warning: {warning}")
     net = build(checkpoint).float()
     images = hold_out(_training_images(request, checkpoint, net, preprocessing, progress))
     request = _with_steps(request, len(images))
@@ -165,7 +168,8 @@ def _training_images(
     classes = known_classes(checkpoint) if request.training.labels > 0 else None
     images = read_training_images(request.data, preprocessing, None, classes)
     _tell_left_out(images.left_out, request, progress)
-    progress.note(f"training on {len(images)} images of {request.data}")
+    size = f"{preprocessing.height}x{preprocessing.width} px"
+    progress.note(f"training on {len(images)} images of {request.data}, read as {size}")
     return images
 
 

@@ -269,6 +269,18 @@ def test_made_pictures_take_the_place_of_images(tmp_path) -> None:
     assert out.exists()
 
 
+def test_what_is_likely_to_be_wrong_is_told_as_by_export(images, tmp_path) -> None:
+    checkpoint = tmp_path / "net.pth"
+    torch.save(name_in_layout(make_net(), "official"), checkpoint)
+    given = qat(checkpoint, images, tmp_path / "given.pth", "--size", "64").stderr
+    assert "another size" not in given
+    assert f"training on 48 images of {images}, read as 64x64 px" in given.replace("\n", "")
+    told = qat(checkpoint, tmp_path / "absent", tmp_path / "assumed.pth", code=1).stderr
+    exported = run("export", checkpoint, "--engine", "none", "-o", tmp_path / "out").stderr
+    (warning,) = (line for line in exported.splitlines() if "its images may have had another size" in line)
+    assert warning in told.splitlines()
+
+
 def test_what_does_not_fit_is_told_before_any_work(images, tmp_path) -> None:
     run("fuse", DEMO, "-o", tmp_path / "fused.pth")
     out = tmp_path / "out.pth"
