@@ -176,3 +176,16 @@ def name_in_layout(net: RepVGG, layout: str) -> dict[str, Tensor]:
         prefix = _block_prefix(layout, int(stage), int(block), len(net.spec.stages[int(stage)]))
         named[f"{prefix}.{_PARTS[layout][part]}.{leaf}"] = tensor.clone()
     return named
+
+
+class Segmenter(nn.Module):
+    """Two RepVGG blocks and a head that is no classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = list(make_net().blocks())
+        self.encoder = nn.Sequential(*blocks[:2])
+        self.head = nn.Conv2d(blocks[1].spec.out_channels, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
